@@ -1,0 +1,54 @@
+# The commands a person runs; CI runs `make test` and `make check`, the same ones.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+export NO_PROXY := localhost,127.0.0.1,::1
+
+.PHONY: help setup demo test test-fast check format stubs bench clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY) ## Make .venv with pinned dependencies
+
+# torch comes first and alone: a package that asks for it must find it, or it would fetch another build.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -U "pip>=25.1"
+	$(BIN)/pip install -q --progress-bar on -c constraints.txt torch
+	$(BIN)/pip install -q --progress-bar on -c constraints.txt -e ".[serve]" --group dev
+	$(BIN)/pip install -q --no-deps -c constraints.txt llama-models
+	@touch $@
+
+demo: setup ## A Ray cluster, a gateway and real prompts on this machine
+	$(BIN)/python tools/demo.py
+
+test: setup ## All tests: real actors, sockets and gateway; CPU, offline
+	$(BIN)/python -m pytest
+
+test-fast: setup ## Tests without Ray and without the slow ones
+	$(BIN)/python -m pytest -m "not ray and not slow"
+
+check: setup ## Format, lint, types, layering, protos, stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/python tools/generate_stubs.py --check
+
+format: setup ## Format and sort imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+stubs: setup ## Generate the Python stubs from protos/
+	$(BIN)/python tools/generate_stubs.py
+
+bench: setup ## Dispatch round trip against a bare socket echo; throughput side by side
+	$(BIN)/python -m benchmarks.dispatch
+	$(BIN)/python -m benchmarks.throughput
+
+clean: ## Remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

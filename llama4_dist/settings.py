@@ -1,0 +1,157 @@
+"""Settings of `llama4-dist serve`: YAML file < environment `LLAMA4_DIST_*` < flags; knows neither torch nor gRPC.
+
+Unknown keys, unknown `LLAMA4_DIST_*` variables and contradictory values are refused by name (`ConfigError`).
+"""
+
+import os
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llama4_dist.errors import ConfigError
+
+ENV_PREFIX = "LLAMA4_DIST_"
+# Read by other parts of the program, not by this file's model.
+OTHER_VARIABLES = frozenset({"LLAMA4_DIST_CLUSTER_SECRET_FILE", "LLAMA4_DIST_LOG_LEVEL", "LLAMA4_DIST_TOKEN"})
+MAX_FILE_BYTES = 1024 * 1024
+
+Port = Field(ge=0, le=65535)
+
+
+class ServeSettings(BaseModel):
+    """Everything `serve` can be told. Sizes are bytes, times seconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+    model: Path = Field(description="checkpoint folder")
+    model_name: str = Field(default="", description="name clients use; default: the folder's name", max_length=128)
+    experts: int = Field(default=0, ge=0, le=4096, description="expert host processes; 0 = one process, no Ray")
+    attention: int = Field(default=1, ge=1, le=256, description="attention workers")
+    ray_address: str | None = Field(default=None, description="existing Ray cluster; default: start one here")
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    num_threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of the attention side")
+
+    address: str = Field(default="127.0.0.1:50051", description="host:port of the gateway; port 0 picks one")
+    token_file: Path | None = Field(default=None, description="bearer tokens, one a line")
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = Field(default=None, description="require client certificates of this CA")
+    reflection: bool = True
+    metrics_address: str | None = Field(default=None, description="host:port for Prometheus; loopback only")
+    max_message_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=256 * 1024 * 1024)
+    drain_timeout_s: float = Field(default=30.0, gt=0, le=3600, allow_inf_nan=False)
+    max_request_s: float = Field(default=600.0, gt=0, le=86400, allow_inf_nan=False)
+
+    max_num_seqs: int = Field(default=256, ge=1, le=65536)
+    max_num_batched_tokens: int = Field(default=2048, ge=1, le=1048576)
+    max_waiting: int = Field(default=1024, ge=1, le=1048576)
+    max_context: int | None = Field(default=None, ge=1)
+    block_size: int = Field(default=16, ge=1, le=1024)
+    kv_cache_bytes: int | None = Field(default=None, ge=1)
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ServeSettings":
+        split_address(self.address, "address")
+        if self.metrics_address is not None:
+            split_address(self.metrics_address, "metrics_address")
+            if self.metrics_address == self.address and not self.address.endswith(":0"):
+                raise ValueError(f"metrics_address {self.metrics_address} is the gateway's own: choose another port")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together: give both or neither")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        if self.ray_address is not None and self.experts == 0:
+            raise ValueError("ray_address needs experts >= 1: without expert hosts nothing runs on Ray")
+        if self.attention > 1 and self.experts == 0:
+            raise ValueError(f"attention={self.attention} needs experts >= 1: one process holds one attention worker")
+        return self
+
+
+def split_address(address: str, field: str) -> tuple[str, int]:
+    """Split "host:port" (IPv6 in brackets); raise ValueError naming `field`."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{field} {address!r} is not host:port with a port of 0..65535")
+    return host.strip("[]"), int(port)
+
+
+def load_settings(
+    flags: Mapping[str, Any],
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> ServeSettings:
+    """Merge file, environment and flags (None = not given). Raise ConfigError naming every wrong field."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        values.update(read_yaml(file))
+    values.update(read_environment(os.environ if environ is None else environ))
+    values.update({name: value for name, value in flags.items() if value is not None})
+    try:
+        return ServeSettings(**values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_describe(item) for item in error.errors())) from None
+
+
+def _describe(item: Mapping[str, Any]) -> str:
+    field = ".".join(str(part) for part in item["loc"])
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        return f"{field}: no such setting; `llama4-dist serve --help` lists them"
+    return f"{field}: {message} (got {item['input']!r})" if field else message
+
+
+def read_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Take `LLAMA4_DIST_*`; a variable that names no setting is a typo and raises ConfigError."""
+    values: dict[str, str] = {}
+    for name, value in environ.items():
+        if not name.startswith(ENV_PREFIX) or name in OTHER_VARIABLES:
+            continue
+        field = name.removeprefix(ENV_PREFIX).lower()
+        if field not in ServeSettings.model_fields:
+            raise ConfigError(f"environment variable {name} names no setting: unset it or correct the name")
+        values[field] = value
+    return values
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without duplicate keys and without aliases, so that a small file stays a small value."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Read a flat mapping of settings; raise ConfigError naming the file and the defect."""
+    try:
+        size = file.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise ConfigError(f"{file}: {size} bytes, a settings file has at most {MAX_FILE_BYTES}")
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, TypeError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{file}: must be a mapping of setting to value")
+    return values
