@@ -1,0 +1,184 @@
+"""The commands and their flags; each command's work is in the file of its name."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="llama4-dist",
+    help="Distributed inference for Llama 4: experts on their own hosts, served over gRPC.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class DtypeChoice(StrEnum):
+    """Compute dtype; auto is the checkpoint's own."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document (streams: one per line).")]
+Model = Annotated[Path | None, typer.Option("--model", "-m", help="Checkpoint folder; runs in this process.")]
+Server = Annotated[str | None, typer.Option("--server", "-s", help="host:port of a running gateway.")]
+Token = Annotated[str | None, typer.Option("--token", envvar="LLAMA4_DIST_TOKEN", help="Bearer token of the server.")]
+TlsCa = Annotated[Path | None, typer.Option("--tls-ca", help="CA file; switches TLS on.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the checkpoint's own, else 1.")]
+TopP = Annotated[float | None, typer.Option(help="Nucleus sampling mass.")]
+TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 is off.")]
+Seed = Annotated[int | None, typer.Option(help="Fixes every draw.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Default: what the context still holds.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")]
+Dtype = Annotated[DtypeChoice, typer.Option(help="Compute dtype (with --model).")]
+Device = Annotated[str, typer.Option(help="cpu or cuda (with --model).")]
+Experts = Annotated[int, typer.Option(help="Expert host processes (with --model); 0 = this process only.")]
+
+
+@app.command()
+def serve(
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="Checkpoint folder.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")] = None,
+    address: Annotated[str | None, typer.Option(help="host:port of the gateway [127.0.0.1:50051].")] = None,
+    experts: Annotated[int | None, typer.Option(help="Expert host processes; 0 = one process, no Ray.")] = None,
+    attention: Annotated[int | None, typer.Option(help="Attention workers.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="Existing Ray cluster; default: start one here.")] = None,
+    dtype: Annotated[DtypeChoice | None, typer.Option(help="Compute dtype.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads of the attention side.")] = None,
+    model_name: Annotated[str | None, typer.Option(help="Name clients use; default: the folder's.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="Bearer tokens, one a line.")] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM certificate chain.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
+    tls_client_ca: Annotated[Path | None, typer.Option(help="Require client certificates of this CA.")] = None,
+    metrics_address: Annotated[str | None, typer.Option(help="host:port for Prometheus; loopback only.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences running at once.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
+    max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait.")] = None,
+    max_context: Annotated[int | None, typer.Option(help="Longest prompt + answer, in tokens.")] = None,
+    kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory of the KV cache, in bytes.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Serve a checkpoint over gRPC, in one process or with expert hosts on Ray."""
+    flags = {name: value for name, value in locals().items() if name not in ("config", "as_json")}
+    from llama4_dist.cli.serve import run_serve
+
+    run_serve(flags, config, as_json)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts; '-' or none reads standard input.")] = None,
+    model: Model = None,
+    server: Server = None,
+    token: Token = None,
+    tls_ca: TlsCa = None,
+    token_ids: Annotated[str | None, typer.Option(help="Prompt as comma-separated token ids.")] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    max_tokens: MaxTokens = 128,
+    stop: Stop = None,
+    n: Annotated[int, typer.Option("-n", help="Sequences per prompt.")] = 1,
+    logprobs: Annotated[int | None, typer.Option(help="Return the k likeliest tokens.")] = None,
+    dtype: Dtype = DtypeChoice.AUTO,
+    device: Device = "cpu",
+    experts: Experts = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Continue prompts; the text streams to the terminal."""
+    options = locals()
+    from llama4_dist.cli.generate import run_generate
+
+    run_generate(**_plain(options))
+
+
+@app.command()
+def chat(
+    message: Annotated[str | None, typer.Argument(help="One message; without it the chat is interactive.")] = None,
+    model: Model = None,
+    server: Server = None,
+    token: Token = None,
+    tls_ca: TlsCa = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    max_tokens: MaxTokens = 256,
+    stop: Stop = None,
+    dtype: Dtype = DtypeChoice.AUTO,
+    device: Device = "cpu",
+    experts: Experts = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Chat with a checkpoint or a running gateway."""
+    options = locals()
+    from llama4_dist.cli.chat import run_chat
+
+    run_chat(**_plain(options))
+
+
+@app.command()
+def tokenize(
+    text: Annotated[str | None, typer.Argument(help="Text; '-' or none reads standard input.")] = None,
+    model: Model = None,
+    server: Server = None,
+    token: Token = None,
+    tls_ca: TlsCa = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the tokens of a text."""
+    options = locals()
+    from llama4_dist.cli.tokenize import run_tokenize
+
+    run_tokenize(**_plain(options))
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    verify: Annotated[bool, typer.Option(help="Read every byte: manifest hashes, NaN and Inf.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Describe a checkpoint without loading it."""
+    from llama4_dist.cli.inspect import run_inspect
+
+    run_inspect(directory, verify, as_json)
+
+
+@app.command()
+def doctor(as_json: JsonFlag = False) -> None:
+    """Check this machine: packages, cores, memory, GPUs, ports."""
+    from llama4_dist.cli.doctor import run_doctor
+
+    run_doctor(as_json)
+
+
+@app.command()
+def version(as_json: JsonFlag = False) -> None:
+    """Print the version."""
+    from llama4_dist.cli.output import print_json
+    from llama4_dist.version import __version__
+
+    if as_json:
+        print_json({"version": __version__})
+    else:
+        print(__version__)
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Give commands plain values: typer's enums become strings."""
+    return {name: value.value if isinstance(value, StrEnum) else value for name, value in options.items()}
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
