@@ -16,7 +16,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__([{"params": params, "lr": MUON_RATE, "base_lr": MUON_RATE}], {})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
@@ -42,7 +42,8 @@ def orthogonalised(gradient: Tensor, num_steps: int = 5) -> Tensor:
 
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Return Muon and AdamW over disjoint parameters, each group remembering its peak rate as base_lr."""
-    hidden, groups = [], {kind: [] for kind in ADAM_RATES}
+    hidden: list[nn.Parameter] = []
+    groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in ADAM_RATES}
     for name, p in model.named_parameters():
         kind = next((kind for kind in ADAM_RATES if kind in name), None)
         (hidden if kind is None else groups[kind]).append(p)

@@ -79,7 +79,9 @@ def parse() -> argparse.Namespace:
 
 def split(documents: list[corpus.Document]) -> tuple[list[corpus.Document], list[corpus.Document]]:
     """Hold out every HELD_OUT_EVERYth document of each source."""
-    kept, held, counts = [], [], {}
+    kept: list[corpus.Document] = []
+    held: list[corpus.Document] = []
+    counts: dict[str, int] = {}
     for d in documents:
         counts[d.source] = counts.get(d.source, -1) + 1
         (held if counts[d.source] % HELD_OUT_EVERY == HELD_OUT_EVERY // 2 else kept).append(d)
