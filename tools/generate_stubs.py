@@ -1,4 +1,4 @@
-"""Generate the Python stubs of every .proto under protos/ into the package; `--check` reports drift and writes nothing."""
+"""Generate the Python stubs of every .proto under protos/; `--check` reports drift and writes nothing."""
 
 import argparse
 import sys
