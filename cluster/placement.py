@@ -1,0 +1,125 @@
+"""Decides which expert host holds which (layer, expert): a pure function of sizes, without Ray, torch or sockets.
+
+The copies of all experts form a line on which each host owns an interval as long as its quota (systematic sampling).
+Copy k of a pair lies one whole model further along the line than copy k-1, so a host whose quota is at most one model
+never gets a pair twice, and neither does a node. Pairs are numbered expert by expert with layers innermost, so an interval
+covers every layer evenly: a host holds floor or ceil of its share in each layer, whatever the number of hosts.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+
+Pair = tuple[int, int]  # (layer, expert)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertGeometry:
+    """What is to be placed: `num_experts` in each of `moe_layers`; bytes are those of one expert of one layer."""
+
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    expert_width: int  # F
+    expert_bytes: int
+
+    def __post_init__(self) -> None:
+        if not self.moe_layers or self.num_experts < 1:
+            raise ValueError("the model has no routed experts: run it in one process, without expert hosts")
+        if self.expert_width < 1 or self.expert_bytes < 1:
+            raise ValueError(f"{self.expert_width=} and {self.expert_bytes=} must be at least 1")
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Every (layer, expert), layers innermost."""
+        return tuple((layer, expert) for expert in range(self.num_experts) for layer in self.moe_layers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostSlot:
+    """A host that may take experts. `capacity_bytes` None = no limit."""
+
+    host: str
+    node: str
+    capacity_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Hosts of each (layer, expert), the preferred one first."""
+
+    hosts_of: Mapping[Pair, tuple[str, ...]]
+
+    def held_by(self, host: str) -> tuple[Pair, ...]:
+        """Return what one host maps, in order."""
+        return tuple(sorted(pair for pair, hosts in self.hosts_of.items() if host in hosts))
+
+
+def place(geometry: ExpertGeometry, hosts: Sequence[HostSlot], *, num_replicas: int = 1) -> Placement:
+    """Spread `num_replicas` copies of every expert over distinct hosts, evenly in every layer.
+
+    Deterministic: the order of `hosts` does not matter. Copies lie on distinct nodes too where no node holds more than
+    its 1/`num_replicas` share. Raises ValueError when it cannot fit.
+    """
+    if not hosts:
+        raise ValueError("there is no expert host: ask for at least one")
+    if len({slot.host for slot in hosts}) < len(hosts):
+        raise ValueError(f"host ids must differ: {sorted(slot.host for slot in hosts)}")
+    if not 1 <= num_replicas <= len(hosts):
+        raise ValueError(
+            f"{num_replicas=} needs as many hosts and there are {len(hosts)}: add hosts or ask for fewer copies"
+        )
+    pairs = geometry.pairs
+    quotas = _quotas(geometry, hosts, total=len(pairs) * num_replicas)
+    line = [
+        slot.host for slot in sorted(hosts, key=lambda slot: (slot.node, slot.host)) for _ in range(quotas[slot.host])
+    ]
+    copies = {pair: [line[at + k * len(pairs)] for k in range(num_replicas)] for at, pair in enumerate(pairs)}
+    return Placement(hosts_of=_prefer_evenly(copies))
+
+
+def routing_table(
+    placement: Placement, *, epoch: int, incarnations: Mapping[str, int], expert_width: int
+) -> RoutingTable:
+    """Write a placement down as the table that dispatchers read; every replica is one slice of the whole width."""
+    return RoutingTable(
+        epoch=epoch,
+        replicas={
+            pair: tuple(
+                Replica((SliceRef(host=host, incarnation=incarnations[host], start=0, stop=expert_width),))
+                for host in hosts
+            )
+            for pair, hosts in placement.hosts_of.items()
+        },
+    )
+
+
+def _quotas(geometry: ExpertGeometry, hosts: Iterable[HostSlot], *, total: int) -> dict[str, int]:
+    """Copies per host: as even as the capacities allow; no host holds a pair twice."""
+    most = len(geometry.pairs)
+    limits = {
+        slot.host: most if slot.capacity_bytes is None else min(most, slot.capacity_bytes // geometry.expert_bytes)
+        for slot in hosts
+    }
+    if sum(limits.values()) < total:
+        raise ValueError(
+            f"{total} experts of {geometry.expert_bytes} bytes do not fit: the hosts have room for "
+            f"{sum(limits.values())}; add hosts, memory, or ask for fewer copies"
+        )
+    quotas: dict[str, int] = {}
+    # The smallest first: what it cannot take is shared by those that can.
+    for host in sorted(limits, key=lambda host: (limits[host], host)):
+        quotas[host] = min(limits[host], (total - sum(quotas.values())) // (len(limits) - len(quotas)))
+    return quotas
+
+
+def _prefer_evenly(copies: Mapping[Pair, Sequence[str]]) -> dict[Pair, tuple[str, ...]]:
+    """Order each pair's hosts so that the preferred ones are spread evenly in every layer."""
+    preferred: dict[tuple[int, str], int] = {}
+    ordered: dict[Pair, tuple[str, ...]] = {}
+    for pair, hosts in sorted(copies.items()):
+        layer = pair[0]
+        first = min(hosts, key=lambda host: (preferred.get((layer, host), 0), host))
+        preferred[layer, first] = preferred.get((layer, first), 0) + 1
+        ordered[pair] = (first, *(host for host in hosts if host != first))
+    return ordered
