@@ -2,8 +2,8 @@
 
 The copies of all experts form a line on which each host owns an interval as long as its quota (systematic sampling).
 Copy k of a pair lies one whole model further along the line than copy k-1, so a host whose quota is at most one model
-never gets a pair twice, and neither does a node. Pairs are numbered expert by expert with layers innermost, so an interval
-covers every layer evenly: a host holds floor or ceil of its share in each layer, whatever the number of hosts.
+never gets a pair twice, and neither does a node. Pairs are numbered expert by expert with layers innermost, so an
+interval covers every layer evenly: a host holds floor or ceil of its share in each layer, whatever the number of hosts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
