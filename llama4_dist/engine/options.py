@@ -1,0 +1,40 @@
+"""How large the engine may grow; plain numbers, checked once."""
+
+from dataclasses import dataclass
+
+from llama4_dist.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Bounds of one engine. Names are vLLM's where it has one.
+
+    `num_blocks` wins over `kv_cache_bytes`; with neither, a share of the memory is taken (`engine.kv_sizing`).
+    `max_logit_rows` bounds the float32 rows of logits a step makes for prompt log-probabilities or scoring: a row of
+    Llama 4's vocabulary is 0.8 MB. `debug_invariants` checks block conservation after every step.
+    """
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_cache_bytes: int | None = None
+    max_waiting: int = 1024
+    max_context: int | None = None
+    max_logit_rows: int = 256
+    model_name: str | None = None
+    debug_invariants: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_waiting", "max_logit_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("num_blocks", "kv_cache_bytes", "max_context"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1, or left out for the default")
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ConfigError(
+                f"max_num_seqs={self.max_num_seqs} exceeds max_num_batched_tokens={self.max_num_batched_tokens}: "
+                "every running sequence needs one token per step; raise the token budget"
+            )

@@ -1,0 +1,63 @@
+"""The port through which every face speaks to an engine; knows neither threads, nor torch modules, nor transports."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from llama4_dist.request import EngineLimits, EngineRequest, TokenOutput
+
+OnOutputs = Callable[[Sequence[TokenOutput]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Gauges and counters since the engine was built; `admitted = finished + cancelled + failed + live`.
+
+    `station_seconds` sums wall time per station of a step: schedule, model (all of the forward pass), dispatch_wait
+    (the part of model spent waiting for expert rows), sample. `host_*` are per expert host.
+    """
+
+    requests_running: int = 0
+    requests_waiting: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_free: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    requests_admitted: int = 0
+    requests_finished: int = 0
+    requests_cancelled: int = 0
+    requests_failed: int = 0
+    max_queue_age_s: float = 0.0
+    station_seconds: Mapping[str, float] = field(default_factory=dict)
+    host_rows: Mapping[str, int] = field(default_factory=dict)
+    host_bytes_out: Mapping[str, int] = field(default_factory=dict)
+    host_bytes_in: Mapping[str, int] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Something that turns `EngineRequest`s into a stream of `TokenOutput`s; all methods are thread-safe."""
+
+    @property
+    def limits(self) -> EngineLimits: ...
+
+    def start(self, on_outputs: OnOutputs) -> None:
+        """Begin to serve; `on_outputs` is called at most once per step, from the engine's own thread."""
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request. Raises OverloadedError, DuplicateRequestError, UnavailableError."""
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request; idempotent. Its KV is free within one step and a CANCELLED output follows."""
+
+    def score(self, token_ids: Sequence[int], *, chunk_size: int | None = None) -> Tensor:
+        """Return float32 logits_TV of every position. chunk_size=1 takes the decode path."""
+
+    def stats(self) -> EngineStats:
+        """Return the counters of now."""
+
+    def close(self) -> None:
+        """Stop; what still runs ends with UnavailableError (reason DRAINING)."""
