@@ -1,0 +1,100 @@
+"""Assembles the gRPC server: transport limits, services, credentials; refuses to bind what it cannot protect."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from google.protobuf.internal import api_implementation
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection
+
+from llama4_dist.errors import ConfigError
+from llama4_dist.gateway.auth import AuthInterceptor, Scope, read_tokens
+from llama4_dist.gateway.handlers import service_handler
+from llama4_dist.gateway.health import Health
+from llama4_dist.gateway.metrics import Metrics
+from llama4_dist.gateway.service import InferenceService
+from llama4_dist.gateway.settings import GatewaySettings, is_loopback
+from llama4_dist.gateway.tls import server_credentials
+from llama4_dist.gateway.tokenizer_service import TokenizerService
+from llama4_dist.v1 import inference_pb2, tokenizer_pb2
+
+ADMIN_SERVICES = ("llama4_dist.v1.ClusterService", "google.longrunning.Operations", "grpc.channelz.v1.Channelz")
+STREAMS_PER_CONNECTION = 1024
+IDENTITY_ONLY = 1  # bit set of accepted message encodings: inflating a small bomb is never begun
+
+
+def server_options(settings: GatewaySettings) -> list[tuple[str, int]]:
+    """Bound everything a peer can make the transport do."""
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_response_bytes),
+        ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.absolute_max_metadata_size", 32 * 1024),
+        ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION),
+        ("grpc.compression_enabled_algorithms_bitset", IDENTITY_ONLY),
+        ("grpc.so_reuseport", 0),  # two servers on one port would share it silently
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 2),
+        ("grpc.max_connection_age_ms", round(settings.max_connection_age_s * 1000)),
+        # A connection that ages out lets its longest generation finish.
+        ("grpc.max_connection_age_grace_ms", round(settings.max_request_s * 1000)),
+        ("grpc.server_handshake_timeout_ms", 10_000),
+    ]
+
+
+def build_server(
+    settings: GatewaySettings,
+    *,
+    inference: InferenceService,
+    tokenizer: TokenizerService,
+    health: Health,
+    metrics: Metrics,
+    extra_handlers: Sequence[grpc.GenericRpcHandler] = (),
+) -> tuple[grpc.aio.Server, int]:
+    """Build the server and bind its port; return both. `extra_handlers` are services of the caller's."""
+    refuse_slow_protobuf()
+    server = grpc.aio.server(
+        interceptors=[auth_interceptor(settings, metrics)],
+        options=server_options(settings),
+        # Calls beyond what admission refuses politely are refused by the transport.
+        maximum_concurrent_rpcs=2 * settings.max_requests + 64,
+    )
+    services: dict[Any, object] = {
+        inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]: inference,
+        tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"]: tokenizer,
+        health_pb2.DESCRIPTOR.services_by_name["Health"]: health,
+    }
+    handlers = [service_handler(service, methods, metrics) for service, methods in services.items()]
+    server.add_generic_rpc_handlers((*handlers, *extra_handlers))
+    if settings.reflection:
+        names = [service.full_name for service in services]
+        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+    return server, bind(server, settings)
+
+
+def auth_interceptor(settings: GatewaySettings, metrics: Metrics) -> AuthInterceptor:
+    """Choose who may call: tokens if there is a file; else loopback is trusted, and mutual TLS for normal calls."""
+    tokens = read_tokens(settings.token_file) if settings.token_file is not None else None
+    default_scope = Scope.ADMIN if is_loopback(settings.address) and tokens is None else Scope.NORMAL
+    return AuthInterceptor(tokens, ADMIN_SERVICES, default_scope, metrics)
+
+
+def bind(server: grpc.aio.Server, settings: GatewaySettings) -> int:
+    """Bind the address; raise ConfigError if it is taken or not ours."""
+    credentials = server_credentials(settings)
+    try:
+        if credentials is None:
+            return server.add_insecure_port(settings.address)
+        return server.add_secure_port(settings.address, credentials)
+    except RuntimeError:
+        raise ConfigError(f"address {settings.address} cannot be bound: is it taken, or not of this machine?") from None
+
+
+def refuse_slow_protobuf() -> None:
+    """Raise ConfigError under the pure-Python protobuf runtime, which recursion can exhaust (CVE-2025-4565)."""
+    if api_implementation.Type() == "python":
+        raise ConfigError("protobuf runs in pure Python: unset PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION")
