@@ -1,0 +1,1 @@
+"""One file per transport; all speak `links.link.Link`."""

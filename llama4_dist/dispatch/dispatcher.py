@@ -1,0 +1,151 @@
+"""The attention worker's half: rows out to the hosts of their experts, replies back in place. Knows no arithmetic.
+
+Llama 4 multiplies an expert's input by the router's score, so rows are scaled before they are sent and `combine` is a
+plain sum.
+"""
+
+import time
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+
+import torch
+from torch import Tensor
+
+from llama4_dist.dispatch.exchange import Exchange
+from llama4_dist.dispatch.in_flight import InFlight, Origin
+from llama4_dist.dispatch.links.link import Clock, Link
+from llama4_dist.dispatch.routing_table import RoutingTable
+from llama4_dist.dispatch.row_buffers import RowBuffers, gather_scaled
+from llama4_dist.dispatch.stats import DispatchStats
+
+
+class Dispatcher:
+    """Sends rows of one attention worker and takes replies. Not thread-safe; one thread owns it.
+
+    `links` maps host ids to links of the incarnation the table names. A host of the table without a link counts as
+    lost. `reply_timeout_s` bounds how long a host may owe a reply before its link is given up.
+    """
+
+    def __init__(  # noqa: PLR0913 - the contract of docs/design.md
+        self,
+        *,
+        worker: str,
+        incarnation: int,
+        table: RoutingTable,
+        links: Mapping[str, Link],
+        width: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        reply_timeout_s: float = 30.0,
+        clock: Clock = time,
+    ) -> None:
+        self.worker = worker
+        self.incarnation = incarnation
+        self._width = width
+        self._dtype = dtype
+        self._reply_timeout_s = reply_timeout_s
+        self._clock = clock
+        self._step = 0
+        self._buffers = RowBuffers(width=width, dtype=dtype, device=torch.device(device))
+        self._stats = DispatchStats()
+        self._exchange = Exchange(table, {}, clock=clock, stats=self._stats, last_number=0)
+        self.switch(table, links)
+
+    @property
+    def table(self) -> RoutingTable:
+        """The table in use: as published, less the hosts lost since."""
+        return self._exchange.table
+
+    def begin_step(self, step: int) -> None:
+        """Name the step that the next dispatches belong to; forget what a failed step left in flight."""
+        self._step = step
+        self._exchange.active.clear()
+
+    def switch(self, table: RoutingTable, links: Mapping[str, Link]) -> None:
+        """Use another table and its links, between steps. Links of before that are not in `links` are aborted."""
+        old = self._exchange
+        if old.active:
+            raise ValueError(f"{len(old.active)} frames are in flight; switch tables between steps")
+        for host, link in links.items():
+            expected = table.incarnations.get(host, link.peer_incarnation)
+            if link.peer_incarnation != expected:
+                raise ValueError(
+                    f"the link to {host!r} reaches incarnation {link.peer_incarnation}, the table names {expected}"
+                )
+        for host, link in old.links.items():
+            if links.get(host) is not link:
+                link.abort()
+        self._exchange = self._new_exchange(table, links)
+
+    def dispatch(
+        self, layer: int, x_TD: Tensor, experts_TK: Tensor, scores_TK: Tensor, microbatch: int = 0
+    ) -> InFlight:
+        """Send score x input of every copy to the host of its expert and return at once.
+
+        x_TD [T, D] in the dispatcher's dtype; experts_TK int64 [T, K]; scores_TK [T, K]. Raises UnavailableError
+        (EXPERT_UNREACHABLE) when an expert has no live replica.
+        """
+        num_tokens = len(x_TD)
+        if x_TD.shape != (num_tokens, self._width) or x_TD.dtype != self._dtype or experts_TK.shape != scores_TK.shape:
+            raise ValueError(
+                f"x {tuple(x_TD.shape)} {x_TD.dtype}, experts {tuple(experts_TK.shape)} and"
+                f" scores {tuple(scores_TK.shape)} do not fit: expected [T, {self._width}] {self._dtype}, twice [T, K]"
+            )
+        experts_N = experts_TK.reshape(-1).cpu().numpy()
+        layout, view = self._exchange.lay_out(layer, experts_N)
+        buffer_RD = self._buffers.take(len(experts_N))
+        rows_ND = buffer_RD[: len(experts_N)]
+        gather_scaled(x_TD, scores_TK.to(self._dtype), layout.order_N, rows_ND)
+        in_flight = InFlight(
+            origin=Origin(self._step, microbatch, layer),
+            num_tokens=num_tokens,
+            experts_N=experts_N,
+            order_N=layout.order_N,
+            rows_ND=rows_ND,
+            buffer_RD=buffer_RD,
+            num_slices_N=view.num_slices_E[experts_N[layout.order_N]] if view.further else None,
+        )
+        self._exchange.send(in_flight, layout.shares)
+        return in_flight
+
+    def combine(self, in_flight: InFlight) -> Tensor:
+        """Wait for the replies and return each token's sum over its K copies, in slot order: [T, D].
+
+        Raises UnavailableError (EXPERT_UNREACHABLE) when rows are owed and no live replica is left, and EngineError
+        (ROWS_NOT_FINITE) when the rows themselves were not finite.
+        """
+        exchange = self._exchange
+        deadline = 0.0
+        ready: AbstractSet[str] = in_flight.owing()
+        while in_flight.missing and in_flight.error is None:
+            if exchange.take_replies(ready):
+                deadline, ready = 0.0, in_flight.owing()
+                continue
+            now = self._clock.monotonic()
+            deadline = deadline or now + self._reply_timeout_s
+            if now < deadline:
+                ready = exchange.waiter.wait(deadline - now)
+                self._stats.wait_seconds += self._clock.monotonic() - now
+            else:
+                exchange.lose(in_flight.owing(), "REPLY_TIMEOUT")
+                deadline, ready = 0.0, in_flight.owing()
+        exchange.retire(in_flight)
+        if in_flight.error is not None:
+            raise in_flight.error
+        y_TD = in_flight.result()
+        if not any(link.num_unsent for link in exchange.links.values()):
+            self._buffers.give_back(in_flight.buffer_RD)  # otherwise a link still reads it
+        return y_TD
+
+    def stats(self) -> DispatchStats:
+        return self._stats
+
+    def close(self) -> None:
+        """Abort every link; nothing can be sent afterwards."""
+        for link in self._exchange.links.values():
+            link.abort()
+        self._exchange = self._new_exchange(self.table, {})
+
+    def _new_exchange(self, table: RoutingTable, links: Mapping[str, Link]) -> Exchange:
+        last_number = self._exchange.last_number  # numbers go on: a late reply must not meet a new frame
+        return Exchange(table, links, clock=self._clock, stats=self._stats, last_number=last_number)

@@ -1,0 +1,252 @@
+"""The expert host's half: one thread takes frames of all attention workers, pools them per layer, computes, replies.
+
+Nothing here waits for a particular worker: a slow or dead one costs only its own link. Weights and arithmetic are
+behind `ExpertCompute`.
+"""
+
+import logging
+import time
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama4_dist.dispatch.expert_compute import ExpertCompute
+from llama4_dist.dispatch.handshake import HostIdentity
+from llama4_dist.dispatch.layout import Groups
+from llama4_dist.dispatch.links.inproc import inproc_pair
+from llama4_dist.dispatch.links.link import Frame, FrameHeader, FrameKind, Link, LinkLimits
+from llama4_dist.dispatch.pool import gather, plan_pool, scatter
+from llama4_dist.dispatch.stats import HostStats
+from llama4_dist.errors import FrameError, LinkDownError
+
+log = logging.getLogger(__name__)
+
+
+class _Worker:
+    """One attention worker's link, and the memory its replies lie in until they are sent."""
+
+    def __init__(self, link: Link, width: int, dtype: torch.dtype) -> None:
+        self.link = link
+        self._shape = (link.limits.max_rows, width)
+        self._dtype = dtype
+        self._free: deque[Tensor] = deque()
+        self._lent: deque[Tensor] = deque()  # oldest first, as they are sent
+        self._num_buffers = 0
+
+    def reply_buffer(self, num_rows: int, device: torch.device) -> Tensor:
+        """Return memory for a reply; LinkDownError when the worker leaves more replies unread than allowed."""
+        unsent = self.link.num_unsent
+        while len(self._lent) > unsent:
+            self._free.append(self._lent.popleft())
+        if not self._free:
+            if self._num_buffers == 2 * self.link.limits.credit:
+                raise LinkDownError(f"worker {self.link.peer!r} does not read its replies", reason="REPLIES_UNREAD")
+            self._num_buffers += 1
+            # Memory of this size is mapped on first touch: what is never used costs nothing.
+            self._free.append(torch.empty(self._shape, dtype=self._dtype, device=device))
+        buffer_RD = self._free.popleft()
+        self._lent.append(buffer_RD)
+        return buffer_RD[:num_rows]
+
+
+class _Job(NamedTuple):
+    """One frame of a computation. A named tuple because one is made per frame."""
+
+    worker: _Worker
+    frame: Frame
+    x_RD: Tensor
+    y_RD: Tensor
+
+
+class _Layer:
+    """The queue of one layer: frames waiting to be computed together, and until when."""
+
+    def __init__(self, due: float) -> None:
+        self.due = due
+        self.frames: list[tuple[_Worker, Frame]] = []
+
+
+class ExpertServer:
+    """Serves `compute` to every attached link. Not thread-safe; only the event given to `run` may be set from outside.
+
+    Frames of one layer that are ready together share one computation. `pool_window_s` is how long a frame may wait for
+    the other workers' frames of its layer; it never waits when one worker is connected.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: HostIdentity,
+        compute: ExpertCompute,
+        width: int,
+        dtype: torch.dtype,
+        limits: LinkLimits,
+        pool_window_s: float = 0.0,
+    ) -> None:
+        self.identity = identity
+        self.limits = limits
+        self._compute = compute
+        self._width = width
+        self._dtype = dtype
+        self._pool_window_s = pool_window_s
+        self._workers: list[_Worker] = []
+        self._layers: dict[int, _Layer] = {}  # in the order of their first frame
+        self._pool_x_RD = torch.empty(0, width, dtype=dtype)
+        self._pool_y_RD = torch.empty(0, width, dtype=dtype)
+        self._stats = HostStats()
+
+    def attach(self, link: Link) -> None:
+        """Serve a link whose peer is known."""
+        self._workers.append(_Worker(link, self._width, self._dtype))
+        self._stats.links += 1
+
+    def open_inproc(self, *, worker: str, incarnation: int) -> Link:
+        """Return a link to this server for a dispatcher in the same thread; its `poll` runs the server's."""
+        link, end = inproc_pair(
+            worker=worker,
+            host=self.identity.host,
+            limits=self.limits,
+            worker_incarnation=incarnation,
+            host_incarnation=self.identity.incarnation,
+        )
+        link.drive = lambda: self.poll(0.0)
+        self.attach(end)
+        return link
+
+    def poll(self, timeout_s: float) -> int:
+        """Take what has arrived, compute what is due, send replies; return the number of frames answered."""
+        for worker in self._workers[:]:
+            self._read(worker)
+        return self._compute_due()
+
+    def stats(self) -> HostStats:
+        self._stats.queue_depth = sum(len(layer.frames) for layer in self._layers.values())
+        return self._stats
+
+    def _read(self, worker: _Worker) -> None:
+        try:
+            for frame in worker.link.poll(0.0):
+                self._enqueue(worker, frame)
+        except LinkDownError as error:
+            self._drop(worker, error)
+
+    def _enqueue(self, worker: _Worker, frame: Frame) -> None:
+        header = frame.header
+        self._stats.frames_in += 1
+        if header.kind != FrameKind.ROWS:
+            raise FrameError(f"worker {worker.link.peer!r} sent a {header.kind.name} frame", reason="KIND_UNEXPECTED")
+        missing = [group for group in header.groups if (header.layer, group[0]) not in self._compute.holds]
+        if missing:
+            self._refuse(worker, frame, "WRONG_OWNER", tuple(missing))
+            return
+        layer = self._layers.get(header.layer)
+        if layer is None:
+            layer = self._layers[header.layer] = _Layer(time.monotonic() + self._pool_window_s)
+        layer.frames.append((worker, frame))
+
+    def _compute_due(self) -> int:
+        answered = 0
+        for number, layer in list(self._layers.items()):
+            if self._is_due(layer):
+                del self._layers[number]
+                answered += len(layer.frames)
+                self._compute_layer(number, layer.frames)
+        return answered
+
+    def _is_due(self, layer: _Layer) -> bool:
+        """A layer waits only for workers that have no frame in it yet, and only as long as the window."""
+        if self._pool_window_s == 0.0 or len({id(worker) for worker, _ in layer.frames}) == len(self._workers):
+            return True
+        return time.monotonic() >= layer.due
+
+    def _compute_layer(self, layer: int, frames: list[tuple[_Worker, Frame]]) -> None:
+        """Compute one layer's frames, pooling as many as `max_rows` allows at a time."""
+        batch: list[tuple[_Worker, Frame]] = []
+        num_rows = 0
+        for entry in frames:
+            rows = entry[1].header.num_rows
+            if batch and num_rows + rows > self.limits.max_rows:
+                self._compute_batch(layer, batch)
+                batch, num_rows = [], 0
+            batch.append(entry)
+            num_rows += rows
+        self._compute_batch(layer, batch)
+
+    def _compute_batch(self, layer: int, batch: list[tuple[_Worker, Frame]]) -> None:
+        jobs = self._take_reply_buffers(batch)
+        if not jobs:
+            return
+        started = time.perf_counter()
+        try:
+            if len(jobs) == 1:  # straight from the receive slot into the reply
+                self._compute(layer, jobs[0].frame.header.groups, jobs[0].x_RD, jobs[0].y_RD)
+            else:
+                self._compute_pooled(layer, jobs)
+        except RuntimeError:
+            # Torch reports exhausted memory and device faults so; the rows are well formed: another host may succeed.
+            log.exception("compute_failed layer=%d", layer)
+            for job in jobs:
+                self._refuse(job.worker, job.frame, "COMPUTE_FAILED", job.frame.header.groups)
+            return
+        self._stats.compute_seconds += time.perf_counter() - started
+        self._stats.computations += 1
+        for job in jobs:
+            self._reply(job)
+
+    def _compute_pooled(self, layer: int, jobs: list[_Job]) -> None:
+        plan = plan_pool([job.frame.header.groups for job in jobs])
+        if len(self._pool_x_RD) < plan.num_rows:
+            size = (max(plan.num_rows, self.limits.max_rows), self._width)
+            self._pool_x_RD = torch.empty(size, dtype=self._dtype, device=jobs[0].x_RD.device)
+            self._pool_y_RD = torch.empty_like(self._pool_x_RD)
+        x_RD, y_RD = self._pool_x_RD[: plan.num_rows], self._pool_y_RD[: plan.num_rows]
+        gather(plan, [job.x_RD for job in jobs], x_RD)
+        self._compute(layer, plan.groups, x_RD, y_RD)
+        scatter(plan, y_RD, [job.y_RD for job in jobs])
+        self._stats.pooled_frames += len(jobs)
+
+    def _take_reply_buffers(self, batch: list[tuple[_Worker, Frame]]) -> list[_Job]:
+        jobs = []
+        for worker, frame in batch:
+            rows_RD = frame.rows_RD
+            assert rows_RD is not None, "links refuse ROWS frames without rows"
+            try:
+                y_RD = worker.reply_buffer(frame.header.num_rows, rows_RD.device)
+            except LinkDownError as error:
+                self._drop(worker, error)
+                continue
+            jobs.append(_Job(worker, frame, rows_RD, y_RD))
+        return jobs
+
+    def _reply(self, job: _Job) -> None:
+        header = job.frame.header
+        stats = self._stats
+        for expert, count in header.groups:
+            stats.rows_by_expert[header.layer, expert] += count
+        stats.rows_by_worker[job.worker.link.peer] += header.num_rows
+        job.frame.release()
+        self._post(job.worker, header._replace(kind=FrameKind.REPLY, groups=()), job.y_RD)
+        stats.replies += 1
+
+    def _refuse(self, worker: _Worker, frame: Frame, reason: str, groups: Groups) -> None:
+        self._stats.refusals[reason] += 1
+        frame.release()
+        self._post(worker, frame.header._replace(kind=FrameKind.NACK, groups=groups, reason=reason), None)
+
+    def _post(self, worker: _Worker, header: FrameHeader, rows_RD: Tensor | None) -> None:
+        try:
+            worker.link.post(header, rows_RD)
+        except LinkDownError as error:
+            self._drop(worker, error)
+
+    def _drop(self, worker: _Worker, error: LinkDownError) -> None:
+        """Close one worker's link; the others notice nothing."""
+        if worker not in self._workers:
+            return
+        log.warning("link_closed worker=%s reason=%s", worker.link.peer, error.reason)
+        self._workers.remove(worker)
+        worker.link.abort()
+        self._stats.closed_links[error.reason] += 1
+        self._stats.links -= 1

@@ -1,0 +1,170 @@
+"""What one dispatch still waits for: the rows it sent, who owes them, and the replies so far. Knows no links."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama4_dist.dispatch.layout import Groups, Indices
+from llama4_dist.errors import Llama4Error
+
+
+class Piece(NamedTuple):
+    """One posted frame: the positions it asks for, of which attempt. A named tuple because one is made per frame."""
+
+    host: str
+    slice_index: int
+    positions: slice | Indices
+    groups: Groups
+    num_rows: int
+    attempt: int
+
+
+class Origin(NamedTuple):
+    """Where rows come from within a worker; with the row number, this identifies a row."""
+
+    step: int
+    microbatch: int
+    layer: int
+
+
+class InFlight:
+    """One layer's rows between `dispatch` and `combine`. A position is a place in the laid-out order.
+
+    The rows are kept until every reply is accepted, so any of them can be sent again elsewhere. An attempt is counted
+    only where experts are cut: partial outputs of two different cuts do not add up. `error` is why it cannot finish.
+    """
+
+    def __init__(
+        self,
+        *,
+        origin: Origin,
+        num_tokens: int,
+        experts_N: Indices,
+        order_N: Indices,
+        rows_ND: Tensor,
+        buffer_RD: Tensor,
+        num_slices_N: Indices | None,
+    ) -> None:
+        num_copies = len(order_N)
+        self.origin = origin
+        self.num_tokens = num_tokens
+        self.order_N = order_N
+        self.rows_ND = rows_ND
+        self.buffer_RD = buffer_RD  # the preallocated memory `rows_ND` lies in
+        self.pieces: dict[int, Piece] = {}  # frame number to what it asks for; answered frames are taken out
+        self.excluded: set[tuple[str, int]] = set()  # (host, expert) that refused these rows
+        self.error: Llama4Error | None = None
+        self.missing = num_copies  # (slice, position) pairs without an accepted reply
+        self.attempt = 0
+        self._experts_N = experts_N
+        self._overlaps = False  # True once a row may be answered twice, or is cut into slices
+        self._num_slices_N = np.ones(num_copies, dtype=np.int64)
+        self._attempt_N = np.zeros(num_copies, dtype=np.int64)
+        self._answered = [np.zeros(num_copies, dtype=np.bool_)]  # per slice
+        self._outputs: list[Tensor | None] = [None]  # per slice, in the laid-out order
+        self._y_ND: Tensor | None = None  # in the caller's order
+        if num_slices_N is not None:
+            self._cut(slice(None), num_slices_N)
+
+    def owing(self) -> set[str]:
+        """Return the hosts that owe a reply."""
+        return {piece.host for piece in self.pieces.values()}
+
+    def accept(self, piece: Piece, rows_RD: Tensor) -> int:
+        """Keep those rows of a reply that nobody answered before; return how many that were."""
+        answered_N = self._answered[piece.slice_index]
+        positions = piece.positions
+        if self._overlaps:
+            everything = np.arange(positions.start, positions.stop) if isinstance(positions, slice) else positions
+            wanted_R = ~answered_N[everything] & (self._attempt_N[everything] == piece.attempt)
+            positions = everything[wanted_R]
+            rows_RD = rows_RD[torch.from_numpy(wanted_R)]
+        num_rows = len(rows_RD)
+        answered_N[positions] = True
+        self.missing -= num_rows
+        if num_rows == len(self.order_N) and not self._overlaps:
+            self._y_ND = self._restore(rows_RD)  # one host had everything: straight out of its receive slot
+        else:
+            self._write(piece.slice_index, positions, rows_RD)
+        return num_rows
+
+    def unanswered(self, piece: Piece) -> Indices:
+        """Return the positions of a piece that no reply covers yet."""
+        positions = piece.positions
+        everything = np.arange(positions.start, positions.stop) if isinstance(positions, slice) else positions
+        wanted_R = ~self._answered[piece.slice_index][everything] & (self._attempt_N[everything] == piece.attempt)
+        unanswered: Indices = everything[wanted_R]
+        return unanswered
+
+    def rows_for(self, positions: slice | Indices) -> Tensor:
+        """Return the rows to send for these positions: a view of the held rows where they are one run."""
+        if isinstance(positions, slice):
+            return self.rows_ND[positions]
+        return self.rows_ND[torch.from_numpy(positions).to(self.rows_ND.device)]
+
+    def experts_of(self, positions: Indices) -> Indices:
+        experts: Indices = self._experts_N[self.order_N[positions]]
+        return experts
+
+    def ask_again(self, positions: Indices, num_slices: Indices) -> None:
+        """Prepare for a second frame about these positions; where a cut is involved, earlier slices are void."""
+        self._overlaps = True
+        if num_slices.max(initial=1) > 1 or self._num_slices_N[positions].max(initial=1) > 1:
+            self._cut(positions, num_slices)
+
+    def result(self) -> Tensor:
+        """Return the sum over each token's copies, in slot order: [T, D]. Call when nothing is missing."""
+        assert self.missing == 0, "result asked for while rows are missing"
+        if len(self.order_N) == 0:
+            return self.rows_ND.clone()
+        y_ND = self._restore(self._sum_slices()) if self._y_ND is None else self._y_ND
+        num_slots = len(self.order_N) // self.num_tokens
+        if num_slots == 1:
+            return y_ND
+        y_TKD = y_ND.view(self.num_tokens, num_slots, -1)
+        total_TD = y_TKD[:, 0]
+        for slot in range(1, num_slots):
+            total_TD = total_TD + y_TKD[:, slot]
+        return total_TD
+
+    def _restore(self, rows_ND: Tensor) -> Tensor:
+        """Undo the laid-out order; always a new tensor."""
+        if len(self.order_N) == 1:
+            return rows_ND.clone()
+        inverse_N = np.empty_like(self.order_N)
+        inverse_N[self.order_N] = np.arange(len(self.order_N))
+        return rows_ND.index_select(0, torch.from_numpy(inverse_N).to(rows_ND.device))
+
+    def _write(self, slice_index: int, positions: slice | Indices, rows_RD: Tensor) -> None:
+        output = self._outputs[slice_index]
+        if output is None:
+            output = self._outputs[slice_index] = torch.empty_like(self.rows_ND)
+        if isinstance(positions, slice):
+            output[positions] = rows_RD
+        else:
+            output[torch.from_numpy(positions).to(output.device)] = rows_RD.to(output.device)
+
+    def _sum_slices(self) -> Tensor:
+        """Add the partial outputs of cut experts in slice order."""
+        total_ND = self._outputs[0]
+        assert total_ND is not None, "no reply was ever written"
+        for slice_index, output_ND in enumerate(self._outputs[1:], start=1):
+            if output_ND is not None:
+                cut = torch.from_numpy((self._num_slices_N > slice_index).nonzero()[0]).to(total_ND.device)
+                total_ND[cut] = total_ND[cut] + output_ND[cut]
+        return total_ND
+
+    def _cut(self, positions: Indices | slice, num_slices: Indices) -> None:
+        """Start these positions anew with so many slices each; replies of earlier attempts no longer count."""
+        self.attempt += 1
+        self._overlaps = True
+        self._num_slices_N[positions] = num_slices
+        self._attempt_N[positions] = self.attempt
+        while len(self._answered) < num_slices.max(initial=1):
+            self._answered.append(np.zeros_like(self._answered[0]))
+            self._outputs.append(None)
+        for answered_N in self._answered:
+            answered_N[positions] = False
+        self.missing = int(self._num_slices_N.sum()) - sum(int(answered.sum()) for answered in self._answered)

@@ -1,0 +1,179 @@
+"""Which row goes where: pure functions from expert ids to an order of rows and one share per host; no tensors of rows.
+
+The order sorts copies by (host, expert), so that each host's rows are one contiguous slice and, inside it, each
+expert's rows are one run. Copies keep their order within a run.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama4_dist.dispatch.routing_table import Replica
+
+Indices = NDArray[np.int64]
+Groups = tuple[tuple[int, int], ...]  # ((expert, num_rows), ...), consecutive
+
+NOWHERE = np.iinfo(np.uint16).max  # key of an expert without a replica
+
+
+class Share(NamedTuple):
+    """What one host gets: `groups` in this order; the rows are `positions` of the laid-out order.
+
+    A named tuple, not a dataclass: one is made per frame, and a frozen dataclass costs five times as much.
+    """
+
+    host: str
+    slice_index: int  # which slice of the experts' width the host computes; 0 where experts are whole
+    positions: slice | Indices
+    groups: Groups
+
+    @property
+    def num_rows(self) -> int:
+        return sum(count for _, count in self.groups)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerView:
+    """One layer of a routing table with the replica of each expert chosen, prepared for `lay_out`.
+
+    `destinations` are (first slice's host, expert) in ascending order; `key_E` gives an expert's place in them.
+    `further` gives an expert's slices after the first as (slice index, host).
+    """
+
+    destinations: tuple[tuple[str, int], ...]
+    key_E: NDArray[np.uint16]
+    further: Mapping[int, tuple[tuple[int, str], ...]]
+    num_slices_E: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Layout:
+    """`order_N[i]` is the copy that stands at position i; `shares` are the frames to send."""
+
+    order_N: Indices
+    shares: tuple[Share, ...]
+
+
+class NoReplicaError(Exception):
+    """An expert that rows go to has no replica left; the dispatcher turns it into `UnavailableError`."""
+
+    def __init__(self, expert: int) -> None:
+        super().__init__(f"expert {expert} has no replica")
+        self.expert = expert
+
+
+def view_layer(
+    replicas: Mapping[int, Sequence[Replica]],
+    *,
+    prefer: Mapping[int, int] | None = None,
+    excluded: AbstractSet[tuple[str, int]] = frozenset(),
+) -> LayerView:
+    """Choose each expert's first replica, from index `prefer[expert]` on, that no `excluded` (host, expert) bars."""
+    chosen: dict[int, Replica] = {}
+    for expert, candidates in replicas.items():
+        start = (prefer or {}).get(expert, 0) % max(len(candidates), 1)
+        for replica in (*candidates[start:], *candidates[:start]):
+            if not any((ref.host, expert) in excluded for ref in replica.slices):
+                chosen[expert] = replica
+                break
+    destinations = tuple(sorted((replica.slices[0].host, expert) for expert, replica in chosen.items()))
+    num_experts = max(replicas, default=-1) + 1
+    key_E = np.full(num_experts, NOWHERE, dtype=np.uint16)
+    num_slices_E = np.ones(num_experts, dtype=np.int64)
+    for key, (_, expert) in enumerate(destinations):
+        key_E[expert] = key
+        num_slices_E[expert] = len(chosen[expert].slices)
+    further = {
+        expert: tuple((index, ref.host) for index, ref in enumerate(replica.slices) if index > 0)
+        for expert, replica in chosen.items()
+        if len(replica.slices) > 1
+    }
+    return LayerView(destinations=destinations, key_E=key_E, further=further, num_slices_E=num_slices_E)
+
+
+def lay_out(view: LayerView, experts_N: Indices) -> Layout:
+    """Lay out the copies whose experts are `experts_N`; ValueError for an expert the model does not have."""
+    if experts_N.size == 1:  # decode of one sequence: nothing to sort
+        order_N, counts = np.zeros(1, dtype=np.int64), _single(view, int(experts_N[0]))
+    else:
+        order_N, counts = _sort(view, experts_N)
+    runs: dict[int, tuple[int, int]] = {}  # expert to its positions; only sliced experts need them later
+    shares: list[Share] = []
+    host, host_start, stop = "", 0, 0
+    groups: list[tuple[int, int]] = []
+    for key, count in counts:
+        destination, expert = view.destinations[key]
+        if destination != host:
+            if groups:
+                shares.append(Share(host, 0, slice(host_start, stop), tuple(groups)))
+            host, host_start, groups = destination, stop, []
+        groups.append((expert, count))
+        runs[expert] = (stop, stop + count)
+        stop += count
+    if groups:
+        shares.append(Share(host, 0, slice(host_start, stop), tuple(groups)))
+    if view.further:
+        shares.extend(_further_shares(view, runs))
+    return Layout(order_N=order_N, shares=tuple(shares))
+
+
+def split(share: Share, max_rows: int) -> Iterator[Share]:
+    """Cut a share into shares of at most `max_rows` rows; an expert's run may be cut."""
+    groups: list[tuple[int, int]] = []
+    start = filled = 0
+    for expert, count in share.groups:
+        while count:
+            taken = min(count, max_rows - filled)
+            groups.append((expert, taken))
+            count -= taken
+            filled += taken
+            if filled == max_rows:
+                yield share._replace(positions=_cut(share.positions, start, start + filled), groups=tuple(groups))
+                start, filled, groups = start + filled, 0, []
+    if groups:
+        yield share._replace(positions=_cut(share.positions, start, start + filled), groups=tuple(groups))
+
+
+def _single(view: LayerView, expert: int) -> list[tuple[int, int]]:
+    if not 0 <= expert < len(view.key_E):
+        raise ValueError(f"expert {expert} is outside [0, {len(view.key_E)})")
+    key = int(view.key_E[expert])
+    if key == NOWHERE:
+        raise NoReplicaError(expert)
+    return [(key, 1)]
+
+
+def _sort(view: LayerView, experts_N: Indices) -> tuple[Indices, list[tuple[int, int]]]:
+    """Return the stable order by key, and (key, number of copies) for every key that occurs, ascending."""
+    if experts_N.size and not 0 <= experts_N.min() <= experts_N.max() < len(view.key_E):
+        raise ValueError(f"experts {experts_N.min()} to {experts_N.max()}: some are outside [0, {len(view.key_E)})")
+    keys_N = view.key_E.take(experts_N)
+    order_N = keys_N.argsort(kind="stable")  # radix sort: 16-bit keys
+    counts = np.bincount(keys_N, minlength=1)
+    present = counts.nonzero()[0].tolist()
+    if present and present[-1] == NOWHERE:
+        raise NoReplicaError(int(experts_N[keys_N == NOWHERE][0]))
+    return order_N, [(key, int(counts[key])) for key in present]
+
+
+def _further_shares(view: LayerView, runs: Mapping[int, tuple[int, int]]) -> Iterator[Share]:
+    """One share per (host, slice index) for the slices after the first of the experts in `runs`."""
+    wanted: dict[tuple[int, str], list[int]] = {}
+    for expert in runs:
+        for index, host in view.further.get(expert, ()):
+            wanted.setdefault((index, host), []).append(expert)
+    for (index, host), experts in sorted(wanted.items()):
+        experts.sort(key=lambda expert: runs[expert])
+        positions = np.concatenate([np.arange(*runs[expert]) for expert in experts])
+        groups = tuple((expert, runs[expert][1] - runs[expert][0]) for expert in experts)
+        yield Share(host, index, positions, groups)
+
+
+def _cut(positions: slice | Indices, start: int, stop: int) -> slice | Indices:
+    if isinstance(positions, slice):
+        return slice(positions.start + start, positions.start + stop)
+    return positions[start:stop]

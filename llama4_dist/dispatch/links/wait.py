@@ -1,0 +1,53 @@
+"""Waiting on many links at once. Knows nothing of frames."""
+
+import select
+from collections.abc import Mapping
+
+from llama4_dist.dispatch.links.link import Clock, Link
+
+DRIVEN_POLL_S = 0.001  # how often links without a descriptor are looked at
+
+
+class LinkWaiter:
+    """Waits until some link can be read, or written where frames are queued. The links are fixed."""
+
+    def __init__(self, links: Mapping[str, Link], clock: Clock) -> None:
+        self._links = dict(links)
+        self._clock = clock
+        self._poller = select.poll()
+        self._hosts: dict[int, str] = {}
+        self._interest: dict[int, int] = {}
+        for host, link in self._links.items():
+            descriptor = link.fileno()
+            if descriptor is not None:
+                self._hosts[descriptor] = host
+                self._watch(descriptor, select.POLLIN)
+        self._driven = frozenset(self._links) - frozenset(self._hosts.values())
+
+    def forget(self, host: str) -> None:
+        """Stop watching a link; call before it is aborted, while its descriptor is still its own."""
+        self._links.pop(host, None)
+        self._driven -= {host}
+        for descriptor in [fd for fd, name in self._hosts.items() if name == host]:
+            self._poller.unregister(descriptor)
+            del self._hosts[descriptor], self._interest[descriptor]
+
+    def wait(self, timeout_s: float) -> frozenset[str]:
+        """Return the hosts whose links are worth polling, after at most `timeout_s`."""
+        if self._driven:
+            timeout_s = min(timeout_s, DRIVEN_POLL_S)
+        if not self._hosts:
+            self._clock.sleep(timeout_s)
+            return self._driven
+        for descriptor, host in self._hosts.items():
+            wanted = select.POLLIN | select.POLLOUT if self._links[host].num_unsent else select.POLLIN
+            if wanted != self._interest[descriptor]:
+                self._watch(descriptor, wanted)
+        ready = self._poller.poll(timeout_s * 1000)
+        if not self._driven and len(ready) == 1:
+            return frozenset((self._hosts[ready[0][0]],))
+        return self._driven | {self._hosts[descriptor] for descriptor, _ in ready}
+
+    def _watch(self, descriptor: int, events: int) -> None:
+        self._poller.register(descriptor, events)
+        self._interest[descriptor] = events

@@ -1,0 +1,37 @@
+"""Counters of the two halves of dispatch; plain numbers, read by metrics and by the rebalancer."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class DispatchStats:
+    """An attention worker's view, since it began. Rows and frames are counted when posted, replies when accepted."""
+
+    rows_out: Counter[str] = field(default_factory=Counter)  # per host
+    frames_out: Counter[str] = field(default_factory=Counter)
+    bytes_out: Counter[str] = field(default_factory=Counter)  # row bytes
+    rows_in: Counter[str] = field(default_factory=Counter)
+    bytes_in: Counter[str] = field(default_factory=Counter)
+    wait_seconds: float = 0.0  # spent in `combine` without anything to do
+    resent_rows: int = 0
+    late_replies: int = 0  # late, duplicate or stale; dropped
+    refusals: Counter[str] = field(default_factory=Counter)  # NACK reason
+    lost_hosts: Counter[str] = field(default_factory=Counter)  # reason a link was given up
+
+
+@dataclass(slots=True)
+class HostStats:
+    """An expert host's view, since it began."""
+
+    rows_by_expert: Counter[tuple[int, int]] = field(default_factory=Counter)  # (layer, expert)
+    rows_by_worker: Counter[str] = field(default_factory=Counter)
+    frames_in: int = 0
+    replies: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)  # NACK reason
+    closed_links: Counter[str] = field(default_factory=Counter)  # reason a link or a half-open connection was closed
+    computations: int = 0
+    pooled_frames: int = 0  # frames that shared a computation with another
+    compute_seconds: float = 0.0
+    queue_depth: int = 0  # frames waiting now
+    links: int = 0  # links up now

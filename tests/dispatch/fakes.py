@@ -1,0 +1,189 @@
+"""Experts whose answers a reader can check by hand, random tables over any number of hosts, the slow way."""
+
+import random
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from llama4_dist.dispatch.dispatcher import Dispatcher
+from llama4_dist.dispatch.expert_server import ExpertServer
+from llama4_dist.dispatch.handshake import HostIdentity
+from llama4_dist.dispatch.links.inproc import Faults, InprocLink, inproc_pair
+from llama4_dist.dispatch.links.link import Clock, LinkLimits
+from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+
+WIDTH = 8  # D
+FFN_WIDTH = 12  # F
+NUM_LAYERS = 3
+NUM_EXPERTS = 16
+
+
+class ManualClock:
+    """Time that passes only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float, /) -> None:
+        self.now += seconds
+
+
+class ScalingExperts:
+    """Column f of expert e in layer l multiplies its input by (l + 1) + e + f, and the columns are added.
+
+    `ranges` gives the columns held of each (layer, expert). Small integers: sums are exact in any order.
+    """
+
+    def __init__(self, ranges: Mapping[tuple[int, int], tuple[int, int]]) -> None:
+        self.ranges = dict(ranges)
+        self.calls: list[tuple[int, tuple[tuple[int, int], ...]]] = []
+
+    @property
+    def holds(self) -> frozenset[tuple[int, int]]:
+        return frozenset(self.ranges)
+
+    def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None:
+        self.calls.append((layer, tuple(groups)))
+        start = 0
+        for expert, count in groups:
+            stop = start + count
+            torch.mul(x_RD[start:stop], factor(layer, expert, *self.ranges[layer, expert]), out=out_RD[start:stop])
+            start = stop
+        assert start == len(x_RD) == len(out_RD)
+
+
+def factor(layer: int, expert: int, start: int = 0, stop: int = FFN_WIDTH) -> float:
+    return float(sum(layer + 1 + expert + column for column in range(start, stop)))
+
+
+def direct(layer: int, x_TD: Tensor, experts_TK: Tensor, scores_TK: Tensor) -> Tensor:
+    """What dispatch and combine must give, one copy at a time."""
+    y_TD = torch.zeros_like(x_TD)
+    for token, experts in enumerate(experts_TK.tolist()):
+        total = None
+        for slot, expert in enumerate(experts):
+            y_D = (x_TD[token] * scores_TK[token, slot]) * factor(layer, expert)
+            total = y_D if total is None else total + y_D
+        y_TD[token] = total
+    return y_TD
+
+
+def whole(*hosts: str) -> tuple[Replica, ...]:
+    """One whole replica on each of the hosts."""
+    return tuple(Replica((SliceRef(host=host, incarnation=0, start=0, stop=FFN_WIDTH),)) for host in hosts)
+
+
+def cut(*hosts: str) -> Replica:
+    """One replica cut evenly over the hosts."""
+    size = FFN_WIDTH // len(hosts)
+    return Replica(
+        tuple(
+            SliceRef(host=host, incarnation=0, start=index * size, stop=(index + 1) * size)
+            for index, host in enumerate(hosts)
+        )
+    )
+
+
+def random_table(num_hosts: int, *, num_replicas: int = 1, seed: int = 0) -> RoutingTable:
+    """Each expert of each layer whole on `num_replicas` random hosts."""
+    draw = random.Random(seed)
+    hosts = [f"host-{index}" for index in range(num_hosts)]
+    return RoutingTable(
+        epoch=1,
+        replicas={
+            (layer, expert): whole(*draw.sample(hosts, min(num_replicas, num_hosts)))
+            for layer in range(NUM_LAYERS)
+            for expert in range(NUM_EXPERTS)
+        },
+    )
+
+
+def ranges_of(table: RoutingTable, host: str) -> dict[tuple[int, int], tuple[int, int]]:
+    """The columns of each expert that a table puts on a host."""
+    return {
+        key: (ref.start, ref.stop)
+        for key, replicas in table.replicas.items()
+        for replica in replicas
+        for ref in replica.slices
+        if ref.host == host
+    }
+
+
+def random_batch(
+    num_tokens: int, num_slots: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_TD, experts_TK (distinct per token), scores_TK."""
+    generator = torch.Generator().manual_seed(seed)
+    x_TD = torch.randn(num_tokens, WIDTH, generator=generator).to(dtype)
+    experts_TK = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).argsort(1)[:, :num_slots].contiguous()
+    scores_TK = torch.rand(num_tokens, num_slots, generator=generator).to(dtype)
+    return x_TD, experts_TK, scores_TK
+
+
+def identity(host: str) -> HostIdentity:
+    return HostIdentity(host=host, incarnation=0, model_hash="0" * 64, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS)
+
+
+class InprocCluster:
+    """Hosts of a table in this process; `dispatcher` gives each worker its own links to all of them."""
+
+    def __init__(
+        self,
+        table: RoutingTable,
+        *,
+        dtype: torch.dtype = torch.float32,
+        limits: LinkLimits | None = None,
+        pool_window_s: float = 0.0,
+    ) -> None:
+        self.table = table
+        self.dtype = dtype
+        self.limits = limits or LinkLimits(max_rows=256)
+        self.clock = ManualClock()
+        self.experts = {host: ScalingExperts(ranges_of(table, host)) for host in table.hosts}
+        self.servers = {
+            host: ExpertServer(
+                identity=identity(host),
+                compute=self.experts[host],
+                width=WIDTH,
+                dtype=dtype,
+                limits=self.limits,
+                pool_window_s=pool_window_s,
+            )
+            for host in table.hosts
+        }
+        self.ends: dict[tuple[str, str], InprocLink] = {}  # (worker, host) to the host's end
+
+    def dispatcher(
+        self,
+        worker: str = "worker-0",
+        *,
+        to_host: Faults | None = None,
+        to_worker: Faults | None = None,
+        clock: Clock | None = None,
+    ) -> Dispatcher:
+        links = {}
+        for host, server in self.servers.items():
+            links[host], end = inproc_pair(
+                worker=worker,
+                host=host,
+                limits=self.limits,
+                clock=self.clock,
+                to_host=to_host,
+                to_worker=to_worker,
+            )
+            links[host].drive = lambda server=server: server.poll(0.0)
+            server.attach(end)
+            self.ends[worker, host] = end
+        return Dispatcher(
+            worker=worker,
+            incarnation=0,
+            table=self.table,
+            links=links,
+            width=WIDTH,
+            dtype=self.dtype,
+            clock=clock or self.clock,
+        )
