@@ -38,6 +38,11 @@ class EngineStats:
     host_bytes_in: Mapping[str, int] = field(default_factory=dict)
 
 
+def is_last(output: TokenOutput) -> bool:
+    """Return whether no further output follows for this request."""
+    return output.finish_reason is not None or output.error is not None
+
+
 class Engine(Protocol):
     """Something that turns `EngineRequest`s into a stream of `TokenOutput`s; all methods are thread-safe."""
 

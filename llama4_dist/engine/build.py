@@ -1,0 +1,102 @@
+"""Puts an engine together: checkpoint, model, experts and dispatcher in one process. Never imports Ray."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from llama4_dist.model.kv_cache import KVCache
+from llama4_dist.model.llama4 import Llama4
+
+from llama4_dist.checkpoint.reader import Checkpoint
+from llama4_dist.dispatch.dispatcher import Dispatcher
+from llama4_dist.engine import kv_sizing
+from llama4_dist.engine.engine import EngineCore
+from llama4_dist.engine.inproc_hosts import start_inproc_hosts
+from llama4_dist.engine.local import LocalEngine
+from llama4_dist.engine.options import EngineOptions
+from llama4_dist.errors import ConfigError
+from llama4_dist.request import EngineLimits
+
+Progress = Callable[[int, int], None]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(name: str, stored: str) -> torch.dtype:
+    """Return the torch dtype of a name; "auto" is the dtype the checkpoint was stored in."""
+    resolved = stored if name == "auto" else name
+    if resolved not in _DTYPES:
+        raise ConfigError(f"dtype={name!r} is none of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[resolved]
+
+
+def build_engine(
+    checkpoint: Checkpoint,
+    dispatcher: Dispatcher,
+    *,
+    options: EngineOptions,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    on_close: Callable[[], None] | None = None,
+) -> LocalEngine:
+    """Load the attention side of a checkpoint and return an engine that reaches experts through `dispatcher`."""
+    config = checkpoint.config
+    model = Llama4.load(checkpoint, dtype=dtype, device=device, progress=progress)
+    num_blocks = kv_sizing.num_blocks(config, options, dtype_bytes=dtype.itemsize, memory_bytes=_memory_bytes(device))
+    limits = EngineLimits(
+        model=options.model_name or config.architecture,
+        vocab_size=config.vocab_size,
+        max_context=min(kv_sizing.max_context(config, options), num_blocks * options.block_size),
+        max_waiting=options.max_waiting,
+    )
+    core = EngineCore(
+        model,
+        KVCache(config, num_blocks=num_blocks, block_size=options.block_size, dtype=dtype, device=device),
+        dispatcher,
+        limits=limits,
+        options=replace(options, num_blocks=num_blocks),
+        eos_token_ids=checkpoint.generation.eos_token_ids or config.eos_token_ids,
+        device=device,
+    )
+    return LocalEngine(core, on_close=on_close)
+
+
+def build_single_process(
+    model_dir: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    num_inproc_hosts: int = 1,
+    options: EngineOptions | None = None,
+    num_threads: int | None = None,
+    progress: Progress | None = None,
+) -> LocalEngine:
+    """Open a checkpoint and return an engine whose experts live in this process, behind inproc links."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    with ExitStack() as resources:
+        checkpoint = Checkpoint.open(Path(model_dir))
+        resources.callback(checkpoint.close)
+        torch_dtype = resolve_dtype(dtype, checkpoint.config.dtype)
+        dispatcher = start_inproc_hosts(
+            checkpoint, num_hosts=num_inproc_hosts, dtype=torch_dtype, device=device, resources=resources
+        )
+        engine = build_engine(
+            checkpoint,
+            dispatcher,
+            options=options or EngineOptions(model_name=Path(model_dir).name),
+            dtype=torch_dtype,
+            device=device,
+            progress=progress,
+        )
+        engine.on_close = resources.pop_all().close
+    return engine
+
+
+def _memory_bytes(device: str) -> int:
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().total)

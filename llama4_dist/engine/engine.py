@@ -1,0 +1,183 @@
+"""One engine, synchronous: scheduler, KV blocks, model and sampler, one step at a time; knows no threads."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from llama4_dist.model.batch import Batch
+from llama4_dist.model.kv_cache import KVCache
+from torch import Tensor
+
+from llama4_dist.dispatch.dispatcher import Dispatcher
+from llama4_dist.engine.batch_builder import StepBatch, build_batch
+from llama4_dist.engine.block_allocator import BlockAllocator
+from llama4_dist.engine.counters import Counters
+from llama4_dist.engine.intake import check_fits, make_sequence
+from llama4_dist.engine.logprobs import position_logprobs
+from llama4_dist.engine.options import EngineOptions
+from llama4_dist.engine.plan import StepPlan
+from llama4_dist.engine.sampler import Sampled, sample
+from llama4_dist.engine.scheduler import Scheduler
+from llama4_dist.engine.sequence import SequenceState
+from llama4_dist.engine.stopping import finish_reason
+from llama4_dist.errors import DeadlineExceededError, EngineError, Llama4Error, UnavailableError
+from llama4_dist.request import EngineLimits, EngineRequest, FinishReason, TokenOutput
+
+log = logging.getLogger(__name__)
+
+
+class ForwardModel(Protocol):
+    """What the engine asks of a model; `Llama4` is one."""
+
+    def forward(self, batch: Batch, cache: KVCache, dispatcher: Dispatcher) -> Tensor: ...
+
+
+class EngineCore:
+    """Owns the sequences and the KV blocks. Not thread-safe: one thread calls everything."""
+
+    def __init__(
+        self,
+        model: ForwardModel,
+        cache: KVCache,
+        dispatcher: Dispatcher,
+        *,
+        limits: EngineLimits,
+        options: EngineOptions,
+        eos_token_ids: Sequence[int] = (),
+        device: str = "cpu",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.dispatcher = dispatcher
+        self.limits = limits
+        self.options = options
+        assert options.num_blocks is not None, "engine.build resolves num_blocks"
+        self.scheduler = Scheduler(BlockAllocator(options.num_blocks), options)
+        self.counters = Counters()
+        self.device = device
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self.clock = clock
+        self._num_arrived = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def add(self, request: EngineRequest, *, arrived_s: float | None = None) -> list[TokenOutput]:
+        """Accept a request submitted at `arrived_s` (now, if left out); a replay that was complete ends at once."""
+        check_fits(request, self.limits)
+        sequence = make_sequence(
+            request,
+            limits=self.limits,
+            eos_token_ids=self._eos_token_ids,
+            arrival=self._num_arrived,
+            now_s=self.clock() if arrived_s is None else arrived_s,
+        )
+        self._num_arrived += 1
+        self.counters.admitted += 1
+        self.scheduler.add(sequence)
+        reason = finish_reason(sequence)
+        return [] if reason is None else [self._end(sequence, finish=reason)]
+
+    def abort(self, request_id: str) -> list[TokenOutput]:
+        """Cancel a request, if it is live; its blocks are free on return."""
+        sequence = self.scheduler.get(request_id)
+        return [] if sequence is None else [self._end(sequence, finish=FinishReason.CANCELLED)]
+
+    def fail_all(self, error: Llama4Error) -> list[TokenOutput]:
+        """End every live request with this error."""
+        return [self._end(sequence, error=error) for sequence in self.scheduler.live()]
+
+    def step(self) -> list[TokenOutput]:
+        """Run one step and return what it produced, ends and errors included."""
+        started_s = self.clock()
+        outputs = self._expire(started_s)
+        plan = self.scheduler.schedule()
+        for sequence in plan.admitted:
+            if sequence.queue_s is None:
+                sequence.queue_s = started_s - sequence.arrived_s
+                self.counters.prompt_tokens += sequence.num_prompt_tokens
+        self.counters.add_seconds("schedule", self.clock() - started_s)
+        if plan.spans:
+            outputs += self._compute(plan)
+        if self.options.debug_invariants:
+            self.scheduler.check()
+        return outputs
+
+    def _compute(self, plan: StepPlan) -> list[TokenOutput]:
+        try:
+            step_batch = build_batch(plan, step=self.counters.next_step(), device=self.device)
+            logits_PV = self.forward(step_batch.batch)
+            started_s = self.clock()
+            self._collect_prompt_logprobs(step_batch, logits_PV)
+            for span in plan.spans:
+                span.sequence.num_cached += span.num_tokens
+            results = sample(logits_PV[list(step_batch.sampled_rows)], step_batch.sampled)
+            self.counters.add_seconds("sample", self.clock() - started_s)
+        except UnavailableError as error:
+            log.warning("step_unavailable reason=%s sequences=%d", error.reason, len(plan.spans))
+            return [self._end(span.sequence, error=error) for span in plan.spans]
+        except Exception as error:
+            log.exception("step_failed sequences=%d", len(self.scheduler.running))
+            failure = EngineError(f"the engine failed in a step: {type(error).__name__}")
+            return [self._end(sequence, error=failure) for sequence in tuple(self.scheduler.running)]
+        return [self._commit(sequence, result) for sequence, result in zip(step_batch.sampled, results, strict=True)]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Run the model on a batch, timed."""
+        started_s = self.clock()
+        logits_PV = self.model.forward(batch, self.cache, self.dispatcher)
+        self.counters.add_seconds("model", self.clock() - started_s)
+        return logits_PV
+
+    def _collect_prompt_logprobs(self, step_batch: StepBatch, logits_PV: Tensor) -> None:
+        for rows in step_batch.prompt_rows:
+            sequence = rows.sequence
+            found = sequence.prompt_logprobs or [None]
+            # After a preemption the first positions come again; they are known.
+            skip = len(found) - 1 - rows.first_position
+            first = rows.start + max(0, skip)
+            targets = sequence.tokens[len(found) : len(found) + rows.stop - first]
+            num_top = [sequence.sampling.prompt_logprobs or 0] * len(targets)
+            sequence.prompt_logprobs = found
+            sequence.prompt_logprobs += position_logprobs(logits_PV[first : rows.stop], targets, num_top)
+
+    def _commit(self, sequence: SequenceState, result: Sampled | Llama4Error) -> TokenOutput:
+        """Append a sampled token and say so; tokens leave the engine only here, after the whole step."""
+        if isinstance(result, Llama4Error):
+            return self._end(sequence, error=result)
+        sequence.append(result.token_id)
+        self.counters.generated_tokens += 1
+        reason = finish_reason(sequence)
+        if reason is not None:
+            self._forget(sequence, finish=reason)
+        first = sequence.first_output
+        sequence.first_output = False
+        return TokenOutput(
+            request_id=sequence.request_id,
+            token_ids=(result.token_id,),
+            logprobs=None if result.logprobs is None else (result.logprobs,),
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
+            finish_reason=reason,
+            stop_token_id=result.token_id if reason is FinishReason.STOP else None,
+            queue_s=sequence.queue_s if first else None,
+        )
+
+    def _expire(self, now_s: float) -> list[TokenOutput]:
+        late = [s for s in self.scheduler.live() if s.deadline_s is not None and now_s >= s.deadline_s]
+        return [
+            self._end(s, error=DeadlineExceededError(f"the deadline of {s.request.timeout_s} s passed; raise timeout"))
+            for s in late
+        ]
+
+    def _end(
+        self, sequence: SequenceState, *, finish: FinishReason | None = None, error: Llama4Error | None = None
+    ) -> TokenOutput:
+        self._forget(sequence, finish=finish)
+        return TokenOutput(request_id=sequence.request_id, finish_reason=finish, error=error)
+
+    def _forget(self, sequence: SequenceState, *, finish: FinishReason | None) -> None:
+        self.scheduler.remove(sequence)
+        self.counters.count_end(finish)

@@ -1,0 +1,68 @@
+"""Starts expert hosts inside this process, behind inproc links; the cluster does it with processes and sockets."""
+
+from contextlib import ExitStack
+
+import torch
+
+from llama4_dist.checkpoint.reader import Checkpoint
+from llama4_dist.dispatch.dispatcher import Dispatcher
+from llama4_dist.dispatch.expert_server import ExpertServer
+from llama4_dist.dispatch.handshake import HostIdentity
+from llama4_dist.dispatch.links.inproc import inproc_pair
+from llama4_dist.dispatch.links.link import Link, LinkLimits
+from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+from llama4_dist.errors import ConfigError
+from llama4_dist.model.expert import Experts
+
+WORKER = "local"
+
+
+def start_inproc_hosts(
+    checkpoint: Checkpoint, *, num_hosts: int, dtype: torch.dtype, device: str, resources: ExitStack
+) -> Dispatcher:
+    """Spread the experts over `num_hosts` hosts and return a dispatcher linked to each; `resources` closes it."""
+    if num_hosts < 1:
+        raise ConfigError(f"num_inproc_hosts={num_hosts} must be at least 1")
+    config = checkpoint.config
+    host_of = {
+        (layer, expert): f"e{expert % num_hosts}"
+        for layer in config.moe_layer_ids
+        for expert in range(config.num_experts)
+    }
+    limits = LinkLimits()
+    links: dict[str, Link] = {}
+    for host in sorted(set(host_of.values())):
+        weights = {key: checkpoint.expert(*key) for key, holder in host_of.items() if holder == host}
+        server = ExpertServer(
+            identity=HostIdentity(
+                host=host,
+                incarnation=0,
+                model_hash=checkpoint.model_hash,
+                num_layers=config.num_layers,
+                num_experts=config.num_experts,
+            ),
+            compute=Experts(weights, width=config.hidden_size, dtype=dtype, device=device),
+            width=config.hidden_size,
+            dtype=dtype,
+            limits=limits,
+        )
+        workers_end, hosts_end = inproc_pair(worker=WORKER, host=host, limits=limits)
+        server.attach(hosts_end)
+        workers_end.drive = lambda server=server: server.poll(0.0)
+        links[host] = workers_end
+    whole = {key: _whole(host, config.expert_width) for key, host in host_of.items()}
+    dispatcher = Dispatcher(
+        worker=WORKER,
+        incarnation=0,
+        table=RoutingTable(epoch=1, replicas=whole),
+        links=links,
+        width=config.hidden_size,
+        dtype=dtype,
+        device=device,
+    )
+    resources.callback(dispatcher.close)
+    return dispatcher
+
+
+def _whole(host: str, width: int) -> tuple[Replica, ...]:
+    return (Replica(slices=(SliceRef(host=host, incarnation=0, start=0, stop=width),)),)

@@ -1,0 +1,62 @@
+"""Computes the logits of every position of a text, one chunk at a time, so that running requests go on in between."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from llama4_dist.model.batch import Batch, SequenceSpan
+from torch import Tensor
+
+from llama4_dist.engine.engine import EngineCore
+from llama4_dist.engine.plan import blocks_for
+from llama4_dist.errors import FieldViolation, InvalidRequestError
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class ScoreJob:
+    """A text half scored: `parts` hold the logits of the first `num_cached` positions."""
+
+    owner: str
+    token_ids: tuple[int, ...]
+    chunk_size: int
+    blocks: tuple[int, ...] = ()
+    num_cached: int = 0
+    parts: list[Tensor] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return self.num_cached == len(self.token_ids)
+
+
+def make_job(core: EngineCore, owner: str, token_ids: Sequence[int], chunk_size: int | None) -> ScoreJob:
+    """Check a text against the engine's limits. Raises InvalidRequestError."""
+    limits, options = core.limits, core.options
+    if not 1 <= len(token_ids) <= limits.max_context:
+        raise _invalid("token_ids", f"{len(token_ids)} tokens; give 1 to {limits.max_context}")
+    if not all(0 <= token_id < limits.vocab_size for token_id in token_ids):
+        raise _invalid("token_ids", f"each id must be in [0, {limits.vocab_size})")
+    if chunk_size is not None and chunk_size < 1:
+        raise _invalid("chunk_size", f"{chunk_size} must be at least 1")
+    largest = options.max_num_batched_tokens
+    size = min(largest, options.max_logit_rows) if chunk_size is None else min(chunk_size, largest)
+    return ScoreJob(owner=owner, token_ids=tuple(token_ids), chunk_size=size)
+
+
+def advance(core: EngineCore, job: ScoreJob) -> None:
+    """Score the next chunk; the first one borrows the blocks, preempting the youngest sequences if it must."""
+    if not job.blocks:
+        job.blocks = core.scheduler.borrow(job.owner, blocks_for(len(job.token_ids), core.options.block_size))
+    chunk = job.token_ids[job.num_cached : job.num_cached + job.chunk_size]
+    span = SequenceSpan(num_tokens=len(chunk), num_cached=job.num_cached, blocks=job.blocks)
+    batch = Batch(
+        step=core.counters.next_step(),
+        token_ids_T=torch.tensor(chunk, dtype=torch.int64, device=core.device),
+        spans=(span,),
+        logit_rows=tuple(range(len(chunk))),
+    )
+    job.parts.append(core.forward(batch).cpu())
+    job.num_cached += len(chunk)
+
+
+def _invalid(field_name: str, description: str) -> InvalidRequestError:
+    return InvalidRequestError([FieldViolation(field=field_name, description=description)])

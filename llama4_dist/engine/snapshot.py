@@ -1,0 +1,50 @@
+"""Builds `EngineStats` from a core that another thread may be stepping; reads single values, takes no lock."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from llama4_dist.engine.engine import EngineCore
+from llama4_dist.engine.port import EngineStats
+
+
+def snapshot(core: EngineCore) -> EngineStats:
+    """Return the counters of now; values read while a step runs may be one step apart."""
+    counters, scheduler = core.counters, core.scheduler
+    waiting = tuple(scheduler.waiting)
+    now_s = core.clock()
+    traffic = core.dispatcher.stats()
+    return EngineStats(
+        requests_running=len(scheduler.running),
+        requests_waiting=len(waiting),
+        kv_blocks_total=scheduler.allocator.num_blocks,
+        kv_blocks_free=scheduler.allocator.num_free,
+        steps=counters.steps,
+        prompt_tokens=counters.prompt_tokens,
+        generated_tokens=counters.generated_tokens,
+        preemptions=scheduler.num_preemptions,
+        requests_admitted=counters.admitted,
+        requests_finished=counters.finished,
+        requests_cancelled=counters.cancelled,
+        requests_failed=counters.failed,
+        max_queue_age_s=max((now_s - sequence.arrived_s for sequence in waiting), default=0.0),
+        station_seconds=dict(counters.station_seconds) | {"dispatch_wait": traffic.wait_seconds},
+        host_rows=dict(traffic.rows_out),
+        host_bytes_out=dict(traffic.bytes_out),
+        host_bytes_in=dict(traffic.bytes_in),
+    )
+
+
+def add_stats(parts: Sequence[EngineStats]) -> EngineStats:
+    """Return the sums over several engines; of the queue age, the largest."""
+    total: dict[str, Any] = {}
+    for field in fields(EngineStats):
+        values = [getattr(part, field.name) for part in parts]
+        if field.name == "max_queue_age_s":
+            total[field.name] = max(values)
+        elif isinstance(values[0], (int, float)):
+            total[field.name] = sum(values)
+        else:
+            total[field.name] = dict(sum(map(Counter, values), Counter()))
+    return EngineStats(**total)

@@ -1,0 +1,189 @@
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from llama4_dist.engine.block_allocator import BlockAllocator
+from llama4_dist.engine.options import EngineOptions
+from llama4_dist.engine.plan import StepPlan
+from llama4_dist.engine.scheduler import Scheduler
+from llama4_dist.engine.sequence import SequenceState
+from tests.engine.sequences import sequence
+
+
+def make_scheduler(num_blocks: int, **options: Any) -> Scheduler:
+    fields = {"block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 16} | options
+    return Scheduler(BlockAllocator(num_blocks), EngineOptions(**fields))
+
+
+def compute(plan: StepPlan) -> list[SequenceState]:
+    """Do what the engine does with a plan, with a model that always says 7; return who got a token."""
+    done = []
+    for span in plan.spans:
+        span.sequence.num_cached += span.num_tokens
+        if span.sequence.num_pending == 0:
+            span.sequence.append(7)
+            done.append(span.sequence)
+    return done
+
+
+def spans(plan: StepPlan) -> list[tuple[str, int]]:
+    return [(span.sequence.request_id, span.num_tokens) for span in plan.spans]
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_decodes() -> None:
+    scheduler = make_scheduler(100)
+    scheduler.add(sequence("a", (1, 2), arrival=0))
+    assert spans(scheduler.schedule()) == [("a", 2)]
+    compute_all = scheduler.running[0]
+    compute_all.num_cached = 2
+    compute_all.append(7)
+    scheduler.add(sequence("b", tuple(range(40)), arrival=1))
+    seen = []
+    for _ in range(4):
+        plan = scheduler.schedule()
+        seen.append(spans(plan))
+        compute(plan)
+    # 16 tokens a step: one decode first, the rest is prefill.
+    assert seen == [[("a", 1), ("b", 15)], [("a", 1), ("b", 15)], [("a", 1), ("b", 10)], [("a", 1), ("b", 1)]]
+
+
+def test_requests_start_in_order_of_arrival_within_a_priority() -> None:
+    scheduler = make_scheduler(100, max_num_seqs=3)
+    for arrival, (name, priority) in enumerate([("a", 1), ("b", 0), ("c", 1), ("d", 0)]):
+        scheduler.add(sequence(name, (1, 2), arrival=arrival, priority=priority))
+    assert [name for name, _ in spans(scheduler.schedule())] == ["b", "d", "a"]
+    assert [s.request_id for s in scheduler.waiting] == ["c"]
+
+
+def test_a_short_prompt_does_not_overtake_one_that_waits_for_blocks() -> None:
+    scheduler = make_scheduler(4)
+    scheduler.add(sequence("a", (1,) * 8, arrival=0))
+    compute(scheduler.schedule())
+    scheduler.add(sequence("long", (1,) * 12, arrival=1))
+    scheduler.add(sequence("short", (1,), arrival=2))
+    plan = scheduler.schedule()
+    assert [s.request_id for s in plan.admitted] == []
+    scheduler.remove(scheduler.running[0])
+    assert [s.request_id for s in scheduler.schedule().admitted] == ["long", "short"]
+
+
+def test_the_youngest_is_preempted_when_blocks_run_out_and_keeps_its_tokens() -> None:
+    scheduler = make_scheduler(4)
+    scheduler.add(sequence("old", (1,) * 7, arrival=0))
+    scheduler.add(sequence("young", (2,) * 7, arrival=1))
+    while not scheduler.num_preemptions:
+        compute(scheduler.schedule())
+        scheduler.check()
+    (young,) = scheduler.waiting
+    assert young.request_id == "young"
+    assert (young.num_cached, young.blocks, young.tokens) == (0, [], [2] * 7 + [7] * 2)
+    assert [s.request_id for s in scheduler.running] == ["old"]
+
+
+def test_prompt_logprobs_bound_the_rows_of_logits_of_a_step() -> None:
+    scheduler = make_scheduler(100, max_logit_rows=5)
+    for arrival, name in enumerate("ab"):
+        scheduler.add(sequence(name, tuple(range(6)), arrival=arrival, prompt_logprobs=1))
+    assert spans(scheduler.schedule()) == [("a", 5)]
+
+
+def test_blocks_can_be_borrowed_at_the_cost_of_the_youngest() -> None:
+    scheduler = make_scheduler(4)
+    for arrival, name in enumerate("ab"):
+        scheduler.add(sequence(name, (1,) * 7, arrival=arrival))
+    compute(scheduler.schedule())
+    scheduler.borrow("score", 2)
+    scheduler.check()
+    assert [s.request_id for s in scheduler.running] == ["a"]
+    assert scheduler.schedule().admitted == ()
+    scheduler.give_back("score")
+    scheduler.give_back("score")
+    assert [s.request_id for s in scheduler.schedule().admitted] == ["b"]
+    scheduler.check()
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Any interleaving of submit, step, abort, finish and borrow: no block is lost, every bound holds."""
+
+    NUM_BLOCKS = 9
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = make_scheduler(self.NUM_BLOCKS, max_num_seqs=3, max_num_batched_tokens=8, max_logit_rows=3)
+        self.arrivals = 0
+        self.borrowed: list[str] = []
+
+    @rule(
+        length=st.integers(1, 20),
+        num_outputs=st.integers(1, 12),
+        priority=st.integers(0, 1),
+        logprobs=st.sampled_from([None, 0]),
+    )
+    def submit(self, length: int, num_outputs: int, priority: int, logprobs: int | None) -> None:
+        made = sequence(
+            f"r{self.arrivals}", (1,) * length, arrival=self.arrivals, priority=priority, prompt_logprobs=logprobs
+        )
+        made.max_tokens = num_outputs  # at most 32 tokens: any sequence fits the empty cache of 36
+        self.scheduler.add(made)
+        self.arrivals += 1
+
+    @rule()
+    def step(self) -> None:
+        before = {s.request_id: len(s.tokens) + s.num_cached for s in self.scheduler.running}
+        oldest = min(self.scheduler.live(), key=lambda s: s.order, default=None)
+        plan = self.scheduler.schedule()
+        assert sum(span.num_tokens for span in plan.spans) <= 8
+        assert all(span.num_tokens >= 1 for span in plan.spans)
+        assert sum(span.num_tokens for span in plan.spans if span.sequence.wants_prompt_logprobs) <= 3
+        for span in plan.spans:
+            assert len(span.sequence.blocks) * 4 >= span.sequence.num_cached + span.num_tokens
+        if oldest is not None and not self.borrowed:
+            advanced = [span.sequence for span in plan.spans]
+            assert oldest in advanced or oldest not in self.scheduler.running or not before, "the oldest starved"
+            assert advanced, "work is waiting and nothing runs"
+        for sequence_ in compute(plan):
+            sequence_.prompt_logprobs = [None] * sequence_.num_prompt_tokens
+            if sequence_.num_output_tokens >= sequence_.max_tokens:
+                self.scheduler.remove(sequence_)
+
+    @precondition(lambda self: self.scheduler.live())
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.scheduler.remove(data.draw(st.sampled_from(self.scheduler.live())))
+
+    @precondition(lambda self: not self.borrowed)
+    @rule(count=st.integers(1, NUM_BLOCKS))
+    def borrow(self, count: int) -> None:
+        assert len(self.scheduler.borrow("score", count)) == count
+        self.borrowed.append("score")
+
+    @precondition(lambda self: self.borrowed)
+    @rule()
+    def give_back(self) -> None:
+        self.scheduler.give_back(self.borrowed.pop())
+
+    @invariant()
+    def blocks_are_conserved_and_bounds_hold(self) -> None:
+        self.scheduler.check()
+        assert len(self.scheduler.running) <= 3
+        orders = [s.order for s in self.scheduler.running]
+        assert orders == sorted(orders)
+
+    def teardown(self) -> None:
+        """Left alone, everything ends and every block is free again."""
+        while self.borrowed:
+            self.scheduler.give_back(self.borrowed.pop())
+        for _ in range(2000):
+            if not self.scheduler.live():
+                break
+            self.step()
+        assert not self.scheduler.live()
+        assert self.scheduler.allocator.num_free == self.NUM_BLOCKS
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, database=None
+)
+TestScheduler = SchedulerMachine.TestCase
