@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 
 from llama4_dist.errors import ConfigError, Llama4Error, PermissionDeniedError, UnauthenticatedError
+from llama4_dist.gateway.handlers import Context, Handler
 from llama4_dist.gateway.metrics import Metrics
 from llama4_dist.rpc import status
 
@@ -22,8 +23,6 @@ MIN_TOKEN_CHARS = 16
 MAX_TOKENS = 1024
 MAX_FILE_BYTES = 256 * 1024
 OPEN_PREFIX = "/grpc.health.v1.Health/"
-
-Handler = grpc.RpcMethodHandler[Any, Any]
 
 
 class Scope(IntEnum):
@@ -120,7 +119,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
     def _refusal(self, error: Llama4Error) -> Handler:
         answer = status.to_status(error)
 
-        async def refuse(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+        async def refuse(request: bytes, context: Context) -> bytes:
             self._metrics.observe_refusal("any", status.code_of(error).name, error.reason)
             await context.abort(status.code_of(error), answer.message, status.trailing_metadata(error, answer))
 

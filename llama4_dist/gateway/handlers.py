@@ -6,7 +6,7 @@ is ours. A field this server does not know is refused: ignoring it would silentl
 
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf import descriptor, message, message_factory
@@ -15,7 +15,12 @@ from llama4_dist.errors import FieldViolation, InvalidRequestError, Llama4Error
 from llama4_dist.gateway.metrics import Metrics
 from llama4_dist.rpc import status
 
-Context = grpc.aio.ServicerContext[Any, Any]
+if TYPE_CHECKING:  # generic in the type stubs only
+    Context = grpc.aio.ServicerContext[Any, Any]
+    Handler = grpc.RpcMethodHandler[Any, Any]
+else:
+    Context = grpc.aio.ServicerContext
+    Handler = grpc.RpcMethodHandler
 Unary = Callable[[Any, Context], Awaitable[message.Message]]
 Streaming = Callable[[Any, Context], Awaitable[None]]  # writes its answers to the context
 
@@ -33,9 +38,7 @@ def service_handler(service: descriptor.ServiceDescriptor, methods: object, metr
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
-def unary_handler(
-    method: Unary, request_class: type[message.Message], metrics: Metrics, name: str
-) -> grpc.RpcMethodHandler[Any, Any]:
+def unary_handler(method: Unary, request_class: type[message.Message], metrics: Metrics, name: str) -> Handler:
     """Wrap a method that answers once."""
 
     async def call(data: bytes, context: Context) -> message.Message:
@@ -50,9 +53,7 @@ def unary_handler(
     return grpc.unary_unary_rpc_method_handler(call, response_serializer=serialize)
 
 
-def streaming_handler(
-    method: Streaming, request_class: type[message.Message], metrics: Metrics, name: str
-) -> grpc.RpcMethodHandler[Any, Any]:
+def streaming_handler(method: Streaming, request_class: type[message.Message], metrics: Metrics, name: str) -> Handler:
     """Wrap a method that answers with a stream."""
 
     async def call(data: bytes, context: Context) -> None:

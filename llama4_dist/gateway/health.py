@@ -37,11 +37,6 @@ class Health:
             raise NotFoundError("no such health service: use liveness, readiness or startup")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
-    async def List(self, request: health_pb2.HealthListRequest, context: Context) -> health_pb2.HealthListResponse:
-        """Answer all conditions."""
-        statuses = {name: health_pb2.HealthCheckResponse(status=self._status(name)) for name in self._serving}
-        return health_pb2.HealthListResponse(statuses=statuses)
-
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         """Stream a condition; SERVICE_UNKNOWN for a name there is not, as the protocol wants."""
         last = None

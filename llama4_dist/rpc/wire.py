@@ -1,11 +1,12 @@
 """Public requests ⇄ the dataclasses of request.py; checks that a message can be said in them, not what it asks for."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llama4_dist.errors import FieldViolation, InvalidRequestError, UnsupportedError
-from llama4_dist.request import Message, Sampling
+from llama4_dist.request import Message, Prompt, Sampling
 from llama4_dist.v1 import inference_pb2, types_pb2
 
 # Sampling's field → (the message it stands in, its name there).
@@ -135,28 +136,46 @@ def sampling_from_proto(message: GenerationMessage, defaults: Sampling) -> Sampl
     return replace(defaults, **given)
 
 
-def call_to_proto(call: GenerationCall) -> GenerationMessage:
-    """Write a request; every sampling field is stated, so the server's defaults do not matter."""
-    message = inference_pb2.ChatRequest() if call.is_chat else inference_pb2.GenerateRequest()
-    try:
-        if isinstance(message, inference_pb2.ChatRequest):
-            message.messages.extend(messages_to_proto([item for item in call.prompt if isinstance(item, Message)]))
-        elif isinstance(call.prompt, str):
-            message.text = call.prompt
+def generate_to_proto(
+    prompt: Prompt, sampling: Sampling | None, *, model: str, request_id: str, priority: int
+) -> inference_pb2.GenerateRequest:
+    """Write a request that asks for tokens too; `sampling` None leaves everything to the server's defaults."""
+    with sendable():
+        message = inference_pb2.GenerateRequest(model=model, request_id=request_id, priority=priority)
+        message.response.return_token_ids = message.response.return_prompt_token_ids = True
+        if isinstance(prompt, str):
+            message.text = prompt
         else:
-            message.token_ids.ids.extend(token for token in call.prompt if isinstance(token, int))
-        message.model, message.request_id, message.priority = call.model, call.request_id, call.priority
-        message.response.return_token_ids = call.return_token_ids
-        message.response.return_prompt_token_ids = call.return_prompt_token_ids
-        sampling_to_proto(call.sampling, message)
-    except (TypeError, ValueError) as error:
-        # protobuf's own range and type checks: the value cannot even be sent
-        raise invalid("request", f"a value cannot be sent: {error}") from None
+            message.token_ids.CopyFrom(types_pb2.TokenIds(ids=prompt))
+        sampling_to_proto(sampling, message)
     return message
 
 
-def sampling_to_proto(sampling: Sampling, message: GenerationMessage) -> None:
+def chat_to_proto(
+    messages: Sequence[Message], sampling: Sampling | None, *, model: str, request_id: str, priority: int
+) -> inference_pb2.ChatRequest:
+    """Write a chat request that asks for tokens too."""
+    with sendable():
+        message = inference_pb2.ChatRequest(model=model, request_id=request_id, priority=priority)
+        message.response.return_token_ids = message.response.return_prompt_token_ids = True
+        message.messages.extend(messages_to_proto(messages))
+        sampling_to_proto(sampling, message)
+    return message
+
+
+@contextmanager
+def sendable() -> Iterator[None]:
+    """Turn protobuf's own type and range errors into InvalidRequestError: such a value cannot even be sent."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise invalid("request", f"a value cannot be sent: {error}") from None
+
+
+def sampling_to_proto(sampling: Sampling | None, message: GenerationMessage) -> None:
     """Write every field that has a value; None stays absent."""
+    if sampling is None:
+        return
     for name, (part, field) in FIELDS.items():
         if (value := getattr(sampling, name)) is not None:
             setattr(getattr(message, part), field, value)
