@@ -1,0 +1,103 @@
+"""The Llama 4 text decoder: one step of packed tokens in, logits out. Routed experts are reached by a dispatcher."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama4_dist.checkpoint.reader import Checkpoint
+from llama4_dist.config import ModelConfig
+from llama4_dist.model.attention import Attention
+from llama4_dist.model.attention_plan import StepPlan, plan_step
+from llama4_dist.model.batch import Batch
+from llama4_dist.model.feed_forward import FeedForward
+from llama4_dist.model.kv_cache import KVCache
+from llama4_dist.model.linear import linear
+from llama4_dist.model.moe import Dispatcher, MixtureOfExperts
+from llama4_dist.model.norm import rms_norm
+from llama4_dist.model.rope import frequencies
+from llama4_dist.model.router import Router
+from llama4_dist.model.weights import Weights
+
+
+class DecoderLayer:
+    """x += attention(norm(x)); x += feed_forward(norm(x)). Source: transformers `Llama4TextDecoderLayer`."""
+
+    def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
+        prefix = f"model.layers.{layer}"
+        self.eps = config.rms_norm_eps
+        self.input_norm_D = weights.matrix(f"{prefix}.input_layernorm.weight")
+        self.attention = Attention(config, layer, weights)
+        self.post_attention_norm_D = weights.matrix(f"{prefix}.post_attention_layernorm.weight")
+        self.feed_forward: MixtureOfExperts | FeedForward
+        if config.moe_layers[layer]:
+            router = Router(weights.matrix(f"{prefix}.feed_forward.router.weight"), config.experts_per_token)
+            shared_expert = FeedForward(f"{prefix}.feed_forward.shared_expert", weights)
+            self.feed_forward = MixtureOfExperts(layer, router, shared_expert)
+        else:
+            self.feed_forward = FeedForward(f"{prefix}.feed_forward", weights)
+
+    def __call__(self, x_TD: Tensor, plan: StepPlan, cache: KVCache, dispatcher: Dispatcher) -> None:
+        """Add the layer's outputs to the residual stream `x_TD` in place."""
+        x_TD += self.attention(rms_norm(x_TD, self.input_norm_D, self.eps), plan, cache)
+        h_TD = rms_norm(x_TD, self.post_attention_norm_D, self.eps)
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            x_TD[: plan.num_tokens] += self.feed_forward(h_TD, plan.num_tokens, dispatcher)
+        else:
+            x_TD += self.feed_forward(h_TD)
+
+
+class Llama4:
+    """The decoder without its routed experts. `forward` keeps nothing between calls except in the cache it is given."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, *, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        self.config = config
+        self.frequencies_C = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.embedding_VD = weights.matrix("model.embed_tokens.weight")
+        self.layers: list[DecoderLayer] = []
+        for layer in range(config.num_layers):
+            self.layers.append(DecoderLayer(config, layer, weights))
+            if progress:
+                progress(layer + 1, config.num_layers)
+        self.norm_D = weights.matrix("model.norm.weight")
+        self.head_VD = self.embedding_VD if config.tie_word_embeddings else weights.matrix("lm_head.weight")
+        self.num_parameters = weights.num_parameters
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "Llama4":
+        """Read all weights but the routed experts'; `progress` is told (layers read, layers in all)."""
+        weights = Weights(checkpoint, dtype=dtype, device=torch.device(device))
+        return cls(checkpoint.config, weights, progress=progress)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: KVCache, dispatcher: Dispatcher) -> Tensor:
+        """Run one step and return the float32 logits [P, V] of `batch.logit_rows`."""
+        embedding_VD = self.embedding_VD
+        plan = plan_step(
+            batch.spans,
+            config=self.config,
+            frequencies_C=self.frequencies_C,
+            block_size=cache.block_size,
+            dtype=embedding_VD.dtype,
+            device=embedding_VD.device,
+        )
+        dispatcher.begin_step(batch.step)
+        # All row-wise work runs on a tile of rows; the rows past `num_tokens` are thrown away at the end.
+        num_padding = plan.rotation_T1C.shape[0] - plan.num_tokens
+        x_TD = embedding_VD[F.pad(batch.token_ids_T.to(embedding_VD.device), (0, num_padding))]
+        for layer in self.layers:
+            layer(x_TD, plan, cache, dispatcher)
+        if not batch.logit_rows:
+            return x_TD.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+        x_PD = rms_norm(x_TD[list(batch.logit_rows)], self.norm_D, self.config.rms_norm_eps)
+        return linear(x_PD, self.head_VD).float()

@@ -1,0 +1,36 @@
+"""The mixture-of-experts layer: route, send rows away, run the shared expert meanwhile, take the outputs in."""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from llama4_dist.model.feed_forward import FeedForward
+from llama4_dist.model.router import Router
+
+
+class Dispatcher(Protocol):
+    """What a model asks of whoever reaches the experts; `dispatch.Dispatcher` is one."""
+
+    def begin_step(self, step: int) -> None: ...
+
+    def dispatch(self, layer: int, x_TD: Tensor, experts_TK: Tensor, scores_TK: Tensor, microbatch: int = 0) -> Any: ...
+
+    def combine(self, in_flight: Any) -> Tensor: ...
+
+
+class MixtureOfExperts:
+    """Source: transformers `Llama4TextMoe`. The routed experts themselves live elsewhere."""
+
+    def __init__(self, layer: int, router: Router, shared_expert: FeedForward) -> None:
+        self.layer = layer
+        self.router = router
+        self.shared_expert = shared_expert
+
+    def __call__(self, x_TD: Tensor, num_tokens: int, dispatcher: Dispatcher) -> Tensor:
+        """Return the layer's output for the first `num_tokens` rows; the others are padding and stay here."""
+        route = self.router(x_TD)
+        in_flight = dispatcher.dispatch(
+            self.layer, x_TD[:num_tokens], route.experts_TK[:num_tokens], route.scores_TK[:num_tokens]
+        )
+        shared_TD = self.shared_expert(x_TD)[:num_tokens]
+        return shared_TD + dispatcher.combine(in_flight)

@@ -1,0 +1,14 @@
+"""Root-mean-square normalisation, with a learned weight or without one."""
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+    """Normalise the last dimension in float32, cast back, and only then multiply by the weight.
+
+    Source: transformers `Llama4TextRMSNorm`; without a weight it is `Llama4TextL2Norm`, the QK-norm.
+    """
+    x_float = x_TD.float()
+    normed_TD = (x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + eps)).to(x_TD.dtype)
+    return normed_TD if weight_D is None else normed_TD * weight_D
