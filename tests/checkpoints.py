@@ -19,6 +19,9 @@ from torch import Tensor
 
 from tests.presets import BASE, NUM_RANKS, PRESETS, VISION
 
+# Twice the usual size, so that attention and routing have clear winners and tuning them shows.
+_STRONG = ("q_proj.weight", "router.weight", "lm_head.weight", "embed_tokens.weight")
+
 
 def make_checkpoint(
     path: Path | str,
@@ -150,7 +153,7 @@ def _random(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     if "norm" in name:
         return values * 0.2 + (0.0 if name.endswith("bias") else 1.0)
     fan_in = shape[1] if len(shape) > 1 else 4  # of [out, in] and of [E, in, out]
-    gain = 2.0 if name.endswith(("router.weight", "lm_head.weight", "embed_tokens.weight")) else 1.0  # clear winners
+    gain = 2.0 if name.endswith(_STRONG) else 1.0
     return values * (gain / fan_in**0.5)
 
 

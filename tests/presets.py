@@ -26,7 +26,7 @@ BASE: dict[str, Any] = {
     "attention_chunk_size": 16,
     "attn_temperature_tuning": True,
     "floor_scale": 32,
-    "attn_scale": 0.1,
+    "attn_scale": 0.5,  # 0.1 is published; 1 + 0.1 ln 4 would hardly show in 100 tokens
     "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
@@ -56,6 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "behemoth": {"head_dim": 32, "rope_scaling": LLAMA3_SCALING},
     "dense": {  # the shape of Meta's small dense models: no experts, no NoPE, no chunks in reach, tied head
         "moe_layers": [],
+        "interleave_moe_layer_step": 0,
         "no_rope_layers": [1, 1, 1, 1],
         "layer_types": ["full_attention"] * 4,
         "attention_chunk_size": 32768,
