@@ -1,0 +1,1 @@
+"""Reads checkpoints: config.json, safetensors shards and their index, slice by slice from memory maps."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llama4_dist.checkpoint.config_fields import Fields
 from llama4_dist.checkpoint.config_layers import chunked_layers, moe_layers, rope_layers
-from llama4_dist.checkpoint.directory import read_json_bytes
+from llama4_dist.checkpoint.directory import read_small_file
 from llama4_dist.checkpoint.fault import shown
 from llama4_dist.checkpoint.strict_json import parse_object
 from llama4_dist.config import ModelConfig, RopeScaling
@@ -27,7 +27,7 @@ MAX_VOCAB, MAX_POSITIONS = 2**22, 2**31
 
 def read_config(directory: Path) -> ModelConfig:
     """Read and check `directory`/config.json; raise CheckpointError naming the key that is wrong."""
-    return parse_config(read_json_bytes(directory, CONFIG))
+    return parse_config(read_small_file(directory, CONFIG))
 
 
 def parse_config(raw: bytes) -> ModelConfig:
@@ -161,8 +161,9 @@ def _warn_of_old_scaling(num_experts: int, scaling: RopeScaling | None) -> None:
 
 
 def _chunk_size(text: Fields, has_chunked: bool) -> int | None:
-    default = None if not has_chunked else text.find("attention_chunk_size")
-    return text.integer("attention_chunk_size", minimum=1, maximum=MAX_POSITIONS, default=default)
+    if not has_chunked and not text.has("attention_chunk_size"):
+        return None
+    return text.integer("attention_chunk_size", minimum=1, maximum=MAX_POSITIONS)
 
 
 def _temperature_tuning(text: Fields) -> bool:

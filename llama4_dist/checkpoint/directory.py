@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from llama4_dist.checkpoint.fault import fault, shown
 
-MAX_JSON_BYTES = 25_000_000
+MAX_SMALL_FILE_BYTES = 25_000_000
 
 
 def check_directory(directory: Path) -> None:
@@ -23,9 +23,14 @@ def check_directory(directory: Path) -> None:
         raise fault(str(directory), f"cannot be read as a checkpoint directory ({error.strerror})") from None
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether `name` can only mean a file of the directory itself, on any system."""
+    return name == os.path.basename(name) and name not in {"", ".", ".."} and "\0" not in name and "\\" not in name
+
+
 def open_file(directory: Path, name: str) -> BinaryIO:
     """Open the regular file `name` of `directory` for reading, unbuffered; a FIFO or device raises and never blocks."""
-    if name != os.path.basename(name) or name in {"", ".", ".."} or "\0" in name or "\\" in name:
+    if not is_plain_name(name):
         raise fault(shown(name), "is no plain file name: a checkpoint's files lie in its own directory")
     path = directory / name
     try:
@@ -37,11 +42,10 @@ def open_file(directory: Path, name: str) -> BinaryIO:
         raise fault(name, "is missing from the checkpoint directory") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: a symbolic link loop
         raise fault(name, f"cannot be opened ({shown(str(getattr(error, 'strerror', error)))})") from None
-    file = open(descriptor, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise fault(name, "is no regular file: pipes, devices and directories are refused")
-    return file
+    return open(descriptor, "rb", buffering=0)
 
 
 def read_exactly(file: BinaryIO, num_bytes: int, name: str) -> bytes:
@@ -60,12 +64,12 @@ def read_exactly(file: BinaryIO, num_bytes: int, name: str) -> bytes:
     return b"".join(parts)
 
 
-def read_json_bytes(directory: Path, name: str) -> bytes:
-    """Return the bytes of a JSON file of at most `MAX_JSON_BYTES`."""
+def read_small_file(directory: Path, name: str) -> bytes:
+    """Return the bytes of a file of at most `MAX_SMALL_FILE_BYTES`."""
     with open_file(directory, name) as file:
         num_bytes = os.fstat(file.fileno()).st_size
-        if num_bytes > MAX_JSON_BYTES:
-            raise fault(name, f"has {num_bytes} bytes; at most {MAX_JSON_BYTES} are read")
+        if num_bytes > MAX_SMALL_FILE_BYTES:
+            raise fault(name, f"has {num_bytes} bytes; at most {MAX_SMALL_FILE_BYTES} are read")
         return read_exactly(file, num_bytes, name)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama4_dist.checkpoint.config_fields import Fields
-from llama4_dist.checkpoint.directory import has_file, read_json_bytes
+from llama4_dist.checkpoint.directory import has_file, read_small_file
 from llama4_dist.checkpoint.strict_json import parse_object
 
 GENERATION_CONFIG = "generation_config.json"
@@ -24,7 +24,7 @@ def read_generation_defaults(directory: Path, vocab_size: int) -> GenerationDefa
     """Read `directory`/generation_config.json if there is one; raise CheckpointError naming a wrong key."""
     if not has_file(directory, GENERATION_CONFIG):
         return GenerationDefaults()
-    fields = Fields(parse_object(read_json_bytes(directory, GENERATION_CONFIG), GENERATION_CONFIG), GENERATION_CONFIG)
+    fields = Fields(parse_object(read_small_file(directory, GENERATION_CONFIG), GENERATION_CONFIG), GENERATION_CONFIG)
     return GenerationDefaults(
         do_sample=fields.boolean("do_sample") if fields.has("do_sample") else None,
         temperature=fields.number("temperature", above=-1e-9, maximum=100.0, default=None),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama4_dist.checkpoint.directory import check_directory, has_file, open_file, read_json_bytes
+from llama4_dist.checkpoint.directory import check_directory, has_file, is_plain_name, open_file, read_small_file
 from llama4_dist.checkpoint.fault import fault, shown
 from llama4_dist.checkpoint.header import TensorEntry, read_header
 from llama4_dist.checkpoint.strict_json import parse_object
@@ -73,7 +73,7 @@ def _weight_map(directory: Path, pickled: list[str]) -> dict[str, str]:
     if has_file(directory, INDEX):
         if has_file(directory, SINGLE):
             raise fault(INDEX, f"stands beside {SINGLE}: remove the one that is not the checkpoint")
-        return _parse_weight_map(read_json_bytes(directory, INDEX))
+        return _parse_weight_map(read_small_file(directory, INDEX))
     if has_file(directory, SINGLE):
         return {}
     if pickled:
@@ -88,6 +88,8 @@ def _parse_weight_map(raw: bytes) -> dict[str, str]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name.endswith(".safetensors"):
             raise fault(INDEX, f"is assigned to {shown(name)}, which is no safetensors file", tensor=tensor)
+        if not is_plain_name(name):
+            raise fault(INDEX, f"is assigned to {shown(name)}, which is no plain file name", tensor=tensor)
     if len(set(weight_map.values())) > MAX_SHARDS:
         raise fault(INDEX, f"names more than {MAX_SHARDS} shards")
     return weight_map

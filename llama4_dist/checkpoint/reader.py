@@ -7,14 +7,15 @@ of devices and never casts.
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
 
 from llama4_dist.checkpoint import names
-from llama4_dist.checkpoint.config_file import read_config
+from llama4_dist.checkpoint.config_file import CONFIG, read_config
+from llama4_dist.checkpoint.directory import has_file
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.checkpoint.generation_file import GenerationDefaults, read_generation_defaults
 from llama4_dist.checkpoint.header import TensorEntry
@@ -22,6 +23,7 @@ from llama4_dist.checkpoint.index import Index, read_index
 from llama4_dist.checkpoint.names import ExpertLayout
 from llama4_dist.checkpoint.shard import EVERYTHING, Shard
 from llama4_dist.checkpoint.text_tensors import select_text_tensors
+from llama4_dist.checkpoint.verify import check_digest, check_finite, read_manifest
 from llama4_dist.config import ModelConfig
 
 
@@ -87,6 +89,26 @@ class Checkpoint:
             down_FD=self._matrix(names.expert_linear_name(layer, expert, "down"), columns=cut).T,
         )
 
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read every byte: manifest.sha256 if there is one, then NaN and infinities. `progress` gets bytes done, total.
+
+        Raise CheckpointError for the first file or tensor that is damaged.
+        """
+        digests = read_manifest(self.path, [CONFIG, *self._shards])
+        sizes = {name: (self.path / name).stat().st_size for name in digests if has_file(self.path, name)}
+        total = self.total_bytes + sum(sizes.values())
+        done = 0
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            if progress is not None:
+                progress(done, total)
+
+        for name, digest in digests.items():
+            check_digest(self.path, name, digest, advance)
+        check_finite(((entry, self._view(entry)) for entry in self.entries.values()), advance)
+
     def close(self) -> None:
         """Let go of the memory maps; views handed out stay valid."""
         for shard in self._shards.values():
@@ -113,11 +135,15 @@ class Checkpoint:
     ) -> Tensor:
         if name not in self.entries:
             raise ValueError(f"the checkpoint has no text tensor {name!r}")
-        entry = self.entries[name]
-        view = self._shards[entry.file].matrix(entry, index, rows=rows, columns=columns)
+        view = self._view(self.entries[name], index, rows=rows, columns=columns)
         with self._lock:
             self.bytes_mapped += view.numel() * view.element_size()
         return view
+
+    def _view(
+        self, entry: TensorEntry, index: int | None = None, *, rows: slice = EVERYTHING, columns: slice = EVERYTHING
+    ) -> Tensor:
+        return self._shards[entry.file].matrix(entry, index, rows=rows, columns=columns)
 
 
 def _model_hash(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> str:

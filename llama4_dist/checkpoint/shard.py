@@ -32,7 +32,7 @@ class Shard:
         self._name = name
         self._identity = identity
         self._lock = threading.Lock()
-        self._mapping: mmap.mmap | None = None
+        self._bytes: Tensor | None = None
 
     def matrix(
         self, entry: TensorEntry, index: int | None = None, *, rows: slice = EVERYTHING, columns: slice = EVERYTHING
@@ -44,7 +44,7 @@ class Shard:
         """
         item_bytes = ITEM_BYTES[entry.dtype]
         byte_shape = (*entry.shape[:-1], entry.shape[-1] * item_bytes)
-        raw = _view(self._map(), entry.start, entry.num_bytes).view(byte_shape)
+        raw = self._map()[entry.start : entry.stop].view(byte_shape)
         if index is not None:
             raw = raw[index]
         first, last, _ = columns.indices(entry.shape[-1])
@@ -56,20 +56,18 @@ class Shard:
     def close(self) -> None:
         """Let go of the mapping; it stays until the last view of it is gone."""
         with self._lock:
-            self._mapping = None
+            self._bytes = None
 
-    def _map(self) -> mmap.mmap:
+    def _map(self) -> Tensor:
+        """Return the whole file as one uint8 tensor."""
         with self._lock:
-            if self._mapping is None:
+            if self._bytes is None:
                 with open_file(self._directory, self._name) as file:
                     if ShardIdentity.of(file.fileno()) != self._identity:
                         raise fault(self._name, "changed after the checkpoint was opened: open it again")
-                    self._mapping = mmap.mmap(file.fileno(), self._identity.num_bytes, access=mmap.ACCESS_READ)
-            return self._mapping
-
-
-def _view(mapping: mmap.mmap, start: int, num_bytes: int) -> Tensor:
-    with warnings.catch_warnings():
-        # torch warns that writing to a tensor over a read-only buffer is undefined; nobody writes to weights here.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(mapping, dtype=torch.uint8, count=num_bytes, offset=start)
+                    mapping = mmap.mmap(file.fileno(), self._identity.num_bytes, access=mmap.ACCESS_READ)
+                with warnings.catch_warnings():
+                    # torch warns that writing over a read-only buffer is undefined; nobody writes to weights.
+                    warnings.filterwarnings("ignore", message="The given buffer is not writable")
+                    self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
+            return self._bytes
