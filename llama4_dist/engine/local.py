@@ -35,7 +35,7 @@ class LocalEngine:
     """`Engine` over an `EngineCore`. Commands run on the engine's thread between steps, in the order they came."""
 
     def __init__(self, core: EngineCore, *, on_close: Callable[[], None] | None = None) -> None:
-        self._core = core
+        self.core = core
         self.on_close = on_close
         self._on_outputs: OnOutputs = lambda outputs: None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -53,7 +53,7 @@ class LocalEngine:
 
     @property
     def limits(self) -> EngineLimits:
-        return self._core.limits
+        return self.core.limits
 
     def start(self, on_outputs: OnOutputs) -> None:
         """Start the engine's thread; once only."""
@@ -69,28 +69,28 @@ class LocalEngine:
             self._check_open()
             if request.request_id in self._live:
                 raise DuplicateRequestError(f"request {request.request_id} is running: choose another id")
-            num_waiting = len(self._live) - len(self._core.scheduler.running)
-            if num_waiting >= self._core.options.max_waiting:
+            num_waiting = len(self._live) - len(self.core.scheduler.running)
+            if num_waiting >= self.core.options.max_waiting:
                 raise OverloadedError(
-                    f"{num_waiting} requests wait, the queue holds {self._core.options.max_waiting}: come back later",
+                    f"{num_waiting} requests wait, the queue holds {self.core.options.max_waiting}: come back later",
                     retry_after_s=self._retry_after_s(),
                 )
             self._live.add(request.request_id)
-            self._inbox.put(lambda: self._outbox.extend(self._core.add(request, arrived_s=arrived_s)))
+            self._inbox.put(lambda: self._outbox.extend(self.core.add(request, arrived_s=arrived_s)))
 
     def abort(self, request_id: str) -> None:
         """Cancel a request before the next step; unknown and ended ids are no error."""
         with self._lock:
             if request_id in self._live and request_id not in self._aborting:
                 self._aborting.add(request_id)
-                self._inbox.put(lambda: self._outbox.extend(self._core.abort(request_id)))
+                self._inbox.put(lambda: self._outbox.extend(self.core.abort(request_id)))
 
     def score(self, token_ids: Sequence[int], *, chunk_size: int | None = None) -> Tensor:
         """Return float32 logits_TV on the CPU; chunks run between the steps of running requests."""
         with self._lock:
             self._num_scores += 1
             owner = f"score/{self._num_scores}"
-        job = scorer.make_job(self._core, owner, token_ids, chunk_size)
+        job = scorer.make_job(self.core, owner, token_ids, chunk_size)
         done: Future[None] = Future()
         self._put(lambda: self._scores.append((job, done)), done)
         done.result()
@@ -111,7 +111,7 @@ class LocalEngine:
 
     def stats(self) -> EngineStats:
         """Return the counters of now; gauges may be a step old."""
-        return snapshot(self._core)
+        return snapshot(self.core)
 
     def close(self, *, drain_timeout_s: float = 0.0) -> None:
         """Refuse new requests, let live ones end for `drain_timeout_s`, fail the rest as retriable, and stop."""
@@ -146,8 +146,8 @@ class LocalEngine:
                 while not self._stop:
                     self._obey()
                     self._advance_score()
-                    if self._core.has_work:
-                        self._outbox += self._core.step()
+                    if self.core.has_work:
+                        self._outbox += self.core.step()
                     self._flush()
         except BaseException:
             log.exception("engine_died")
@@ -162,7 +162,7 @@ class LocalEngine:
 
     def _obey(self) -> None:
         """Carry out every command that came since the last step; sleep on the inbox when there is nothing else."""
-        idle = not (self._core.has_work or self._scores)
+        idle = not (self.core.has_work or self._scores)
         try:
             command = self._inbox.get(block=idle)
             while True:
@@ -176,14 +176,14 @@ class LocalEngine:
             return
         job, done = self._scores[0]
         try:
-            scorer.advance(self._core, job)
+            scorer.advance(self.core, job)
         except Exception as error:  # noqa: BLE001 - raised again in the caller's thread; running requests go on
             done.set_exception(error if isinstance(error, Llama4Error) else EngineError(f"scoring failed: {error}"))
         if job.done:
             done.set_result(None)
         if done.done():
             self._scores.popleft()
-            self._core.scheduler.give_back(job.owner)
+            self.core.scheduler.give_back(job.owner)
 
     def _flush(self) -> None:
         """Hand out what this round produced, in one call."""
@@ -203,7 +203,7 @@ class LocalEngine:
 
     def _shut_down(self) -> None:
         error = UnavailableError("the engine is shutting down", reason="DRAINING")
-        self._outbox += self._core.fail_all(error)
+        self._outbox += self.core.fail_all(error)
         self._fail_pending(error)
         self._stop = True
 
@@ -214,4 +214,4 @@ class LocalEngine:
 
     def _retry_after_s(self) -> float:
         """Guess when to come back: as long as the oldest request in the queue has waited, at least 0.1 s."""
-        return min(60.0, max(0.1, snapshot(self._core).max_queue_age_s))
+        return min(60.0, max(0.1, snapshot(self.core).max_queue_age_s))

@@ -10,6 +10,7 @@ from llama4_dist.errors import DuplicateRequestError, EngineError, OverloadedErr
 from llama4_dist.request import FinishReason
 from tests.engine.collector import Collector
 from tests.engine.fake_model import FakeModel, fake_core, greedy, next_token, tokens
+from tests.engine.gate import Gate
 from tests.engine.sequences import request
 
 Start = Callable[..., tuple[LocalEngine, Collector, FakeModel]]
@@ -32,22 +33,6 @@ def start() -> Iterator[Start]:
     yield make
     for engine in engines:
         engine.close()
-
-
-class Gate:
-    """Holds the model in its forward pass until opened."""
-
-    def __init__(self, model: FakeModel) -> None:
-        self.entered = threading.Event()
-        self._open = threading.Event()
-        model.before_forward = self._pass
-
-    def open(self) -> None:
-        self._open.set()
-
-    def _pass(self, batch: object) -> None:
-        self.entered.set()
-        assert self._open.wait(10.0)
 
 
 def test_requests_of_several_threads_are_answered_from_one(start: Start) -> None:
@@ -193,7 +178,7 @@ def test_a_dead_thread_fails_what_is_live_and_refuses_the_rest(start: Start) -> 
     gate = Gate(model)
     engine.submit(request("a", PROMPT, max_tokens=9))
     assert gate.entered.wait(10.0)
-    engine._core.scheduler.schedule = None  # type: ignore[assignment, method-assign] - a bug of ours, simulated
+    engine.core.scheduler.schedule = None  # type: ignore[assignment, method-assign] - a bug of ours, simulated
     gate.open()
     assert isinstance(collector.wait_for("a")[-1].error, EngineError)
     with pytest.raises(UnavailableError, match="died"):
