@@ -1,6 +1,5 @@
 """Draws one token per row from temperature, min_p, top_k and top_p; a draw depends on its key alone."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama4_dist.engine.sequence import SequenceState
-from llama4_dist.request import Sampling
+from llama4_dist.engine.truncation import truncate
 
 GREEDY_BELOW = 1e-5  # vLLM's bound: a smaller temperature would overflow the division and means argmax
 _TILE_ELEMENTS = 1 << 21  # float64 working set of a tile of rows: 16 MiB per temporary
@@ -45,32 +44,14 @@ def _draw_tile(logits_PV: Tensor, sequences: Sequence[SequenceState]) -> list[in
 
 
 def kept_probabilities(logits_PV: Tensor, sequences: Sequence[SequenceState]) -> Tensor:
-    """Return float64 probabilities after temperature, min_p, top_k, top_p in vLLM's order; dropped tokens are 0.
-
-    Ties at a cut keep the lower token id. top_p follows Meta's rule: going down the sorted tokens, one is kept while
-    the renormalised mass before it is at most p.
-    """
+    """Return float64 probabilities after temperature, min_p, top_k, top_p in vLLM's order; dropped tokens are 0."""
     samplings = [s.sampling for s in sequences]
     temperature_P1 = _column([s.temperature for s in samplings], logits_PV)
     p_PV = torch.softmax(logits_PV.double() / temperature_P1, dim=1)
     if any(s.min_p > 0.0 for s in samplings):
         floor_P1 = _column([s.min_p for s in samplings], logits_PV) * p_PV.amax(dim=1, keepdim=True)
         p_PV = p_PV.masked_fill(p_PV < floor_P1, 0.0)
-    if any(s.top_k > 0 or s.top_p < 1.0 for s in samplings):
-        p_PV = _truncate(p_PV, samplings)
-    return p_PV
-
-
-def _truncate(p_PV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    vocab_size = p_PV.shape[1]
-    top_k_P1 = _column([s.top_k if s.top_k > 0 else math.inf for s in samplings], p_PV)
-    top_p_P1 = _column([s.top_p for s in samplings], p_PV)
-    sorted_PV, token_ids_PV = p_PV.sort(dim=1, descending=True, stable=True)
-    sorted_PV = sorted_PV.masked_fill(torch.arange(vocab_size, device=p_PV.device) >= top_k_P1, 0.0)
-    sorted_PV = sorted_PV / sorted_PV.sum(dim=1, keepdim=True)
-    before_PV = sorted_PV.cumsum(dim=1) - sorted_PV
-    sorted_PV = sorted_PV.masked_fill((before_PV > top_p_P1) & (top_p_P1 < 1.0), 0.0)
-    return torch.zeros_like(p_PV).scatter_(1, token_ids_PV, sorted_PV)
+    return truncate(p_PV, samplings)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
