@@ -1,0 +1,145 @@
+"""Too much work is refused quickly, in words a client can act on; a drain lets what runs finish."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from llama4_dist.client import Client, ConnectOptions
+from llama4_dist.errors import OverloadedError, UnavailableError
+from llama4_dist.gateway.admission import Admission
+from llama4_dist.gateway.settings import GatewaySettings
+from llama4_dist.request import Sampling
+from llama4_dist.rpc.status import PUSHBACK_KEY
+from llama4_dist.v1 import inference_pb2, inference_pb2_grpc
+from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
+from tests.gateway.serving import eventually, serving
+
+NO_RETRY = ConnectOptions(max_attempts=1)
+
+
+async def test_refused_callers_are_told_times_apart() -> None:
+    clock = iter(range(100))
+    admission = Admission(1, lambda: float(next(clock)))
+    for _ in range(50):  # one call a second ends
+        with admission.enter():
+            pass
+    with admission.enter():
+        waits = []
+        for _ in range(3):
+            with pytest.raises(OverloadedError) as refused, admission.enter():
+                pass
+            waits.append(refused.value.retry_after_s or 0)
+    assert waits == pytest.approx([waits[0], 2 * waits[0], 3 * waits[0]])
+    assert waits[0] == pytest.approx(1.0, rel=0.05)
+    assert admission.in_flight == 0
+
+
+def test_a_burst_fills_the_bound_and_the_rest_is_refused_at_once() -> None:
+    engine = ScriptedEngine(step_s=0.001)
+    engine.paused.set()
+    with serving(engine, settings=GatewaySettings(max_requests=20)) as served:
+        with Client(served.address, NO_RETRY) as client, ThreadPoolExecutor(60) as pool:
+            client.wait_ready()
+
+            pushed_back: list[tuple[str, bool]] = []
+
+            def one(_index: int) -> float | tuple[int, ...]:
+                began_s = time.monotonic()
+                try:
+                    return client.generate([1], Sampling(max_tokens=2)).token_ids
+                except OverloadedError as error:
+                    pushed_back.append((error.reason, error.retry_after_s is not None))
+                    return time.monotonic() - began_s
+
+            futures = [pool.submit(one, index) for index in range(60)]
+            assert eventually(lambda: sum(future.done() for future in futures) == 40)
+            assert engine.num_held == 20
+            engine.paused.clear()
+            answers = [future.result() for future in futures]
+        refusals = sorted(answer for answer in answers if isinstance(answer, float))
+        assert len(refusals) == 40
+        assert pushed_back == [("QUEUE_FULL", True)] * 40
+        assert answers.count(expected_tokens([1], 2)) == 20
+        # 60 client threads share the CPU with the server, so this bounds order of magnitude, not the server's own time
+        assert refusals[len(refusals) // 2] < 0.5
+
+
+def test_a_refusal_carries_push_back_and_no_headers() -> None:
+    engine = ScriptedEngine(running_bound=0, max_waiting=0)
+    with serving(engine) as served, grpc.insecure_channel(served.address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        request = inference_pb2.GenerateRequest(stopping={"max_tokens": 2})
+        request.token_ids.ids.append(1)
+        call = stub.StreamGenerate(inference_pb2.StreamGenerateRequest(request=request))
+        with pytest.raises(grpc.RpcError):
+            next(call)
+        assert call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        trailers = dict(call.trailing_metadata())
+        assert int(trailers[PUSHBACK_KEY]) == 200
+        assert not call.initial_metadata()
+        assert engine.num_held == 0
+        assert served.gateway.admission.in_flight == 0
+
+
+def test_our_client_obeys_push_back() -> None:
+    engine = ScriptedEngine(step_s=0.001, running_bound=1, max_waiting=0)
+    with serving(engine) as served, Client(served.address) as client:
+        engine.paused.set()
+        stream = client.stream_generate([1], Sampling(max_tokens=2))
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(lambda: [delta.token_ids for delta in stream])
+            assert eventually(lambda: engine.num_held == 1)
+            began_s = time.monotonic()
+            second = pool.submit(client.generate, [2], Sampling(max_tokens=2))
+            assert eventually(lambda: "RESOURCE_EXHAUSTED" in str(rpc_codes(served.gateway.metrics)))
+            engine.paused.clear()
+            assert first.result()
+            assert second.result().token_ids == expected_tokens([2], 2)
+            assert time.monotonic() - began_s >= 0.2  # the engine's retry_after_s
+
+
+def rpc_codes(metrics: object) -> list[str]:
+    registry = metrics.registry  # type: ignore[attr-defined]
+    return [
+        sample.labels["code"]
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == "llama4_dist_rpc_calls_total" and sample.value > 0
+    ]
+
+
+def test_a_drain_finishes_what_runs_and_refuses_what_comes() -> None:
+    engine = ScriptedEngine(step_s=0.005)
+    with serving(engine) as served, Client(served.address, NO_RETRY) as client:
+        stream = client.stream_generate([5], Sampling(max_tokens=60))
+        deltas = iter(stream)
+        first = next(deltas)
+        with ThreadPoolExecutor(1) as pool:
+            drain = pool.submit(served.run, served.gateway.drain(10.0))
+            assert eventually(lambda: served.gateway.admission.draining)
+            assert not client.health("readiness")
+            assert client.health("liveness")
+            with pytest.raises(UnavailableError) as refused:
+                client.generate([1], Sampling(max_tokens=1))
+            assert refused.value.reason == "DRAINING"
+            rest = [token for delta in deltas for token in delta.token_ids]
+            assert (*first.token_ids, *rest) == expected_tokens([5], 60)
+            drain.result()
+        with pytest.raises(UnavailableError):
+            client.health()
+
+
+def test_a_drain_that_takes_too_long_ends_requests_as_retriable() -> None:
+    engine = ScriptedEngine(step_s=0.01)
+    with serving(engine) as served, Client(served.address, NO_RETRY) as client:
+        deltas = iter(client.stream_generate([5], Sampling(max_tokens=500)))
+        next(deltas)
+        with ThreadPoolExecutor(1) as pool:
+            drain = pool.submit(served.run, served.gateway.drain(0.1))
+            with pytest.raises(UnavailableError) as cut:
+                list(deltas)
+            assert cut.value.reason == "DRAINING"
+            drain.result()
+        assert eventually(lambda: engine.num_held == 0)

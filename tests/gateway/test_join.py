@@ -1,0 +1,111 @@
+"""One request id is one request: a repeated call joins it, one with another body is refused."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from llama4_dist.client import Client
+from llama4_dist.errors import DuplicateRequestError, EngineError, UnavailableError
+from llama4_dist.request import Sampling
+from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
+from tests.gateway.serving import Served, eventually, serving
+
+
+@pytest.fixture(scope="module")
+def engine() -> ScriptedEngine:
+    return ScriptedEngine(step_s=0.005)
+
+
+@pytest.fixture(scope="module")
+def served(engine: ScriptedEngine) -> Iterator[Served]:
+    with serving(engine) as running:
+        yield running
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[Client]:
+    with Client(served.address) as connected:
+        yield connected
+
+
+def test_a_repeated_call_joins_and_gets_every_token_from_the_first(client: Client, engine: ScriptedEngine) -> None:
+    sampling = Sampling(max_tokens=60)
+    first = iter(client.stream_generate([1], sampling, request_id="join"))
+    begun = [next(first) for _ in range(10)]
+    num_submitted = len(engine.submitted)
+    late = client.stream_generate([1], sampling, request_id="join")
+    joined = [token for delta in late for token in delta.token_ids]
+    assert tuple(joined) == expected_tokens([1], 60)
+    assert len(engine.submitted) == num_submitted
+    rest = [token for delta in [*begun, *first] for token in delta.token_ids]
+    assert tuple(rest) == expected_tokens([1], 60)
+
+
+def test_the_request_lives_until_its_last_reader_leaves(client: Client, engine: ScriptedEngine) -> None:
+    sampling = Sampling(max_tokens=80)
+    first = client.stream_generate([1], sampling, request_id="two-readers")
+    next(iter(first))
+    second = iter(client.stream_generate([1], sampling, request_id="two-readers"))
+    received = list(next(second).token_ids)
+    first.close()
+    received += [token for delta in second for token in delta.token_ids]
+    assert tuple(received) == expected_tokens([1], 80)
+    assert eventually(lambda: engine.num_held == 0)
+
+
+def test_the_same_id_with_another_body_is_refused_while_it_runs(client: Client) -> None:
+    stream = client.stream_generate([1], Sampling(max_tokens=100), request_id="taken")
+    next(iter(stream))
+    with pytest.raises(DuplicateRequestError):
+        client.generate([1], Sampling(max_tokens=99), request_id="taken")
+    stream.close()
+    assert eventually(lambda: client.generate([1], Sampling(max_tokens=1), request_id="taken").text == "")
+
+
+def test_a_slow_reader_gets_few_messages_and_every_token(client: Client, engine: ScriptedEngine) -> None:
+    stream = client.stream_generate([3], Sampling(max_tokens=200))
+    deltas = iter(stream)
+    received = [next(deltas)]
+    # gRPC's own windows take small messages ahead of the reader, so only the tokens are certain
+    time.sleep(0.3)
+    received += list(deltas)
+    assert tuple(token for delta in received for token in delta.token_ids) == expected_tokens([3], 200)
+
+
+def test_tokens_of_several_steps_become_one_message(served: Served, client: Client, engine: ScriptedEngine) -> None:
+    """The gateway's loop is held up while the engine steps on; what piled up comes as one delta."""
+    stream = client.stream_generate([3], Sampling(max_tokens=100))
+    deltas = iter(stream)
+    received = [next(deltas)]
+    served.loop.call_soon_threadsafe(time.sleep, 0.3)
+    received += list(deltas)
+    assert tuple(token for delta in received for token in delta.token_ids) == expected_tokens([3], 100)
+    assert max(len(delta.token_ids) for delta in received) > 20
+
+
+def test_a_failure_after_the_first_token_ends_the_stream_with_its_status(
+    client: Client, engine: ScriptedEngine
+) -> None:
+    engine.fail_at = {4: EngineError("cuda:3 at 10.0.0.7 died", reason="WORKER_LOST")}
+    try:
+        received: list[int] = []
+        deltas = client.stream_generate([3], Sampling(max_tokens=100))
+        with pytest.raises(EngineError) as failed:
+            received.extend(token for delta in deltas for token in delta.token_ids)
+        assert tuple(received) == expected_tokens([3], 4)
+        assert failed.value.reason == "WORKER_LOST"
+        assert "10.0.0.7" not in failed.value.message
+    finally:
+        engine.fail_at = {}
+
+
+def test_a_failure_before_the_first_token_is_retried(client: Client, engine: ScriptedEngine) -> None:
+    engine.fail_at = {0: UnavailableError("no replica", retry_after_s=0.05)}
+    with ThreadPoolExecutor(1) as pool:
+        num_submitted = len(engine.submitted)
+        answer = pool.submit(client.generate, [9], Sampling(max_tokens=3))
+        assert eventually(lambda: len(engine.submitted) > num_submitted)
+        engine.fail_at = {}
+        assert answer.result().token_ids == expected_tokens([9], 3)
