@@ -50,6 +50,7 @@ class RemoteEngine:
         self._running: set[str] = set()
         self._lock = threading.Lock()
         self._down = "it has not been started"
+        self._closing = False
         self._reader: threading.Thread | None = None
         self._call: grpc.Call | None = None
         self._on_outputs: OnOutputs = lambda _outputs: None
@@ -119,6 +120,7 @@ class RemoteEngine:
 
     def close(self) -> None:
         """End the stream and the channel; running requests end with `UnavailableError`."""
+        self._closing = True
         self._commands.put(None)
         if self._call is not None:
             self._call.cancel()
@@ -136,7 +138,7 @@ class RemoteEngine:
             for response in call:
                 self._deliver([wire.output_from_wire(output) for output in response.outputs])
         except grpc.RpcError as error:
-            reason = self._translated(error).message
+            reason = "it was closed" if self._closing else self._translated(error).message
         finally:
             self._lose(reason)
 

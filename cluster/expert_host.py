@@ -1,0 +1,139 @@
+"""An expert host: maps its own (layer, expert) weights and serves them on a Unix socket and on TCP; no KV, no Ray."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+
+import psutil
+import torch
+
+from cluster.placement import Pair
+from cluster.worker import HostAddress, LoadProgress, Location, Role, State, WorkerConfig, WorkerStatus, url_host
+from llama4_dist.checkpoint.reader import Checkpoint
+from llama4_dist.dispatch.expert_server import ExpertServer
+from llama4_dist.dispatch.handshake import HostIdentity
+from llama4_dist.dispatch.links.link import LinkLimits
+from llama4_dist.dispatch.links.listener import Listener
+from llama4_dist.dispatch.stats import HostStats
+from llama4_dist.engine.build import resolve_dtype
+from llama4_dist.model.expert import Experts
+
+log = logging.getLogger(__name__)
+
+
+class ExpertHost:
+    """One host. `load` maps and listens; `close` may be called at any time, and again."""
+
+    def __init__(self, config: WorkerConfig, location: Location) -> None:
+        self._config = config
+        self._location = location
+        # A life is named by its start: a host that comes back is told apart from the one that died.
+        self.incarnation = time.time_ns() // 1_000_000
+        self._state = State.NEW
+        self._pairs: tuple[Pair, ...] = ()
+        self._num_mapped = 0
+        self._address: HostAddress | None = None
+        self._server: ExpertServer | None = None
+        self._stop = threading.Event()
+        self._resources = ExitStack()
+
+    def location(self) -> Location:
+        """Say where this host runs."""
+        return self._location
+
+    def load(self, pairs: Sequence[Pair]) -> HostAddress:
+        """Map `pairs`, listen, and serve from a thread of its own; return where."""
+        config, location = self._config, self._location
+        self._state, self._pairs = State.LOADING, tuple(pairs)
+        torch.set_num_threads(config.num_threads)
+        checkpoint = Checkpoint.open(config.model_dir)
+        self._resources.callback(checkpoint.close)
+        geometry = checkpoint.config
+        dtype = resolve_dtype(config.dtype, geometry.dtype)
+        weights = {}
+        for pair in self._pairs:
+            weights[pair] = checkpoint.expert(*pair)
+            self._num_mapped += 1
+        server = ExpertServer(
+            identity=HostIdentity(
+                host=config.worker,
+                incarnation=self.incarnation,
+                model_hash=checkpoint.model_hash,
+                num_layers=geometry.num_layers,
+                num_experts=geometry.num_experts,
+            ),
+            compute=Experts(weights, width=geometry.hidden_size, dtype=dtype, device=config.device),
+            width=geometry.hidden_size,
+            dtype=dtype,
+            limits=LinkLimits(),
+        )
+        path = config.run_dir / f"{config.worker}-{self.incarnation}.sock"
+        unix = Listener(f"unix:{path}", secret=config.secret)
+        tcp = Listener(f"tcp:{url_host(location.address)}:0", secret=config.secret)
+        self._resources.callback(path.unlink, missing_ok=True)
+        server.add_listener(unix)
+        server.add_listener(tcp)
+        thread = threading.Thread(target=self._serve, args=(server,), name=config.worker, daemon=True)
+        thread.start()
+        self._resources.callback(thread.join)
+        self._resources.callback(server.wake)
+        self._resources.callback(self._stop.set)
+        self._server = server
+        self._address = HostAddress(
+            host=config.worker, incarnation=self.incarnation, node=location.node, unix=unix.address, tcp=tcp.address
+        )
+        self._state = State.READY
+        log.info(
+            "expert_host_ready host=%s incarnation=%d experts=%d", config.worker, self.incarnation, len(self._pairs)
+        )
+        return self._address
+
+    def progress(self) -> LoadProgress:
+        """Say how many experts are mapped."""
+        return LoadProgress(
+            worker=self._config.worker,
+            role=Role.EXPERT,
+            state=self._state,
+            done=self._num_mapped,
+            total=len(self._pairs),
+        )
+
+    def stats(self) -> HostStats:
+        """Return the counters of the serving half."""
+        return self._server.stats() if self._server is not None else HostStats()
+
+    def status(self) -> WorkerStatus:
+        """Describe this host."""
+        address = self._address
+        return WorkerStatus(
+            worker=self._config.worker,
+            role=Role.EXPERT,
+            state=self._state,
+            incarnation=self.incarnation,
+            pid=os.getpid(),
+            node=self._location.node,
+            addresses=(address.unix, address.tcp) if address is not None else (),
+            experts=self._pairs,
+            memory_bytes=psutil.Process().memory_info().rss,
+        )
+
+    def close(self) -> None:
+        """Stop serving and unmap; the socket file goes too."""
+        self._state = State.LOST
+        self._resources.close()
+        with suppress(OSError):  # the last worker of the run on this node removes the folder
+            self._config.run_dir.rmdir()
+
+    def _serve(self, server: ExpertServer) -> None:
+        """Run the server; whatever ends it, its links go down, so that workers turn to another replica at once."""
+        try:
+            server.run(self._stop)
+        except Exception:
+            log.exception("expert_host_failed host=%s", self._config.worker)
+            self._state = State.LOST
+            raise
+        finally:
+            server.close()

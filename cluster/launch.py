@@ -1,0 +1,156 @@
+"""Starts a Ray for this machine, or joins one that runs; and finds the cluster secret. Knows no actor and no model.
+
+A Ray started here listens on loopback only, demands a token on every call (Ray's token authentication), shows no
+dashboard and lives in a temporary folder of its own; `RaySession.close` ends it. One that was joined is left as it was.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+from llama4_dist.errors import ConfigError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+SECRET_FILE_VARIABLE = "LLAMA4_DIST_CLUSTER_SECRET_FILE"  # noqa: S105 - a name, not a secret
+NAMESPACE = "llama4_dist"
+SECRET_BYTES = 32
+MAX_SECRET_FILE_BYTES = 4096
+OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's least; no tensor of ours goes there
+PROBE_TIMEOUT_S = 5.0
+LOCAL_CPUS = 4096  # a logical count: threads are bounded by each worker's own setting
+
+# Read by Ray's processes when they start.
+LOCAL_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RaySession:
+    """A connection to Ray, and whether the cluster behind it is ours to end."""
+
+    started_here: bool
+    connected_here: bool
+    temp_dir: Path | None = None
+    own_token: bool = False
+
+    def close(self) -> None:
+        """End what `ensure_ray` began, and nothing else."""
+        if self.connected_here and ray.is_initialized():
+            ray.shutdown()
+        if self.own_token:
+            set_token(None)
+        if self.temp_dir is not None:
+            shutil.rmtree(self.temp_dir, ignore_errors=True)
+
+
+def ensure_ray(address: str | None = None) -> RaySession:
+    """Join the Ray at `address` ("auto" or host:port), or start one on loopback when it is None.
+
+    A connection that this process already has is used as it is.
+    """
+    if ray.is_initialized():
+        return RaySession(started_here=False, connected_here=False)
+    if address is None:
+        return start_ray()
+    try:
+        if address != "auto":  # Ray itself would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), PROBE_TIMEOUT_S).close()
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+    except (OSError, ValueError) as error:
+        raise UnavailableError(f"no Ray answers at ray_address={address!r}: start one, or leave it out") from error
+    return RaySession(started_here=False, connected_here=True)
+
+
+def start_ray() -> RaySession:
+    """Start a Ray of one node on loopback."""
+    temp_dir = Path(tempfile.mkdtemp(prefix="llama4-ray-"))
+    # An operator who set the mode has decided about tokens too.
+    own_token = "RAY_AUTH_MODE" not in os.environ
+    session = RaySession(started_here=True, connected_here=True, temp_dir=temp_dir, own_token=own_token)
+    for name, value in LOCAL_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if own_token:
+        set_token(secrets.token_hex(32))
+    try:
+        with loopback_only():
+            ray.init(
+                address="local",
+                namespace=NAMESPACE,
+                num_cpus=LOCAL_CPUS,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                _temp_dir=str(temp_dir),
+                # Idle workers, one per CPU, would cost seconds of start-up and are never used.
+                _system_config={"prestart_worker_first_driver": False},
+            )
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def set_token(token: str | None) -> None:
+    """Turn Ray's token authentication on with `token`, or leave it to Ray's defaults again.
+
+    Ray reads both variables once per process; the calls make it read them again.
+    """
+    if token is None:
+        os.environ.pop("RAY_AUTH_MODE", None)
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+    else:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def loopback_only() -> Iterator[None]:
+    """Make a starting Ray take 127.0.0.1 as its node address, as it does by itself on macOS and Windows.
+
+    It then binds nothing else. On Linux Ray replaces a loopback `_node_ip_address` by the public one, hence the switch.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def cluster_secret(environ: Mapping[str, str] = os.environ) -> bytes:
+    """Return the secret of the file that LLAMA4_DIST_CLUSTER_SECRET_FILE names, or fresh random bytes."""
+    name = environ.get(SECRET_FILE_VARIABLE)
+    if name is None:
+        return secrets.token_bytes(SECRET_BYTES)
+    path = Path(name)
+    try:
+        status = path.stat()
+        secret = path.read_bytes()[: MAX_SECRET_FILE_BYTES + 1].strip() if stat.S_ISREG(status.st_mode) else b""
+    except OSError as error:
+        raise ConfigError(f"{SECRET_FILE_VARIABLE}={name} cannot be read: {error.strerror}") from None
+    if status.st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise ConfigError(f"{SECRET_FILE_VARIABLE}={name} is open to everyone: chmod 600 it")
+    if not 16 <= len(secret) <= MAX_SECRET_FILE_BYTES:
+        raise ConfigError(
+            f"{SECRET_FILE_VARIABLE}={name} holds {len(secret)} bytes: write 16 to {MAX_SECRET_FILE_BYTES}"
+        )
+    return secret

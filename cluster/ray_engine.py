@@ -1,0 +1,143 @@
+"""The engine port over a whole cluster: attention workers and expert hosts as Ray actors, reached by gRPC streams."""
+
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from torch import Tensor
+
+from cluster.controller import ClusterPlan, Controller, OnProgress
+from cluster.launch import cluster_secret, ensure_ray
+from cluster.placement import ExpertGeometry
+from cluster.spawn import RaySpawner
+from cluster.worker import Role, WorkerConfig, WorkerStatus
+from llama4_dist.checkpoint.reader import Checkpoint
+from llama4_dist.engine.build import resolve_dtype
+from llama4_dist.engine.group import EngineGroup
+from llama4_dist.engine.options import EngineOptions
+from llama4_dist.engine.port import EngineStats, OnOutputs
+from llama4_dist.errors import ConfigError
+from llama4_dist.request import EngineLimits, EngineRequest
+from llama4_dist.rpc.remote_engine import RemoteEngine
+
+
+class RayEngine:
+    """An `Engine`. The constructor returns when the cluster serves; `close` leaves no process, actor or file behind.
+
+    `ray_address` None starts a Ray on this machine; else the cluster there is joined, and the checkpoint must lie at
+    the same path on every node. `labels` maps a role to the node labels its workers demand. `host_capacity_bytes`
+    bounds the expert weights of one host.
+    """
+
+    def __init__(  # noqa: PLR0913 - the settings of a cluster
+        self,
+        model_dir: Path | str,
+        *,
+        num_expert_hosts: int,
+        num_attention_workers: int = 1,
+        dtype: str = "auto",
+        device: str = "cpu",
+        options: EngineOptions | None = None,
+        ray_address: str | None = None,
+        num_replicas: int = 1,
+        num_threads: int | None = None,
+        expert_threads: int = 1,
+        host_capacity_bytes: int | None = None,
+        labels: Mapping[Role, Mapping[str, str]] | None = None,
+        progress: OnProgress | None = None,
+        start_timeout_s: float = 300.0,
+    ) -> None:
+        model_dir = Path(model_dir).resolve()
+        geometry = read_geometry(model_dir, dtype)
+        secret, run_id = cluster_secret(), f"llama4-{secrets.token_hex(4)}"
+        run_dir = Path(tempfile.gettempdir()) / run_id
+
+        def configs(role: Role, count: int, threads: int) -> tuple[WorkerConfig, ...]:
+            return tuple(
+                WorkerConfig(
+                    worker=f"{role}-{index}",
+                    role=role,
+                    model_dir=model_dir,
+                    dtype=dtype,
+                    device=device,
+                    num_threads=threads,
+                    run_dir=run_dir,
+                    secret=secret,
+                    options=options or EngineOptions(model_name=model_dir.name),
+                )
+                for index in range(count)
+            )
+
+        plan = ClusterPlan(
+            geometry=geometry,
+            experts=configs(Role.EXPERT, num_expert_hosts, expert_threads),
+            attention=configs(Role.ATTENTION, num_attention_workers, num_threads or 1),
+            num_replicas=num_replicas,
+            host_capacity_bytes=host_capacity_bytes,
+        )
+        with ExitStack() as resources:
+            resources.callback(ensure_ray(ray_address).close)
+            resources.callback(shutil.rmtree, run_dir, ignore_errors=True)
+            self._controller = Controller(plan, RaySpawner(run_id=run_id, labels=labels), progress=progress)
+            resources.callback(self._controller.close)
+            self._controller.start(timeout_s=start_timeout_s)
+            engines = []
+            for address in self._controller.engine_addresses:
+                engines.append(RemoteEngine(address, secret=secret))
+                resources.callback(engines[-1].close)
+            self._group = EngineGroup(engines)
+            self._resources = resources.pop_all()
+
+    @property
+    def limits(self) -> EngineLimits:
+        """What the smallest attention worker takes."""
+        return self._group.limits
+
+    def start(self, on_outputs: OnOutputs) -> None:
+        """Open the streams to the attention workers."""
+        self._group.start(on_outputs)
+
+    def submit(self, request: EngineRequest) -> None:
+        """Give a request to the least loaded attention worker."""
+        self._group.submit(request)
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request."""
+        self._group.abort(request_id)
+
+    def score(self, token_ids: Sequence[int], *, chunk_size: int | None = None) -> Tensor:
+        """Return float32 logits_TV of every position."""
+        return self._group.score(token_ids, chunk_size=chunk_size)
+
+    def stats(self) -> EngineStats:
+        """Return the sum over the attention workers."""
+        return self._group.stats()
+
+    def status(self) -> tuple[WorkerStatus, ...]:
+        """Describe every worker of the cluster."""
+        return self._controller.status()
+
+    def close(self) -> None:
+        """End streams, workers, placement groups and, if it was started here, Ray."""
+        self._resources.close()
+
+
+def read_geometry(model_dir: Path, dtype: str) -> ExpertGeometry:
+    """Read what is to be placed from the checkpoint's headers."""
+    checkpoint = Checkpoint.open(model_dir)
+    try:
+        config = checkpoint.config
+        expert_bytes = 3 * config.hidden_size * config.expert_width * resolve_dtype(dtype, config.dtype).itemsize
+        return ExpertGeometry(
+            moe_layers=config.moe_layer_ids,
+            num_experts=config.num_experts,
+            expert_width=config.expert_width,
+            expert_bytes=expert_bytes,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    finally:
+        checkpoint.close()

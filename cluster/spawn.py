@@ -1,0 +1,172 @@
+"""Turns worker classes into Ray actors: the only file with `ray.remote`. Decides nothing about experts or routing.
+
+Ray carries calls that start, ask and stop workers; no tensor of the token loop passes through it.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.attention_worker import AttentionWorker
+from cluster.expert_host import ExpertHost
+from cluster.worker import Location, Role, WorkerConfig
+from llama4_dist.errors import EngineError, Llama4Error, UnavailableError
+
+log = logging.getLogger(__name__)
+
+PLACEMENT_TIMEOUT_S = 60.0
+CONCURRENT_CALLS = 4  # a worker answers progress and status while it loads
+
+# Several workers share the cores of a node: a thread that waits must sleep, not spin. Read when torch is imported.
+THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+
+
+class ActorHandle:
+    """One worker as the controller sees it."""
+
+    def __init__(self, config: WorkerConfig, actor: Any) -> None:
+        self.worker = config.worker
+        self.role = config.role
+        self._actor = actor
+
+    def call(self, method: str, *arguments: object) -> Future[Any]:
+        """Call a method of the worker; the future fails with one of our errors."""
+        answer: Future[Any] = Future()
+
+        def copy(remote: Future[Any]) -> None:
+            error = remote.exception()
+            if error is None:
+                answer.set_result(remote.result())
+            else:
+                answer.set_exception(self._translated(error))
+
+        getattr(self._actor, method).remote(*arguments).future().add_done_callback(copy)
+        return answer
+
+    def kill(self) -> None:
+        """End the process, whatever it is doing."""
+        ray.kill(self._actor, no_restart=True)
+
+    def _translated(self, error: BaseException) -> BaseException:
+        if isinstance(error, RayTaskError):  # raised by the worker's own code
+            cause = error.cause
+            if isinstance(cause, Llama4Error | ValueError):
+                return cause
+            log.error("worker_failed worker=%s\n%s", self.worker, error)
+            return EngineError(f"{self.role} worker {self.worker} failed: {type(cause).__name__}; its log says why")
+        if isinstance(error, RayError):
+            log.warning("worker_lost worker=%s cause=%s", self.worker, str(error).splitlines()[0])
+            return UnavailableError(f"the process of {self.role} worker {self.worker} died", reason="WORKER_LOST")
+        return error
+
+
+class RaySpawner:
+    """Creates workers in placement groups and removes both.
+
+    On nodes that offer the custom resource `llama4_expert` or `llama4_attention`, workers of that role go there only.
+    `labels` maps a role to the node labels it demands.
+    """
+
+    def __init__(self, *, run_id: str, labels: Mapping[Role, Mapping[str, str]] | None = None) -> None:
+        self._run_id = run_id
+        self._labels = labels or {}
+        self._groups: list[PlacementGroup] = []
+
+    def spawn(self, configs: Sequence[WorkerConfig]) -> list[ActorHandle]:
+        """Start workers of one role, spread over the nodes where there are several; return before they are up."""
+        first = configs[0]
+        bundle = worker_bundle(first, ray.cluster_resources())
+        labels = dict(self._labels.get(first.role, {}))
+        group = placement_group(
+            [bundle] * len(configs),
+            strategy="SPREAD" if num_alive_nodes() > 1 else "PACK",
+            name=f"{self._run_id}-{first.worker}",
+            bundle_label_selector=[labels] * len(configs) if labels else None,
+        )
+        self._groups.append(group)
+        try:
+            ray.get(group.ready(), timeout=PLACEMENT_TIMEOUT_S)
+        except GetTimeoutError:
+            raise UnavailableError(
+                f"Ray has no room for {len(configs)} {first.role} workers of {bundle} with labels {labels}: "
+                f"the nodes offer {ray.cluster_resources()}",
+                reason="INSUFFICIENT_CAPACITY",
+            ) from None
+        return [self._spawn_one(config, bundle, group, index) for index, config in enumerate(configs)]
+
+    def close(self) -> None:
+        """Remove the placement groups, and with them any actor that is left."""
+        while self._groups:
+            remove_placement_group(self._groups.pop())
+
+    def _spawn_one(
+        self, config: WorkerConfig, bundle: Mapping[str, float], group: PlacementGroup, index: int
+    ) -> ActorHandle:
+        threads = str(config.num_threads)
+        actor = (
+            ACTORS[config.role]
+            .options(
+                name=f"{self._run_id}-{config.worker}",
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                resources={name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+                max_restarts=0,
+                max_concurrency=CONCURRENT_CALLS,
+                runtime_env={"env_vars": THREAD_ENVIRONMENT | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+            )
+            .remote(config)
+        )
+        return ActorHandle(config, actor)
+
+
+def worker_bundle(config: WorkerConfig, cluster_resources: Mapping[str, float]) -> dict[str, float]:
+    """Return the Ray resources one worker holds: its threads, a GPU if it computes there, its role's own resource."""
+    bundle: dict[str, float] = {"CPU": config.num_threads}
+    if config.device.startswith("cuda"):
+        bundle["GPU"] = 1
+    if (resource := f"llama4_{config.role}") in cluster_resources:
+        bundle[resource] = 1
+    return bundle
+
+
+def num_alive_nodes() -> int:
+    """Count the nodes of the cluster that live."""
+    return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
+def this_node() -> Location:
+    """Say where this process runs, in Ray's words."""
+    return Location(node=ray.get_runtime_context().get_node_id(), address=ray.util.get_node_ip_address())
+
+
+def log_to_stderr() -> None:
+    """Log a worker's events to its stderr, which Ray keeps in a file of the session, one per process."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+
+
+@ray.remote
+class ExpertHostActor(ExpertHost):
+    """An expert host in a Ray actor."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        log_to_stderr()
+        super().__init__(config, this_node())
+
+
+@ray.remote
+class AttentionWorkerActor(AttentionWorker):
+    """An attention worker in a Ray actor."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        log_to_stderr()
+        super().__init__(config, this_node())
+
+
+ACTORS: Mapping[Role, Any] = {Role.EXPERT: ExpertHostActor, Role.ATTENTION: AttentionWorkerActor}

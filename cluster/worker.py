@@ -1,0 +1,107 @@
+"""What controller and workers say to each other: plain records, no Ray, no torch, no sockets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from cluster.placement import Pair, Placement
+from llama4_dist.engine.options import EngineOptions
+
+
+def url_host(address: str) -> str:
+    """Write an IP address as the host of host:port."""
+    return f"[{address}]" if ":" in address else address
+
+
+class Role(StrEnum):
+    """The two kinds of worker."""
+
+    EXPERT = "expert"
+    ATTENTION = "attention"
+
+
+class State(StrEnum):
+    """Life of a worker; LOST is the controller's word for one that does not answer."""
+
+    NEW = "new"
+    LOADING = "loading"
+    READY = "ready"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """What every worker is told at birth. `num_threads` is torch's; `run_dir` holds its Unix sockets.
+
+    `options` bound an attention worker's engine.
+    """
+
+    worker: str
+    role: Role
+    model_dir: Path
+    dtype: str
+    device: str
+    num_threads: int
+    run_dir: Path
+    secret: bytes = field(repr=False)
+    options: EngineOptions = field(default_factory=EngineOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Location:
+    """The machine a worker runs on: workers of one `node` share a file system; `address` is what others dial."""
+
+    node: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostAddress:
+    """Where an expert host listens: `unix` for its own node, `tcp` for the others."""
+
+    host: str
+    incarnation: int
+    node: str
+    unix: str
+    tcp: str
+
+    def seen_from(self, node: str) -> str:
+        """Return the address that a worker on `node` should dial."""
+        return self.unix if node == self.node else self.tcp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """One epoch: who holds what, and where they listen."""
+
+    epoch: int
+    placement: Placement
+    hosts: Mapping[str, HostAddress]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadProgress:
+    """How far one worker's start is; `done` and `total` count the same unit (experts or tensors)."""
+
+    worker: str
+    role: Role
+    state: State
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """A worker as it is now. `memory_bytes` is resident memory, shared pages of the checkpoint included."""
+
+    worker: str
+    role: Role
+    state: State
+    incarnation: int = 0
+    pid: int = 0
+    node: str = ""
+    addresses: tuple[str, ...] = ()
+    epoch: int = 0
+    experts: tuple[Pair, ...] = ()
+    memory_bytes: int = 0
