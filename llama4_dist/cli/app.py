@@ -1,10 +1,14 @@
 """The commands and their flags; each command's work is in the file of its name."""
 
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from llama4_dist.cli.backend import Backend
 
 app = typer.Typer(
     name="llama4-dist",
@@ -97,7 +101,7 @@ def generate(
     options = locals()
     from llama4_dist.cli.generate import run_generate
 
-    run_generate(**_plain(options))
+    run_generate(*_split(options))
 
 
 @app.command()
@@ -123,7 +127,7 @@ def chat(
     options = locals()
     from llama4_dist.cli.chat import run_chat
 
-    run_chat(**_plain(options))
+    run_chat(*_split(options))
 
 
 @app.command()
@@ -139,7 +143,7 @@ def tokenize(
     options = locals()
     from llama4_dist.cli.tokenize import run_tokenize
 
-    run_tokenize(**_plain(options))
+    run_tokenize(*_split(options))
 
 
 @app.command()
@@ -174,9 +178,18 @@ def version(as_json: JsonFlag = False) -> None:
         print(__version__)
 
 
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Give commands plain values: typer's enums become strings."""
-    return {name: value.value if isinstance(value, StrEnum) else value for name, value in options.items()}
+def _split(options: dict[str, Any]) -> "tuple[Backend, dict[str, Any]]":
+    """Part a command's flags into where the work is done and the rest; typer's enums become strings."""
+    from llama4_dist.cli.backend import Backend
+
+    plain: dict[str, Any] = {
+        name: value.value if isinstance(value, StrEnum) else value for name, value in options.items()
+    }
+    places = {field.name for field in fields(Backend)}
+    return (
+        Backend(**{name: value for name, value in plain.items() if name in places}),
+        {name: value for name, value in plain.items() if name not in places},
+    )
 
 
 def main() -> None:
