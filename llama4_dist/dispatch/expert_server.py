@@ -5,6 +5,7 @@ behind `ExpertCompute`.
 """
 
 import logging
+import threading
 import time
 from collections import deque
 from typing import NamedTuple
@@ -13,15 +14,19 @@ import torch
 from torch import Tensor
 
 from llama4_dist.dispatch.expert_compute import ExpertCompute
-from llama4_dist.dispatch.handshake import HostIdentity
+from llama4_dist.dispatch.handshake import Hello, HostIdentity, Role
 from llama4_dist.dispatch.layout import Groups
+from llama4_dist.dispatch.links.hub import Hub
 from llama4_dist.dispatch.links.inproc import inproc_pair
-from llama4_dist.dispatch.links.link import Frame, FrameHeader, FrameKind, Link, LinkLimits
+from llama4_dist.dispatch.links.link import Frame, FrameHeader, FrameKind, Link, LinkLimits, dtype_name
+from llama4_dist.dispatch.links.listener import Listener
 from llama4_dist.dispatch.pool import gather, plan_pool, scatter
 from llama4_dist.dispatch.stats import HostStats
-from llama4_dist.errors import FrameError, LinkDownError
+from llama4_dist.errors import FrameError, HandshakeError, LinkDownError
 
 log = logging.getLogger(__name__)
+
+_IDLE_S = 1.0
 
 
 class _Worker:
@@ -91,15 +96,31 @@ class ExpertServer:
         self._width = width
         self._dtype = dtype
         self._pool_window_s = pool_window_s
-        self._workers: list[_Worker] = []
+        self._workers: dict[str, _Worker] = {}  # by worker id
         self._layers: dict[int, _Layer] = {}  # in the order of their first frame
         self._pool_x_RD = torch.empty(0, width, dtype=dtype)
         self._pool_y_RD = torch.empty(0, width, dtype=dtype)
         self._stats = HostStats()
+        hello = Hello(
+            role=Role.EXPERT,
+            id=identity.host,
+            incarnation=identity.incarnation,
+            model_hash=identity.model_hash,
+            width=width,
+            dtype=dtype_name(dtype),
+            num_layers=identity.num_layers,
+            num_experts=identity.num_experts,
+        )
+        self._hub = Hub(hello, limits, self._admit, self._stats.closed_links)
+
+    def add_listener(self, listener: Listener) -> None:
+        """Let workers connect there; the server closes it with itself."""
+        self._hub.add_listener(listener)
 
     def attach(self, link: Link) -> None:
         """Serve a link whose peer is known."""
-        self._workers.append(_Worker(link, self._width, self._dtype))
+        self._workers[link.peer] = _Worker(link, self._width, self._dtype)
+        self._hub.add(link)
         self._stats.links += 1
 
     def open_inproc(self, *, worker: str, incarnation: int) -> Link:
@@ -115,15 +136,54 @@ class ExpertServer:
         self.attach(end)
         return link
 
+    def run(self, stop: threading.Event) -> None:
+        """Serve until `stop` is set; call `wake` after setting it to be heard at once."""
+        while not stop.is_set():
+            self.poll(_IDLE_S)
+
+    def wake(self) -> None:
+        """Make a waiting `poll` return. May be called from any thread."""
+        self._hub.wake()
+
     def poll(self, timeout_s: float) -> int:
         """Take what has arrived, compute what is due, send replies; return the number of frames answered."""
-        for worker in self._workers[:]:
-            self._read(worker)
-        return self._compute_due()
+        if self._layers:
+            now = time.monotonic()
+            timeout_s = max(0.0, min(timeout_s, min(layer.due for layer in self._layers.values()) - now))
+        ready, new = self._hub.wait(timeout_s)
+        for link in new:
+            self.attach(link)
+        for link in ready:
+            worker = self._workers.get(link.peer)
+            if worker is not None and worker.link is link:  # it may have been dropped a moment ago
+                self._read(worker)
+        return self._compute_due() if self._layers else 0
+
+    def close(self) -> None:
+        """Close every link and listener; workers see their links go down."""
+        for worker in list(self._workers.values()):
+            self._drop(worker, LinkDownError("the server stops", reason="SERVER_STOPPED"))
+        self._hub.close()
 
     def stats(self) -> HostStats:
         self._stats.queue_depth = sum(len(layer.frames) for layer in self._layers.values())
         return self._stats
+
+    def _admit(self, peer: Hello) -> None:
+        """Refuse a second link of one worker: the older stays. A worker's new life replaces its old one."""
+        present = self._workers.get(peer.id)
+        if present is not None:
+            self._read(present)  # it may have gone without our noticing
+            present = self._workers.get(peer.id)
+        if present is None:
+            if len(self._workers) >= self.limits.max_links:
+                raise HandshakeError(f"{len(self._workers)} workers are connected", reason="TOO_MANY_LINKS")
+        elif peer.incarnation == present.link.peer_incarnation:
+            raise HandshakeError(f"worker {peer.id!r} is already connected", reason="DUPLICATE_PEER")
+        elif peer.incarnation < present.link.peer_incarnation:
+            raise HandshakeError(f"worker {peer.id!r} has a newer incarnation here", reason="STALE_INCARNATION")
+        else:
+            self._drop(present, LinkDownError("a newer incarnation is here", reason="SUPERSEDED"))
 
     def _read(self, worker: _Worker) -> None:
         try:
@@ -210,6 +270,8 @@ class ExpertServer:
     def _take_reply_buffers(self, batch: list[tuple[_Worker, Frame]]) -> list[_Job]:
         jobs = []
         for worker, frame in batch:
+            if self._workers.get(worker.link.peer) is not worker:
+                continue  # nobody is there to answer
             rows_RD = frame.rows_RD
             assert rows_RD is not None, "links refuse ROWS frames without rows"
             try:
@@ -238,15 +300,17 @@ class ExpertServer:
     def _post(self, worker: _Worker, header: FrameHeader, rows_RD: Tensor | None) -> None:
         try:
             worker.link.post(header, rows_RD)
+            self._hub.watch_sending(worker.link)
         except LinkDownError as error:
             self._drop(worker, error)
 
     def _drop(self, worker: _Worker, error: LinkDownError) -> None:
         """Close one worker's link; the others notice nothing."""
-        if worker not in self._workers:
+        if self._workers.get(worker.link.peer) is not worker:
             return
         log.warning("link_closed worker=%s reason=%s", worker.link.peer, error.reason)
-        self._workers.remove(worker)
+        del self._workers[worker.link.peer]
+        self._hub.remove(worker.link)
         worker.link.abort()
         self._stats.closed_links[error.reason] += 1
         self._stats.links -= 1
