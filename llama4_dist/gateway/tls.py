@@ -46,14 +46,24 @@ def check_pair(files: Files) -> None:
         client.check_hostname = False
         client.load_verify_locations(certificate)
         handshake(server, client)
-        if client_ca is not None:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(client_ca)
     except ssl.SSLCertVerificationError as error:
         raise ConfigError(f"tls_certificate {certificate}: {error.verify_message}: renew it") from None
     except ssl.SSLError as error:
         raise ConfigError(f"tls_certificate {certificate} and tls_key {key}: {error.reason}") from None
     except OSError as error:
-        raise ConfigError(f"TLS file {error.filename or certificate}: {error.strerror}") from None
+        raise ConfigError(f"tls_certificate {certificate} or tls_key {key}: {error.strerror}") from None
+    if client_ca is not None:
+        check_authority(client_ca)
+
+
+def check_authority(client_ca: Path) -> None:
+    """Raise ConfigError unless the file holds a CA certificate."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(client_ca)
+    except ssl.SSLError as error:
+        raise ConfigError(f"tls_client_ca {client_ca}: {error.reason}") from None
+    except OSError as error:
+        raise ConfigError(f"tls_client_ca {client_ca}: {error.strerror}") from None
 
 
 def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> None:

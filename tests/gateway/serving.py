@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llama4_dist.engine.port import Engine
+from llama4_dist.errors import Llama4Error
 from llama4_dist.gateway.run import Gateway, running_gateway
 from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.text.tokenizer import Tokenizer
@@ -42,10 +43,13 @@ class Served:
 
 @contextmanager
 def serving(
-    engine: Engine, tokenizer: Tokenizer | None = None, settings: GatewaySettings | None = None
+    engine: Engine,
+    tokenizer: Tokenizer | None = None,
+    settings: GatewaySettings | None = None,
+    address: str = "127.0.0.1:0",
 ) -> Iterator[Served]:
-    """Serve on a free loopback port while inside."""
-    settings = replace(settings or GatewaySettings(), address="127.0.0.1:0")
+    """Serve while inside, on a free loopback port unless `address` is given."""
+    settings = replace(settings or GatewaySettings(), address=address)
     started: list[Served | BaseException] = []
     ready = threading.Event()
 
@@ -58,10 +62,9 @@ def serving(
                 started.append(Served(address=f"127.0.0.1:{gateway.port}", gateway=gateway, loop=loop))
                 ready.set()
                 await stop.wait()
-        except BaseException as error:
-            started.append(error)
+        except Llama4Error as error:
+            started.append(error)  # raised again in the caller's thread
             ready.set()
-            raise
 
     stops: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
     thread = threading.Thread(target=lambda: asyncio.run(main()), name="gateway", daemon=True)
@@ -69,7 +72,7 @@ def serving(
     if not ready.wait(timeout=20):  # no assert: this runs under `python -O` too
         raise TimeoutError("the gateway did not start")
     served = started[0]
-    if isinstance(served, BaseException):
+    if isinstance(served, Llama4Error):
         raise served
     try:
         yield served
