@@ -11,6 +11,8 @@ from llama4_dist.checkpoint.header import MAX_HEADER_BYTES, TensorEntry, parse_h
 from llama4_dist.errors import CheckpointError
 from tests.checkpoint.shards import entry, safetensors_bytes
 
+pytestmark = pytest.mark.timeout(10)  # a damaged file must be refused within that
+
 
 def read(path: Path, raw: bytes) -> dict[str, TensorEntry]:
     path.write_bytes(raw)
@@ -61,7 +63,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "C09 hole at the front": (safetensors_bytes({"a": entry(offsets=(8, 16))}, bytes(16)), "hole"),
     "C09 past the end": (safetensors_bytes({"a": entry()}, bytes(4)), "cut short"),
     "C09 bytes behind the last tensor": (safetensors_bytes({"a": entry()}, bytes(9)), "1 bytes behind"),
-    "C09 tensor without elements": (safetensors_bytes({"a": entry(shape=(0,), offsets=(0, 0))}), "shape"),
+    "C09 tensor without elements": (safetensors_bytes({"a": entry(shape=(0,), offsets=(0, 0))}), "positive integers"),
     "C10 shape product beyond 64 bits": (
         safetensors_bytes({"a": entry(shape=(2**32, 2**32, 2**32))}, bytes(8)),
         "needs",
@@ -70,10 +72,13 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
         safetensors_bytes({"a": entry("U8", (2**62, 4, 8), (0, 8))}, bytes(8)),
         "needs",
     ),
-    "C10 dimension beyond 64 bits": (safetensors_bytes({"a": entry(shape=(2**64,))}, bytes(8)), "shape"),
-    "C10 negative dimensions": (safetensors_bytes({"a": entry(shape=(-1, -2))}, bytes(8)), "shape"),
-    "C10 boolean dimension": (safetensors_bytes({"a": entry("F64", (True,))}, bytes(8)), "shape"),
-    "C10 a thousand dimensions": (safetensors_bytes({"a": entry(shape=[1] * 1000)}, bytes(4)), "shape"),
+    "C10 dimension beyond 64 bits": (safetensors_bytes({"a": entry(shape=(2**64,))}, bytes(8)), "positive integers"),
+    "C10 negative dimensions": (safetensors_bytes({"a": entry(shape=(-1, -2))}, bytes(8)), "positive integers"),
+    "C10 boolean dimension": (safetensors_bytes({"a": entry("F64", (True,))}, bytes(8)), "positive integers"),
+    "C10 a thousand dimensions": (
+        safetensors_bytes({"a": entry(shape=[1] * 1000, offsets=(0, 4))}, bytes(4)),
+        "positive integers",
+    ),
     "C11 unknown dtype": (safetensors_bytes({"a": entry("F8")}, bytes(8)), "unknown dtype"),
     "C11 dtype that is no string": (safetensors_bytes({"a": entry(["F32"])}, bytes(8)), "unknown dtype"),
     "C12 shape needs fewer bytes": (safetensors_bytes({"a": entry(shape=(1,))}, bytes(8)), "spans 8 bytes"),
@@ -104,6 +109,7 @@ def test_a_header_beyond_25_megabytes_is_refused_unread(tmp_path: Path) -> None:
         read_header(file, path.name)
 
 
+@pytest.mark.timeout(60)  # most of it is building the file
 def test_more_than_100000_tensors_are_refused() -> None:
     raw = json.dumps({str(i): entry("U8", (1,), (i, i + 1)) for i in range(100_001)}).encode()
     with pytest.raises(CheckpointError, match="100001 tensors"):
