@@ -1,0 +1,211 @@
+"""`make demo`: a Ray cluster with four expert hosts, a gateway, real prompts, and what went where.
+
+Everything goes the way a user's request goes: `llama4-dist serve` in a process of its own, the Python client over gRPC,
+the gateway's Prometheus page for the figures. At the end the same prompts run in one process without Ray: the
+tokens must be identical.
+"""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from llama4_dist.client import Client
+from llama4_dist.request import Completion, Sampling
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = (
+    "In the beginning God created",
+    "Call me Ishmael. Some years ago",
+    "The whale rose slowly out of the sea, and the captain",
+    "Gentlemen of the Senate and House of Representatives, the state of the Union",
+)
+SHUTDOWN_S = 60
+
+
+@dataclass(slots=True)
+class Shown:
+    """What the screen shows of one stream."""
+
+    prompt: str
+    text: str = ""
+    num_tokens: int = 0
+    completion: Completion | None = None
+    error: Exception | None = None
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Sums read from the metrics page."""
+
+    rows: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    bytes_out: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    bytes_in: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    steps: float = 0
+    tokens: float = 0
+
+
+def main() -> int:
+    """Run the demo; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "llama4-mini")
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    options = parser.parse_args()
+    console = Console()
+    # Drawn, not greedy: a model this small repeats itself when greedy. The seed makes it the same text everywhere.
+    sampling = Sampling(temperature=0.8, top_p=0.95, seed=4, max_tokens=options.max_tokens)
+    begun = time.monotonic()
+    with serving(options.model, options.experts, console) as ready:
+        console.print(f"ready after {time.monotonic() - begun:.1f} s: {ready['model']} at {ready['address']}\n")
+        with Client(ready["address"]) as client:
+            begun = time.monotonic()
+            streams = run_prompts(client, sampling, console)
+            seconds = time.monotonic() - begun
+        traffic = read_traffic(f"http://{ready['metrics_address']}/metrics")
+    failed = [stream for stream in streams if stream.error is not None or stream.completion is None]
+    for stream in failed:
+        console.print(f"[bold red]failed:[/] {stream.prompt!r}: {stream.error}")
+    if failed:
+        return 1
+    show_traffic(console, traffic, seconds)
+    return check_against_one_process(options.model, sampling, streams, console)
+
+
+@contextmanager
+def serving(model: Path, num_experts: int, console: Console) -> Iterator[dict[str, str]]:
+    """Run `llama4-dist serve` as a process of its own; yield what it says when it is ready."""
+    command = [sys.executable, "-c", "from llama4_dist.cli import main; main()", "serve"]
+    command += ["--model", str(model), "--experts", str(num_experts), "--attention", "1"]
+    command += ["--dtype", "float32", "--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0"]
+    command += ["--log-level", "warning", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        try:
+            with console.status(f"starting Ray, 1 attention worker, {num_experts} expert hosts, a gateway …"):
+                line = process.stdout.readline()
+            ready = json.loads(line) if line else {}
+            if "address" not in ready:
+                raise SystemExit(f"the server did not start: {ready.get('error', {}).get('message', 'see above')}")
+            yield ready
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(SHUTDOWN_S)
+
+
+def run_prompts(client: Client, sampling: Sampling, console: Console) -> list[Shown]:
+    """Stream all prompts at once and show them growing."""
+    streams = [Shown(prompt=prompt) for prompt in PROMPTS]
+    total = len(streams) * (sampling.max_tokens or 1)
+    progress = Progress(TextColumn("tokens"), BarColumn(), MofNCompleteColumn(), console=console)
+    task = progress.add_task("", total=total)
+    threads = [threading.Thread(target=follow, args=(client, sampling, stream)) for stream in streams]
+
+    def picture() -> Group:
+        progress.update(task, completed=sum(stream.num_tokens for stream in streams))
+        panels = [Panel(Text.assemble((one.prompt, "bold"), one.text), border_style="dim") for one in streams]
+        return Group(*panels, progress)
+
+    with Live(get_renderable=picture, console=console, refresh_per_second=12):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        progress.update(task, total=sum(stream.num_tokens for stream in streams))
+    console.print()
+    return streams
+
+
+def follow(client: Client, sampling: Sampling, shown: Shown) -> None:
+    """Read one stream to its end."""
+    try:
+        stream = client.stream_generate(shown.prompt, sampling)
+        for delta in stream:
+            shown.text += delta.text
+            shown.num_tokens += len(delta.token_ids)
+        shown.completion = stream.completion
+    except Exception as error:  # noqa: BLE001 (shown and turned into the exit code by main)
+        shown.error = error
+
+
+def read_traffic(url: str) -> Traffic:
+    """Sum the gateway's metrics per expert host and station."""
+    traffic = Traffic()
+    with urllib.request.urlopen(url, timeout=10) as page:
+        families = list(text_string_to_metric_families(page.read().decode()))
+    for sample in (sample for family in families for sample in family.samples):
+        match sample.name.removeprefix("llama4_dist_"):
+            case "dispatch_rows_total":
+                traffic.rows[sample.labels["host"]] += sample.value
+            case "dispatch_bytes_total":
+                direction = traffic.bytes_out if sample.labels["direction"] == "out" else traffic.bytes_in
+                direction[sample.labels["host"]] += sample.value
+            case "station_seconds_total":
+                traffic.seconds[sample.labels["station"]] += sample.value
+            case "engine_steps_total":
+                traffic.steps = sample.value
+            case "generation_tokens_total":
+                traffic.tokens = sample.value
+    return traffic
+
+
+def show_traffic(console: Console, traffic: Traffic, seconds: float) -> None:
+    """Print rows and bytes per expert host, and time per station."""
+    hosts = Table(title="What went where", title_justify="left")
+    for column in ("expert host", "token rows", "share", "KiB out", "KiB back"):
+        hosts.add_column(column, justify="left" if column == "expert host" else "right")
+    rows_in_all = sum(traffic.rows.values()) or 1
+    for host in sorted(traffic.rows):
+        rows = traffic.rows[host]
+        sizes = (f"{traffic.bytes_out[host] / 1024:,.0f}", f"{traffic.bytes_in[host] / 1024:,.0f}")
+        hosts.add_row(host, f"{rows:,.0f}", f"{rows / rows_in_all:.0%}", *sizes)
+    console.print(hosts)
+    stations = Table(title="Time per station of the attention worker", title_justify="left")
+    for column in ("station", "seconds", "ms a step"):
+        stations.add_column(column, justify="left" if column == "station" else "right")
+    for station, spent in sorted(traffic.seconds.items(), key=lambda item: -item[1]):
+        stations.add_row(station, f"{spent:.3f}", f"{1000 * spent / max(traffic.steps, 1):.2f}")
+    console.print(stations)
+    console.print(
+        f"{traffic.tokens:.0f} tokens in {traffic.steps:.0f} steps, {traffic.tokens / seconds:.0f} tokens/s\n"
+    )
+
+
+def check_against_one_process(model: Path, sampling: Sampling, streams: list[Shown], console: Console) -> int:
+    """Run the same prompts without Ray; identical tokens are the proof that experts may live anywhere."""
+    from llama4_dist import LLM
+
+    with console.status("the same prompts in one process, without Ray …"), LLM(model, dtype="float32") as llm:
+        alone = llm.generate([stream.prompt for stream in streams], sampling)
+    different = [
+        stream.prompt
+        for stream, one in zip(streams, alone, strict=True)
+        if stream.completion is None or stream.completion.token_ids != one.token_ids
+    ]
+    if different:
+        console.print(f"[bold red]tokens differ from the single process for {different}[/]")
+        return 1
+    console.print(f"[green]{len(streams)} of {len(streams)} streams are token-identical to the single process[/]")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
