@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from llama4_dist.model.batch import Batch, SequenceSpan
 
 from llama4_dist.engine.plan import StepPlan
 from llama4_dist.engine.sequence import SequenceState
+from llama4_dist.model.batch import Batch, SequenceSpan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

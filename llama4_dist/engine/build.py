@@ -7,8 +7,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from llama4_dist.model.kv_cache import KVCache
-from llama4_dist.model.llama4 import Llama4
 
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.dispatch.dispatcher import Dispatcher
@@ -18,6 +16,8 @@ from llama4_dist.engine.inproc_hosts import start_inproc_hosts
 from llama4_dist.engine.local import LocalEngine
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError
+from llama4_dist.model.kv_cache import KVCache
+from llama4_dist.model.llama4 import Llama4
 from llama4_dist.request import EngineLimits
 
 Progress = Callable[[int, int], None]

@@ -37,10 +37,8 @@ def _draw_tile(logits_PV: Tensor, sequences: Sequence[SequenceState]) -> list[in
     uniform_P1 = torch.tensor([uniform(*key) for key in keys], dtype=torch.float64, device=p_PV.device)[:, None]
     # Inverse CDF in token-id order: unlike an order by probability it does not jump when two near-equal logits swap.
     cdf_PV = p_PV.cumsum(dim=1)
-    chosen_P = torch.searchsorted(cdf_PV, uniform_P1 * cdf_PV[:, -1:], right=True)[:, 0]
-    # Rounding of u * total may reach the total itself; then the last kept token is meant.
-    last_P = torch.searchsorted(cdf_PV, cdf_PV[:, -1:].contiguous())[:, 0]
-    return torch.minimum(chosen_P, last_P).tolist()
+    # u <= 1 - 2^-53 makes u * total at least half a rounding step smaller than the total, hence some entry is larger.
+    return torch.searchsorted(cdf_PV, uniform_P1 * cdf_PV[:, -1:], right=True)[:, 0].tolist()
 
 
 def kept_probabilities(logits_PV: Tensor, sequences: Sequence[SequenceState]) -> Tensor:

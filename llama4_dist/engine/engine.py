@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from llama4_dist.model.batch import Batch
-from llama4_dist.model.kv_cache import KVCache
 from torch import Tensor
 
 from llama4_dist.dispatch.dispatcher import Dispatcher
@@ -22,6 +20,8 @@ from llama4_dist.engine.scheduler import Scheduler
 from llama4_dist.engine.sequence import SequenceState
 from llama4_dist.engine.stopping import finish_reason
 from llama4_dist.errors import DeadlineExceededError, EngineError, Llama4Error, UnavailableError
+from llama4_dist.model.batch import Batch
+from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.request import EngineLimits, EngineRequest, FinishReason, TokenOutput
 
 log = logging.getLogger(__name__)

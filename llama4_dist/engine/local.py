@@ -204,6 +204,8 @@ class LocalEngine:
     def _shut_down(self) -> None:
         error = UnavailableError("the engine is shutting down", reason="DRAINING")
         self._outbox += self.core.fail_all(error)
+        for job, _ in self._scores:
+            self.core.scheduler.give_back(job.owner)
         self._fail_pending(error)
         self._stop = True
 

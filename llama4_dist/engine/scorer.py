@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from llama4_dist.model.batch import Batch, SequenceSpan
 from torch import Tensor
 
 from llama4_dist.engine.engine import EngineCore
 from llama4_dist.engine.plan import blocks_for
 from llama4_dist.errors import FieldViolation, InvalidRequestError
+from llama4_dist.model.batch import Batch, SequenceSpan
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

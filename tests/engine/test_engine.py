@@ -91,7 +91,14 @@ def test_a_prompt_that_no_empty_cache_holds_is_refused_before_it_starts() -> Non
 
 @pytest.mark.parametrize("emitted", [0, 7, 19])
 def test_a_replay_continues_as_if_nothing_had_happened(emitted: int) -> None:
-    fields = {"temperature": 3.0, "seed": 11, "frequency_penalty": 0.5, "ignore_eos": True, "max_tokens": 20}
+    fields = {
+        "temperature": 3.0,
+        "seed": 11,
+        "allowed_token_ids": tuple(range(6)),  # tokens come again, so penalties count
+        "frequency_penalty": 4.0,
+        "repetition_penalty": 1.3,
+        "max_tokens": 20,
+    }
     whole_core = fake_core()
     whole_core.add(request("whole", (5, 9), **fields))
     whole = tokens(run(whole_core)["whole"])

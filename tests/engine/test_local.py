@@ -92,9 +92,10 @@ def test_an_abort_takes_effect_before_the_next_step(start: Start) -> None:
     gate = Gate(model)
     engine.submit(request("a", PROMPT, max_tokens=100))
     assert gate.entered.wait(10.0)
-    engine.abort("a")
-    engine.abort("a")
-    engine.abort("unknown")
+    for _ in range(1000):
+        engine.abort("a")
+        engine.abort("unknown")
+    assert engine._inbox.qsize() == 1  # the queue is bounded whatever callers do
     gate.open()
     outputs = collector.wait_for("a")
     assert outputs[-1].finish_reason is FinishReason.CANCELLED
@@ -157,6 +158,31 @@ def test_close_fails_what_runs_as_retriable(start: Start) -> None:
         with pytest.raises(UnavailableError):
             refused()
     engine.close()
+
+
+def test_who_waits_for_a_score_hears_of_the_end(start: Start) -> None:
+    engine, _, model = start()
+    gate = Gate(model)
+    errors: list[BaseException] = []
+
+    def score() -> None:
+        try:
+            engine.score(tuple(range(30)), chunk_size=1)
+        except UnavailableError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=score) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert gate.entered.wait(10.0)
+    threading.Timer(0.05, gate.open).start()
+    engine.close()
+    for thread in threads:
+        thread.join(10.0)
+        assert not thread.is_alive()
+    assert len(errors) == 2
+    stats = engine.stats()
+    assert stats.kv_blocks_free == stats.kv_blocks_total
 
 
 def test_close_can_let_running_requests_end(start: Start) -> None:

@@ -134,6 +134,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         before = {s.request_id: len(s.tokens) + s.num_cached for s in self.scheduler.running}
         oldest = min(self.scheduler.live(), key=lambda s: s.order, default=None)
         plan = self.scheduler.schedule()
+        assert not (plan.preempted and plan.admitted), "an admission took back what a preemption had freed"
         assert sum(span.num_tokens for span in plan.spans) <= 8
         assert all(span.num_tokens >= 1 for span in plan.spans)
         assert sum(span.num_tokens for span in plan.spans if span.sequence.wants_prompt_logprobs) <= 3
