@@ -40,18 +40,21 @@ class _Worker:
         self._lent: deque[Tensor] = deque()  # oldest first, as they are sent
         self._num_buffers = 0
 
-    def reply_buffer(self, num_rows: int, device: torch.device) -> Tensor:
-        """Return memory for a reply; LinkDownError when the worker leaves more replies unread than allowed."""
+    def reclaim(self) -> None:
+        """Take back the memory of replies that are sent; call when every buffer lent has been posted."""
         unsent = self.link.num_unsent
         while len(self._lent) > unsent:
             self._free.append(self._lent.popleft())
+
+    def reply_buffer(self, num_rows: int, device: torch.device) -> Tensor:
+        """Return memory for a reply; LinkDownError when the worker leaves more replies unread than allowed."""
         if not self._free:
             if self._num_buffers == 2 * self.link.limits.credit:
                 raise LinkDownError(f"worker {self.link.peer!r} does not read its replies", reason="REPLIES_UNREAD")
             self._num_buffers += 1
             # Memory of this size is mapped on first touch: what is never used costs nothing.
             self._free.append(torch.empty(self._shape, dtype=self._dtype, device=device))
-        buffer_RD = self._free.popleft()
+        buffer_RD = self._free.pop()
         self._lent.append(buffer_RD)
         return buffer_RD[:num_rows]
 
@@ -269,6 +272,8 @@ class ExpertServer:
 
     def _take_reply_buffers(self, batch: list[tuple[_Worker, Frame]]) -> list[_Job]:
         jobs = []
+        for worker, _ in batch:
+            worker.reclaim()
         for worker, frame in batch:
             if self._workers.get(worker.link.peer) is not worker:
                 continue  # nobody is there to answer

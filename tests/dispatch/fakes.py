@@ -60,16 +60,26 @@ def factor(layer: int, expert: int, start: int = 0, stop: int = FFN_WIDTH) -> fl
     return float(sum(layer + 1 + expert + column for column in range(start, stop)))
 
 
-def direct(layer: int, x_TD: Tensor, experts_TK: Tensor, scores_TK: Tensor) -> Tensor:
-    """What dispatch and combine must give, one copy at a time."""
+def direct(
+    layer: int, x_TD: Tensor, experts_TK: Tensor, scores_TK: Tensor, table: RoutingTable | None = None
+) -> Tensor:
+    """What dispatch and combine must give, one copy at a time; slices of the table's first replica in their order."""
     y_TD = torch.zeros_like(x_TD)
     for token, experts in enumerate(experts_TK.tolist()):
-        total = None
+        copies = []
         for slot, expert in enumerate(experts):
-            y_D = (x_TD[token] * scores_TK[token, slot]) * factor(layer, expert)
-            total = y_D if total is None else total + y_D
-        y_TD[token] = total
+            cuts = table.replicas[layer, expert][0].slices if table else whole("any")[0].slices
+            row_D = x_TD[token] * scores_TK[token, slot]
+            copies.append(sum_in_order([row_D * factor(layer, expert, cut.start, cut.stop) for cut in cuts]))
+        y_TD[token] = sum_in_order(copies)
     return y_TD
+
+
+def sum_in_order(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
 def whole(*hosts: str) -> tuple[Replica, ...]:
@@ -122,6 +132,12 @@ def random_batch(
     experts_TK = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).argsort(1)[:, :num_slots].contiguous()
     scores_TK = torch.rand(num_tokens, num_slots, generator=generator).to(dtype)
     return x_TD, experts_TK, scores_TK
+
+
+def integer_batch(num_tokens: int, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Like `random_batch`, of integers and powers of two: its sums are exact however an expert is cut."""
+    x_TD, experts_TK, scores_TK = random_batch(num_tokens, num_slots)
+    return (x_TD * 8).round(), experts_TK, torch.exp2((scores_TK * 4).round())
 
 
 def identity(host: str) -> HostIdentity:

@@ -91,7 +91,7 @@ class InprocLink:
         while self._inbox:
             due, header, rows_RD = self._inbox.popleft()
             if due <= now and self._free_slots:
-                frames.append(Frame(header, rows_RD, self, self._free_slots.popleft()))
+                frames.append(Frame(header, rows_RD, self, self._free_slots.pop()))
             else:
                 waiting.append((due, header, rows_RD))
         self._inbox = waiting

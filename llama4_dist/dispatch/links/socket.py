@@ -207,7 +207,7 @@ class SocketLink:
             surplus = slot.view[prefix.frame_len : self._filled]
             self._current, self._filled, self._prefix, self._started = None, 0, None, 0.0
             if self._free:
-                self._current = self._free.popleft()
+                self._current = self._free.pop()
                 self._filled = len(surplus)
                 self._slots[self._current].view[: self._filled] = surplus
             elif len(surplus):
@@ -284,8 +284,6 @@ def prepare_connection(connection: socket.socket) -> None:
     """Send small frames at once, and give large ones room."""
     if connection.family != socket.AF_UNIX:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
 
 
 def _shake_hands(connection: socket.socket, handshake: WorkerHandshake, deadline: float) -> Agreement:

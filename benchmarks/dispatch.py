@@ -1,0 +1,206 @@
+"""Measure the dispatch round trip against a bare socket echo of the same bytes, interleaved in one run.
+
+The expert host runs in another process and only copies its rows, so what is measured is dispatch, wire and combine.
+The bare echo is `sendall` and a `recv_into` loop on both sides, also between two processes, over the same transport.
+"""
+
+import argparse
+import json
+import multiprocessing
+import secrets
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from llama4_dist.dispatch.dispatcher import Dispatcher
+from llama4_dist.dispatch.expert_server import ExpertServer
+from llama4_dist.dispatch.handshake import Hello, HostIdentity
+from llama4_dist.dispatch.links.address import bind, parse_address
+from llama4_dist.dispatch.links.link import Link, LinkLimits
+from llama4_dist.dispatch.links.listener import Listener
+from llama4_dist.dispatch.links.socket import connect
+from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+
+WIDTH = 1024
+NUM_EXPERTS = 16
+ROWS = {"4 KB": 1, "64 KB": 16, "1 MB": 256}
+ROUND = 20  # calls of one kind before the other's turn
+LIMITS = LinkLimits()
+
+
+class CopyExperts:
+    """Experts that answer with their input."""
+
+    holds = frozenset((0, expert) for expert in range(NUM_EXPERTS))
+
+    def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None:
+        out_RD.copy_(x_RD)
+
+
+def expert_server() -> ExpertServer:
+    identity = HostIdentity(host="host", incarnation=0, model_hash="bench", num_layers=1, num_experts=NUM_EXPERTS)
+    return ExpertServer(identity=identity, compute=CopyExperts(), width=WIDTH, dtype=torch.float32, limits=LIMITS)
+
+
+def run_expert_host(address: str, secret: bytes, ready: Connection) -> None:
+    torch.set_num_threads(1)
+    server = expert_server()
+    listener = Listener(address, secret=secret)
+    server.add_listener(listener)
+    ready.send(listener.address)
+    server.run(threading.Event())
+
+
+def run_echo(address: str, ready: Connection) -> None:
+    listener = bind(address, 1)
+    listener.setblocking(True)
+    name = listener.getsockname()
+    ready.send(f"unix:{name}" if isinstance(name, str) else f"tcp:{name[0]}:{name[1]}")
+    connection, _ = listener.accept()
+    if connection.family != socket.AF_UNIX:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    buffer = memoryview(bytearray(1 << 20))
+    while header := connection.recv(8):  # the parent announces each size once
+        num_bytes = int.from_bytes(header, "little")
+        for _ in range(ROUND):
+            receive(connection, buffer[:num_bytes])
+            connection.sendall(buffer[:num_bytes])
+
+
+def receive(connection: socket.socket, target: memoryview) -> None:
+    received = 0
+    while received < len(target):
+        received += connection.recv_into(target[received:])
+
+
+def connect_echo(address: str) -> socket.socket:
+    family, target = parse_address(address)
+    connection = socket.socket(family, socket.SOCK_STREAM)
+    connection.connect(target)
+    if family != socket.AF_UNIX:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def dispatcher_over(link: Link) -> Dispatcher:
+    replica = Replica((SliceRef(host="host", incarnation=0, start=0, stop=1),))
+    table = RoutingTable(epoch=0, replicas={(0, expert): (replica,) for expert in range(NUM_EXPERTS)})
+    return Dispatcher(
+        worker="worker", incarnation=0, table=table, links={"host": link}, width=WIDTH, dtype=torch.float32
+    )
+
+
+def connect_dispatcher(address: str, secret: bytes) -> Dispatcher:
+    hello = Hello(
+        role="attention",
+        id="worker",
+        incarnation=0,
+        model_hash="bench",
+        width=WIDTH,
+        dtype="float32",
+        num_layers=1,
+        num_experts=NUM_EXPERTS,
+    )
+    return dispatcher_over(connect(address, hello=hello, secret=secret, limits=LIMITS, timeout_s=10.0))
+
+
+def timed(call: Callable[[], object]) -> list[float]:
+    seconds = []
+    for _ in range(ROUND):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def measure(echo: socket.socket, remote: Dispatcher, local: Dispatcher, rounds: int) -> list[dict[str, object]]:
+    results: list[dict[str, object]] = []
+    for label, num_rows in ROWS.items():
+        x_TD = torch.randn(num_rows, WIDTH)
+        experts_TK = torch.randint(0, NUM_EXPERTS, (num_rows, 1))
+        scores_TK = torch.rand(num_rows, 1)
+        expected_TD = x_TD * scores_TK
+        outgoing = bytes(x_TD.nbytes)
+        incoming = memoryview(bytearray(len(outgoing)))
+
+        def bare(outgoing: bytes = outgoing, incoming: memoryview = incoming) -> None:
+            echo.sendall(outgoing)
+            receive(echo, incoming)
+
+        def ours(dispatcher: Dispatcher, batch: tuple[Tensor, ...] = (x_TD, experts_TK, scores_TK)) -> Tensor:
+            return dispatcher.combine(dispatcher.dispatch(0, *batch))
+
+        samples: dict[str, list[float]] = {"bare": [], "ours": [], "inproc": []}
+        for index in range(rounds + 1):
+            echo.sendall(len(outgoing).to_bytes(8, "little"))
+            taken = {"bare": timed(bare), "ours": timed(lambda: ours(remote)), "inproc": timed(lambda: ours(local))}
+            if index:  # the first round warms up
+                for kind, seconds in taken.items():
+                    samples[kind] += seconds
+        assert torch.equal(ours(remote), expected_TD)
+        p50 = {kind: statistics.median(seconds) * 1e6 for kind, seconds in samples.items()}
+        results.append(
+            {
+                "payload": label,
+                "rows": num_rows,
+                "bare_echo_p50_us": round(p50["bare"], 1),
+                "dispatch_p50_us": round(p50["ours"], 1),
+                "ratio": round(p50["ours"] / p50["bare"], 2),
+                "inproc_p50_us": round(p50["inproc"], 1),
+            }
+        )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tcp", action="store_true", help="TCP over loopback instead of Unix sockets")
+    parser.add_argument("--rounds", type=int, default=30, help=f"rounds of {ROUND} calls of each kind")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    secret = secrets.token_bytes(32)
+    context = multiprocessing.get_context("spawn")
+    ready, child_end = context.Pipe()
+    children = []
+    with tempfile.TemporaryDirectory() as directory:
+        names = {"echo": "tcp:127.0.0.1:0", "host": "tcp:127.0.0.1:0"}
+        if not arguments.tcp:
+            names = {name: f"unix:{directory}/{name}.sock" for name in names}
+        targets = [(run_echo, (names["echo"], child_end)), (run_expert_host, (names["host"], secret, child_end))]
+        addresses = []
+        for target, args in targets:
+            child = context.Process(target=target, args=args, daemon=True)
+            child.start()
+            children.append(child)
+            addresses.append(ready.recv())
+        server = expert_server()
+        local = dispatcher_over(server.open_inproc(worker="worker", incarnation=0))
+        remote = connect_dispatcher(addresses[1], secret)
+        results = measure(connect_echo(addresses[0]), remote, local, arguments.rounds)
+        for child in children:
+            child.terminate()
+            child.join()
+    transport = "tcp" if arguments.tcp else "unix"
+    table = Table(title=f"dispatch round trip over {transport} sockets, p50 in µs")
+    for column in results[0]:
+        table.add_column(column, justify="right")
+    for result in results:
+        table.add_row(*(str(value) for value in result.values()))
+    Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"benchmark": "dispatch", "transport": transport, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The layout of copies: a permutation with one contiguous slice per host and one run per expert."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama4_dist.dispatch.layout import Layout, NoReplicaError, Share, lay_out, split, view_layer
+from llama4_dist.dispatch.routing_table import Replica
+from tests.dispatch.fakes import cut, whole
+
+
+@st.composite
+def layers_and_experts(draw: st.DrawFn) -> tuple[dict[int, tuple[Replica, ...]], np.ndarray]:
+    num_experts = draw(st.integers(1, 20))
+    hosts = [f"host-{index}" for index in range(draw(st.integers(1, 8)))]
+    replicas = {}
+    for expert in range(num_experts):
+        if len(hosts) > 1 and draw(st.booleans()):
+            cut_over = draw(st.lists(st.sampled_from(hosts), min_size=2, max_size=3, unique=True))
+            replicas[expert] = (cut(*cut_over),)
+        else:
+            replicas[expert] = whole(draw(st.sampled_from(hosts)))
+    experts = draw(st.lists(st.integers(0, num_experts - 1), max_size=60))
+    return replicas, np.array(experts, dtype=np.int64)
+
+
+def positions_of(share: Share, layout: Layout) -> np.ndarray:
+    return np.arange(len(layout.order_N))[share.positions]
+
+
+@given(layers_and_experts())
+def test_the_order_is_a_permutation_and_every_slice_of_every_copy_is_asked_for_once(case) -> None:
+    replicas, experts_N = case
+    layout = lay_out(view_layer(replicas), experts_N)
+    assert sorted(layout.order_N.tolist()) == list(range(len(experts_N)))
+    asked = [(share.slice_index, int(position)) for share in layout.shares for position in positions_of(share, layout)]
+    wanted = [
+        (index, position)
+        for position, copy in enumerate(layout.order_N)
+        for index in range(len(replicas[int(experts_N[copy])][0].slices))
+    ]
+    assert sorted(asked) == sorted(wanted)
+
+
+@given(layers_and_experts())
+def test_each_row_goes_to_the_host_of_its_experts_slice_in_runs_of_one_expert(case) -> None:
+    replicas, experts_N = case
+    layout = lay_out(view_layer(replicas), experts_N)
+    for share in layout.shares:
+        experts = experts_N[layout.order_N[positions_of(share, layout)]].tolist()
+        assert experts == [expert for expert, count in share.groups for _ in range(count)]
+        assert len({expert for expert, _ in share.groups}) == len(share.groups)
+        for expert in set(experts):
+            assert replicas[expert][0].slices[share.slice_index].host == share.host
+
+
+@given(layers_and_experts())
+def test_a_host_of_whole_experts_gets_one_contiguous_slice_and_copies_keep_their_order(case) -> None:
+    replicas, experts_N = case
+    layout = lay_out(view_layer(replicas), experts_N)
+    first = [share for share in layout.shares if share.slice_index == 0]
+    assert len({share.host for share in first}) == len(first)
+    assert all(isinstance(share.positions, slice) for share in first)
+    for expert in set(experts_N.tolist()):
+        copies = [copy for copy in layout.order_N.tolist() if experts_N[copy] == expert]
+        assert copies == sorted(copies)
+
+
+@given(layers_and_experts(), st.integers(1, 7))
+def test_split_keeps_rows_and_experts_and_bounds_every_frame(case, max_rows: int) -> None:
+    replicas, experts_N = case
+    layout = lay_out(view_layer(replicas), experts_N)
+    for share in layout.shares:
+        parts = list(split(share, max_rows))
+        assert all(1 <= part.num_rows <= max_rows for part in parts)
+        assert np.array_equal(
+            np.concatenate([positions_of(part, layout) for part in parts]), positions_of(share, layout)
+        )
+        for part in parts:
+            experts = experts_N[layout.order_N[positions_of(part, layout)]].tolist()
+            assert experts == [expert for expert, count in part.groups for _ in range(count)]
+
+
+@pytest.mark.parametrize("experts", [[0, 1, -1], [2], [-1], [0, 7]])
+def test_an_expert_the_model_does_not_have_is_refused(experts: list[int]) -> None:
+    view = view_layer({0: whole("a"), 1: whole("a")})
+    with pytest.raises(ValueError, match="outside"):
+        lay_out(view, np.array(experts))
+
+
+@pytest.mark.parametrize("experts", [[1], [0, 1, 0]])
+def test_an_expert_without_replica_is_named(experts: list[int]) -> None:
+    with pytest.raises(NoReplicaError) as caught:
+        lay_out(view_layer({0: whole("a"), 1: ()}), np.array(experts))
+    assert caught.value.expert == 1
+
+
+def test_preference_and_exclusion_choose_the_replica() -> None:
+    replicas = {0: whole("a", "b", "c")}
+    assert view_layer(replicas).destinations == (("a", 0),)
+    assert view_layer(replicas, prefer={0: 1}).destinations == (("b", 0),)
+    assert view_layer(replicas, prefer={0: 2}, excluded={("c", 0)}).destinations == (("a", 0),)
+    assert view_layer(replicas, excluded={("a", 0), ("b", 0), ("c", 0)}).destinations == ()
+    assert view_layer(replicas, excluded={("a", 1)}).destinations == (("a", 0),)
