@@ -38,6 +38,7 @@ class ExpertHost:
         self._address: HostAddress | None = None
         self._server: ExpertServer | None = None
         self._stop = threading.Event()
+        self._ending = threading.Lock()
         self._resources = ExitStack()
 
     def location(self) -> Location:
@@ -78,9 +79,7 @@ class ExpertHost:
         server.add_listener(tcp)
         thread = threading.Thread(target=self._serve, args=(server,), name=config.worker, daemon=True)
         thread.start()
-        self._resources.callback(thread.join)
-        self._resources.callback(server.wake)
-        self._resources.callback(self._stop.set)
+        self._resources.callback(self._halt, server, thread)
         self._server = server
         self._address = HostAddress(
             host=config.worker, incarnation=self.incarnation, node=location.node, unix=unix.address, tcp=tcp.address
@@ -122,18 +121,28 @@ class ExpertHost:
 
     def close(self) -> None:
         """Stop serving and unmap; the socket file goes too."""
-        self._state = State.LOST
         self._resources.close()
         with suppress(OSError):  # the last worker of the run on this node removes the folder
             self._config.run_dir.rmdir()
 
     def _serve(self, server: ExpertServer) -> None:
-        """Run the server; whatever ends it, its links go down, so that workers turn to another replica at once."""
+        """Run the server; should it fail, its links go down, so that workers turn to another replica at once."""
         try:
             server.run(self._stop)
         except Exception:
             log.exception("expert_host_failed host=%s", self._config.worker)
-            self._state = State.LOST
-            raise
-        finally:
+            with self._ending:
+                self._state = State.LOST
+                server.close()
+
+    def _halt(self, server: ExpertServer, thread: threading.Thread) -> None:
+        """End the serving thread and close the server, unless it failed and did so itself."""
+        self._stop.set()
+        with self._ending:
+            failed = self._state is State.LOST
+            if not failed:
+                server.wake()
+        thread.join()
+        if not failed:
             server.close()
+        self._state = State.LOST
