@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
-from llama4_dist.model.feed_forward import swiglu
+from llama4_dist.model.activation import swiglu
 from llama4_dist.model.linear import linear
 
 

@@ -1,8 +1,8 @@
 """The gated feed-forward network of dense layers and of the shared expert."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from llama4_dist.model.activation import swiglu
 from llama4_dist.model.linear import linear
 from llama4_dist.model.weights import Weights
 
@@ -17,8 +17,3 @@ class FeedForward:
     def __call__(self, x_TD: Tensor) -> Tensor:
         gate_TF, up_TF = linear(x_TD, self.gate_up_weight).chunk(2, dim=-1)
         return linear(swiglu(gate_TF, up_TF), self.down_weight)
-
-
-def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """Return silu(gate) · up."""
-    return F.silu(gate_TF) * up_TF

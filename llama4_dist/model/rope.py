@@ -1,8 +1,6 @@
 """Rotary position embedding on adjacent pairs, and the attention temperature of layers that have none.
 
-Both depend on a token's absolute position alone, so a step computes them once for all layers. They are computed in
-float64 and rounded once: in float32 the vector and the scalar code of sin, cos and log differ in the last bit, and
-which of the two a token meets depends on its place in the batch.
+Both depend on a token's absolute position alone, so a step computes them once for all layers.
 Source: transformers `Llama4TextRotaryEmbedding`, `Llama4TextAttention`; Meta llama-models `apply_scaling`.
 """
 
@@ -28,9 +26,9 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Ten
 
 def rotation_table(positions_T: Tensor, frequencies_C: Tensor) -> Tensor:
     """Return unit complex numbers [T, 1, C/2], one per token and pair, shared by all heads."""
-    # The product is rounded to float32 as the references round it; at position 1e6 that moves an angle by up to 0.03.
-    angles_TC = (positions_T.float()[:, None] * frequencies_C).double()
-    return torch.polar(torch.ones_like(angles_TC), angles_TC).to(torch.complex64)[:, None, :]
+    # Rounded to float32 because the references are; at position 1e6 that moves an angle by up to 0.03.
+    angles_TC = positions_T.float()[:, None] * frequencies_C
+    return torch.polar(torch.ones_like(angles_TC), angles_TC)[:, None, :]
 
 
 def rotate(x_THC: Tensor, rotation_T1C: Tensor) -> Tensor:
@@ -41,5 +39,4 @@ def rotate(x_THC: Tensor, rotation_T1C: Tensor) -> Tensor:
 
 def query_temperature(positions_T: Tensor, floor_scale: float, attn_scale: float) -> Tensor:
     """Return float32 [T]: 1 + attn_scale · ln(1 + floor((p + 1) / floor_scale)), for layers without rotation."""
-    floors_T = torch.floor((positions_T.double() + 1.0) / floor_scale)
-    return (1.0 + attn_scale * torch.log1p(floors_T)).float()
+    return torch.log1p(torch.floor((positions_T.float() + 1.0) / floor_scale)) * attn_scale + 1.0

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from llama4_dist.model.activation import sigmoid
 from llama4_dist.model.linear import linear
 
 
@@ -32,9 +32,5 @@ class Router:
 
 
 def scores_of(logits_TK: Tensor) -> Tensor:
-    """Return each logit's own sigmoid: no softmax, no renormalisation over the K.
-
-    In float64, rounded once: float32's vector and scalar code differ in the last bit, and which one a token meets
-    depends on its place in the batch.
-    """
-    return torch.sigmoid(logits_TK.double()).to(logits_TK.dtype)
+    """Return each logit's own sigmoid: no softmax, no renormalisation over the K."""
+    return sigmoid(logits_TK).to(logits_TK.dtype)
