@@ -25,8 +25,8 @@ real = st.floats(-1e3, 1e3)
 samplings = st.builds(
     Sampling,
     temperature=real, top_p=real, min_p=real, presence_penalty=real, frequency_penalty=real, repetition_penalty=real,
-    top_k=st.integers(-1, 500),
-    seed=st.none() | st.integers(-(2**63), 2**63 - 1),
+    top_k=st.integers(-1, 2**31 - 1),
+    seed=st.none() | st.integers(0, 2**64 - 1),
     max_tokens=st.none() | st.integers(0, 9), min_tokens=st.integers(0, 9),
     stop=st.lists(st.text(max_size=5), max_size=3).map(tuple), stop_token_ids=ids, bad_token_ids=ids,
     include_stop_str_in_output=st.booleans(), ignore_eos=st.booleans(), skip_special_tokens=st.booleans(),
