@@ -13,7 +13,7 @@ from llama4_dist.config import ModelConfig, RopeScaling
 from llama4_dist.errors import CheckpointError
 from tests.checkpoint.published import MAVERICK, SCOUT, SMALL_DENSE
 from tests.checkpoints import config_json
-from tests.presets import BASE, PRESETS
+from tests.presets import BASE, LLAMA3_SCALING, PRESETS
 
 SCALING = RopeScaling(factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0, original_max_position=8192)
 
@@ -175,7 +175,8 @@ def test_no_default_stands_in_for_a_missing_key(key: str) -> None:
         ("rms_norm_eps", "1e-5"),
         ("rope_theta", -1.0),
         ("rope_theta", 10**400),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
+        ("rope_scaling", LLAMA3_SCALING | {"rope_type": "yarn"}),
+        ("rope_scaling", LLAMA3_SCALING | {"high_freq_factor": 0.5}),
         ("rope_scaling", {"factor": 2.0}),
         ("rope_scaling", {"rope_type": "llama3", "factor": 2.0}),
         ("rope_scaling", "llama3"),
