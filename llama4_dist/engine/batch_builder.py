@@ -1,10 +1,11 @@
-"""Turns a step plan into the model's batch and remembers which logit row belongs to whom."""
+"""Turns planned spans into the model's batch and remembers which logit row belongs to whom."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from llama4_dist.engine.plan import StepPlan
+from llama4_dist.engine.plan import PlannedSpan
 from llama4_dist.engine.sequence import SequenceState
 from llama4_dist.model.batch import Batch, SequenceSpan
 
@@ -29,15 +30,15 @@ class StepBatch:
     prompt_rows: tuple[PromptRows, ...]
 
 
-def build_batch(plan: StepPlan, *, step: int, device: str) -> StepBatch:
-    """Pack the plan's spans; ask for logits where a sequence's last token stands, and for prompt rows if wanted."""
+def build_batch(planned_spans: Iterable[PlannedSpan], *, step: int, device: str) -> StepBatch:
+    """Pack the spans; ask for logits where a sequence's last token stands, and for prompt rows if wanted."""
     token_ids: list[int] = []
     spans: list[SequenceSpan] = []
     logit_rows: list[int] = []
     sampled: list[SequenceState] = []
     sampled_rows: list[int] = []
     prompt_rows: list[PromptRows] = []
-    for planned in plan.spans:
+    for planned in planned_spans:
         sequence, first, count = planned.sequence, planned.sequence.num_cached, planned.num_tokens
         if sequence.wants_prompt_logprobs:
             wanted = min(count, sequence.num_prompt_tokens - 1 - first)  # the last prompt row predicts an output token

@@ -47,7 +47,7 @@ def build_engine(
     model = Llama4.load(checkpoint, dtype=dtype, device=device, progress=progress)
     num_blocks = kv_sizing.num_blocks(config, options, dtype_bytes=dtype.itemsize, memory_bytes=_memory_bytes(device))
     limits = EngineLimits(
-        model=options.model_name or config.architecture,
+        model=options.model_name or checkpoint.path.name,
         vocab_size=config.vocab_size,
         max_context=min(kv_sizing.max_context(config, options), num_blocks * options.block_size),
         max_waiting=options.max_waiting,
@@ -87,7 +87,7 @@ def build_single_process(
         engine = build_engine(
             checkpoint,
             dispatcher,
-            options=options or EngineOptions(model_name=Path(model_dir).name),
+            options=options or EngineOptions(),
             dtype=torch_dtype,
             device=device,
             progress=progress,

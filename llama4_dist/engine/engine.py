@@ -1,36 +1,24 @@
-"""One engine, synchronous: scheduler, KV blocks, model and sampler, one step at a time; knows no threads."""
+"""One engine, synchronous: takes requests, plans a step, computes it, says what came of it; knows no threads."""
 
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
-
-from torch import Tensor
 
 from llama4_dist.dispatch.dispatcher import Dispatcher
-from llama4_dist.engine.batch_builder import StepBatch, build_batch
 from llama4_dist.engine.block_allocator import BlockAllocator
 from llama4_dist.engine.counters import Counters
 from llama4_dist.engine.intake import check_fits, make_sequence
-from llama4_dist.engine.logprobs import position_logprobs
 from llama4_dist.engine.options import EngineOptions
-from llama4_dist.engine.plan import StepPlan
-from llama4_dist.engine.sampler import Sampled, sample
+from llama4_dist.engine.sampler import Sampled
 from llama4_dist.engine.scheduler import Scheduler
 from llama4_dist.engine.sequence import SequenceState
+from llama4_dist.engine.step import ForwardModel, StepRunner
 from llama4_dist.engine.stopping import finish_reason
-from llama4_dist.errors import DeadlineExceededError, EngineError, Llama4Error, UnavailableError
-from llama4_dist.model.batch import Batch
+from llama4_dist.errors import DeadlineExceededError, Llama4Error
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.request import EngineLimits, EngineRequest, FinishReason, TokenOutput
 
 log = logging.getLogger(__name__)
-
-
-class ForwardModel(Protocol):
-    """What the engine asks of a model; `Llama4` is one."""
-
-    def forward(self, batch: Batch, cache: KVCache, dispatcher: Dispatcher) -> Tensor: ...
 
 
 class EngineCore:
@@ -48,17 +36,14 @@ class EngineCore:
         device: str = "cpu",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.model = model
-        self.cache = cache
-        self.dispatcher = dispatcher
         self.limits = limits
         self.options = options
         assert options.num_blocks is not None, "engine.build resolves num_blocks"
         self.scheduler = Scheduler(BlockAllocator(options.num_blocks), options)
         self.counters = Counters()
-        self.device = device
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self.runner = StepRunner(model, cache, dispatcher, counters=self.counters, clock=clock, device=device)
         self.clock = clock
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._num_arrived = 0
 
     @property
@@ -101,48 +86,10 @@ class EngineCore:
                 self.counters.prompt_tokens += sequence.num_prompt_tokens
         self.counters.add_seconds("schedule", self.clock() - started_s)
         if plan.spans:
-            outputs += self._compute(plan)
+            outputs += [self._commit(sequence, result) for sequence, result in self.runner.run(plan.spans)]
         if self.options.debug_invariants:
             self.scheduler.check()
         return outputs
-
-    def _compute(self, plan: StepPlan) -> list[TokenOutput]:
-        try:
-            step_batch = build_batch(plan, step=self.counters.next_step(), device=self.device)
-            logits_PV = self.forward(step_batch.batch)
-            started_s = self.clock()
-            self._collect_prompt_logprobs(step_batch, logits_PV)
-            for span in plan.spans:
-                span.sequence.num_cached += span.num_tokens
-            results = sample(logits_PV[list(step_batch.sampled_rows)], step_batch.sampled)
-            self.counters.add_seconds("sample", self.clock() - started_s)
-        except UnavailableError as error:
-            log.warning("step_unavailable reason=%s sequences=%d", error.reason, len(plan.spans))
-            return [self._end(span.sequence, error=error) for span in plan.spans]
-        except Exception as error:
-            log.exception("step_failed sequences=%d", len(self.scheduler.running))
-            failure = EngineError(f"the engine failed in a step: {type(error).__name__}")
-            return [self._end(sequence, error=failure) for sequence in tuple(self.scheduler.running)]
-        return [self._commit(sequence, result) for sequence, result in zip(step_batch.sampled, results, strict=True)]
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Run the model on a batch, timed."""
-        started_s = self.clock()
-        logits_PV = self.model.forward(batch, self.cache, self.dispatcher)
-        self.counters.add_seconds("model", self.clock() - started_s)
-        return logits_PV
-
-    def _collect_prompt_logprobs(self, step_batch: StepBatch, logits_PV: Tensor) -> None:
-        for rows in step_batch.prompt_rows:
-            sequence = rows.sequence
-            found = sequence.prompt_logprobs or [None]
-            # After a preemption the first positions come again; they are known.
-            skip = len(found) - 1 - rows.first_position
-            first = rows.start + max(0, skip)
-            targets = sequence.tokens[len(found) : len(found) + rows.stop - first]
-            num_top = [sequence.sampling.prompt_logprobs or 0] * len(targets)
-            sequence.prompt_logprobs = found
-            sequence.prompt_logprobs += position_logprobs(logits_PV[first : rows.stop], targets, num_top)
 
     def _commit(self, sequence: SequenceState, result: Sampled | Llama4Error) -> TokenOutput:
         """Append a sampled token and say so; tokens leave the engine only here, after the whole step."""

@@ -11,7 +11,8 @@ class EngineOptions:
 
     `num_blocks` wins over `kv_cache_bytes`; with neither, a share of the memory is taken (`engine.kv_sizing`).
     `max_logit_rows` bounds the float32 rows of logits a step makes for prompt log-probabilities or scoring: a row of
-    Llama 4's vocabulary is 0.8 MB. `debug_invariants` checks block conservation after every step.
+    Llama 4's vocabulary is 0.8 MB. `debug_invariants` checks block conservation after every step. `model_name` is
+    what clients call the model: the checkpoint's folder name, if left out.
     """
 
     max_num_seqs: int = 256

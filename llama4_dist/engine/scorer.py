@@ -50,11 +50,11 @@ def advance(core: EngineCore, job: ScoreJob) -> None:
     span = SequenceSpan(num_tokens=len(chunk), num_cached=job.num_cached, blocks=job.blocks)
     batch = Batch(
         step=core.counters.next_step(),
-        token_ids_T=torch.tensor(chunk, dtype=torch.int64, device=core.device),
+        token_ids_T=torch.tensor(chunk, dtype=torch.int64, device=core.runner.device),
         spans=(span,),
         logit_rows=tuple(range(len(chunk))),
     )
-    job.parts.append(core.forward(batch).cpu())
+    job.parts.append(core.runner.forward(batch).cpu())
     job.num_cached += len(chunk)
 
 

@@ -14,7 +14,7 @@ def snapshot(core: EngineCore) -> EngineStats:
     counters, scheduler = core.counters, core.scheduler
     waiting = tuple(scheduler.waiting)
     now_s = core.clock()
-    traffic = core.dispatcher.stats()
+    traffic = core.runner.dispatcher.stats()
     return EngineStats(
         requests_running=len(scheduler.running),
         requests_waiting=len(waiting),

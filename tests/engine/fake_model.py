@@ -62,6 +62,14 @@ class FakeModel:
 
 
 class FakeDispatcher:
+    """Remembers which steps began; has no experts."""
+
+    def __init__(self) -> None:
+        self.begun: list[int] = []
+
+    def begin_step(self, step: int) -> None:
+        self.begun.append(step)
+
     def stats(self) -> DispatchStats:
         return DispatchStats()
 
@@ -69,7 +77,7 @@ class FakeDispatcher:
 def fake_core(
     *, num_blocks: int = 64, max_context: int = 128, clock: Callable[[], float] = time.monotonic, **options: Any
 ) -> EngineCore:
-    """An engine core over a FakeModel; `core.model` is the model."""
+    """An engine core over a FakeModel; `core.runner.model` is the model."""
     fields = {"block_size": 4, "max_num_batched_tokens": 16, "max_num_seqs": 8, "debug_invariants": True} | options
     engine_options = EngineOptions(num_blocks=num_blocks, **fields)
     return EngineCore(

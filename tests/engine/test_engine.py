@@ -13,8 +13,19 @@ from llama4_dist.errors import (
     OverloadedError,
     UnavailableError,
 )
+from llama4_dist.model.batch import Batch
 from llama4_dist.request import FinishReason
-from tests.engine.fake_model import EOS, VOCAB_SIZE, FakeModel, fake_core, greedy, next_token, run, tokens
+from tests.engine.fake_model import (
+    EOS,
+    VOCAB_SIZE,
+    FakeDispatcher,
+    FakeModel,
+    fake_core,
+    greedy,
+    next_token,
+    run,
+    tokens,
+)
 from tests.engine.sequences import request
 
 PROMPTS = {"a": (5, 9), "b": tuple(range(40, 63)), "c": (1,), "d": (80, 3, 80, 3, 80, 3, 2)}
@@ -26,8 +37,8 @@ def balanced(core: EngineCore) -> bool:
 
 
 def model(core: EngineCore) -> FakeModel:
-    assert isinstance(core.model, FakeModel)
-    return core.model
+    assert isinstance(core.runner.model, FakeModel)
+    return core.runner.model
 
 
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 8}, {"max_num_seqs": 1}, {"num_blocks": 14}])
@@ -218,6 +229,28 @@ def test_any_other_failure_of_a_step_fails_what_runs_and_leaves_a_usable_engine(
     assert balanced(core)
 
 
+def test_a_sequence_that_breaks_the_forward_pass_fails_alone() -> None:
+    core = fake_core()
+    prompts = {"a": (5, 9), "poison": (66, 66), "b": tuple(range(14))}
+    for name, prompt in prompts.items():
+        core.add(request(name, prompt, max_tokens=4, prompt_logprobs=0))
+
+    def break_on_poison(batch: Batch) -> None:
+        if (batch.token_ids_T == 66).any():
+            raise EngineError("rows are not finite", reason="ROWS_NOT_FINITE")
+
+    model(core).before_forward = break_on_poison
+    outputs = run(core)
+    assert [(o.error and o.error.reason, o.token_ids) for o in outputs["poison"]] == [("ROWS_NOT_FINITE", ())]
+    for name in "ab":
+        assert tokens(outputs[name]) == greedy(prompts[name], 4)
+        assert len(outputs[name][0].prompt_logprobs or ()) == len(prompts[name])
+    # Whatever the broken pass had sent to experts is forgotten, so that tables can be switched.
+    assert isinstance(core.runner.dispatcher, FakeDispatcher)
+    assert core.runner.dispatcher.begun == [1, 3]
+    assert balanced(core)
+
+
 def test_a_request_that_breaks_the_sampler_does_not_touch_its_neighbours() -> None:
     core = fake_core()
     core.add(request("good", (5, 9), max_tokens=4))
@@ -297,7 +330,7 @@ def test_non_finite_logits_fail_one_request() -> None:
         logits_PV[0, 3] = math.nan
         return logits_PV
 
-    core.model.forward = poisoned  # type: ignore[method-assign]
+    core.runner.model.forward = poisoned  # type: ignore[method-assign]
     outputs = core.step()
     assert isinstance(outputs[0].error, EngineError)
     assert outputs[1].error is None

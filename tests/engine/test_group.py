@@ -19,7 +19,7 @@ class Pair:
 
     def __init__(self, **options: int) -> None:
         self.engines = [LocalEngine(fake_core(**options)) for _ in range(2)]
-        self.gates = [Gate(engine.core.model) for engine in self.engines]  # type: ignore[arg-type]
+        self.gates = [Gate(engine.core.runner.model) for engine in self.engines]  # type: ignore[arg-type]
         self.group, self.collector = EngineGroup(self.engines), Collector()
         self.group.start(self.collector)
 

@@ -27,8 +27,8 @@ def start() -> Iterator[Start]:
         engine, collector = LocalEngine(core), Collector()
         engines.append(engine)
         engine.start(collector)
-        assert isinstance(core.model, FakeModel)
-        return engine, collector, core.model
+        assert isinstance(core.runner.model, FakeModel)
+        return engine, collector, core.runner.model
 
     yield make
     for engine in engines:

@@ -136,9 +136,7 @@ def test_uniform_numbers_of_neighbouring_keys_are_independent() -> None:
 
 def test_a_draw_depends_on_seed_position_and_sequence_index() -> None:
     assert len({uniform(1, 2, 3), uniform(2, 2, 3), uniform(1, 3, 3), uniform(1, 2, 4)}) == 4
-    assert (
-        uniform(2**64 - 1, 10_485_760, 7) == 0.35792844029643056
-    )  # pinned: replays outlive releases
+    assert uniform(2**64 - 1, 10_485_760, 7) == 0.35792844029643056  # pinned: replays outlive releases
     flat_PV = torch.zeros(10, 1000)
     assert len(set(sampled_ids(flat_PV, [sequence(output=(1,) * i, temperature=1.0, seed=4) for i in range(10)]))) > 5
     assert uniform(2**64 - 1, 0, 0) != uniform(2**64 - 2, 0, 0)  # all 64 bits of a seed count

@@ -1,0 +1,88 @@
+"""Computes one planned step: batch, forward pass, sampling. Turns every failure into errors of those it concerns."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from llama4_dist.dispatch.dispatcher import Dispatcher
+from llama4_dist.engine import prompt_logprobs
+from llama4_dist.engine.batch_builder import build_batch
+from llama4_dist.engine.counters import Counters
+from llama4_dist.engine.plan import PlannedSpan
+from llama4_dist.engine.sampler import Sampled, sample
+from llama4_dist.engine.sequence import SequenceState
+from llama4_dist.errors import EngineError, Llama4Error, UnavailableError
+from llama4_dist.model.batch import Batch
+from llama4_dist.model.kv_cache import KVCache
+
+log = logging.getLogger(__name__)
+
+Result = tuple[SequenceState, Sampled | Llama4Error]
+
+
+class ForwardModel(Protocol):
+    """What the engine asks of a model; `Llama4` is one."""
+
+    def forward(self, batch: Batch, cache: KVCache, dispatcher: Dispatcher) -> Tensor: ...
+
+
+class StepRunner:
+    """The model with its cache and its experts. It ends no sequence; that is the engine's part."""
+
+    def __init__(
+        self,
+        model: ForwardModel,
+        cache: KVCache,
+        dispatcher: Dispatcher,
+        *,
+        counters: Counters,
+        clock: Callable[[], float],
+        device: str,
+    ) -> None:
+        self.model = model
+        self.dispatcher = dispatcher
+        self.device = device
+        self._cache = cache
+        self._counters = counters
+        self._clock = clock
+
+    def run(self, spans: Sequence[PlannedSpan]) -> list[Result]:
+        """Compute the spans; return a token for each sequence that has none pending, or its error."""
+        try:
+            return self._compute(spans)
+        except UnavailableError as error:
+            log.warning("step_unavailable reason=%s sequences=%d", error.reason, len(spans))
+            return [(span.sequence, error) for span in spans]
+        except Exception as error:
+            if len(spans) == 1:
+                log.error("step_failed request_id=%s", spans[0].sequence.request_id, exc_info=error)
+                failure = f"the engine failed in a step: {type(error).__name__}"
+                return [(spans[0].sequence, error if isinstance(error, Llama4Error) else EngineError(failure))]
+            # One sequence may be the cause. A step changes nothing before its end, so each is computed again, alone.
+            log.warning("step_split sequences=%d cause=%s", len(spans), type(error).__name__)
+            return [result for span in spans for result in self.run([span])]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Run the model on a batch, timed; return logits_PV."""
+        started_s = self._clock()
+        try:
+            return self.model.forward(batch, self._cache, self.dispatcher)
+        except BaseException:
+            self.dispatcher.begin_step(batch.step)  # forgets the rows that a broken pass left in flight
+            raise
+        finally:
+            self._counters.add_seconds("model", self._clock() - started_s)
+
+    def _compute(self, spans: Sequence[PlannedSpan]) -> list[Result]:
+        step_batch = build_batch(spans, step=self._counters.next_step(), device=self.device)
+        logits_PV = self.forward(step_batch.batch)
+        started_s = self._clock()
+        for rows in step_batch.prompt_rows:
+            prompt_logprobs.collect(rows, logits_PV)
+        results = sample(logits_PV[list(step_batch.sampled_rows)], step_batch.sampled)
+        for span in spans:
+            span.sequence.num_cached += span.num_tokens
+        self._counters.add_seconds("sample", self._clock() - started_s)
+        return list(zip(step_batch.sampled, results, strict=True))
