@@ -1,28 +1,17 @@
 """A running request as public messages: the whole answer, or what is new since a reader last looked. Pure."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 
-from llama4_dist.gateway.running import RunningRequest, SequenceRecord
-from llama4_dist.request import CompletionOutput, FinishReason
+from llama4_dist.gateway.running import RunningRequest, coalesced
 from llama4_dist.rpc import wire_results
 from llama4_dist.rpc.wire import GenerationCall
+from llama4_dist.text.output_sequence import Delta, Finished
 from llama4_dist.v1 import inference_pb2, types_pb2
 
 AnswerT = TypeVar("AnswerT", inference_pb2.GenerateResponse, inference_pb2.ChatResponse)
 Event = inference_pb2.StreamGenerateResponse | inference_pb2.StreamChatResponse
-
-
-@dataclass(slots=True)
-class Cursor:
-    """How much of one sequence a reader has been given."""
-
-    num_texts: int = 0
-    num_tokens: int = 0
-    finished: bool = False
 
 
 class EventReader:
@@ -34,7 +23,8 @@ class EventReader:
         self._model = model
         self._event_class = event_class
         self._started = False
-        self._cursors = tuple(Cursor() for _ in running.sequences)
+        self._num_read = 0
+        self._num_ended = 0
 
     def new_events(self) -> list[Event]:
         """Return what is new, at most one delta per sequence however many steps passed.
@@ -43,76 +33,58 @@ class EventReader:
         """
         if not self._running.begun:
             return []
-        started = [] if self._started else [self._event_class(started=self._start())]
+        events = [] if self._started else [self._event_class(started=self._start())]
         self._started = True
-        for index, (sequence, cursor) in enumerate(zip(self._running.sequences, self._cursors, strict=True)):
-            started.extend(self._of_sequence(index, sequence, cursor))
-        return started
-
-    def _of_sequence(self, index: int, sequence: SequenceRecord, cursor: Cursor) -> Iterator[Event]:
-        text = "".join(sequence.texts[cursor.num_texts :])
-        if text or len(sequence.token_ids) > cursor.num_tokens:
-            delta = types_pb2.TokenDelta(output_index=index, text=text)
-            if self._call.return_token_ids:
-                delta.token_ids.extend(sequence.token_ids[cursor.num_tokens :])
-            delta.logprobs.extend(wire_results.logprobs_to_proto(sequence.logprobs[cursor.num_tokens :]))
-            yield self._event_class(delta=delta)
-        cursor.num_texts, cursor.num_tokens = len(sequence.texts), len(sequence.token_ids)
-        if sequence.finish_reason is not None and not cursor.finished:
-            cursor.finished = True
-            yield self._event_class(finished=self._finish(index, sequence, sequence.finish_reason), usage=self._usage())
+        unread = self._running.events[self._num_read :]
+        self._num_read += len(unread)
+        events.extend(self._delta(one) if isinstance(one, Delta) else self._finish(one) for one in coalesced(unread))
+        return events
 
     def _start(self) -> types_pb2.Started:
-        running = self._running
+        state = self._running.state
         queue_time = Duration()
-        queue_time.FromMicroseconds(round(running.queue_s * 1e6))
+        queue_time.FromMicroseconds(round((state.queue_s or 0.0) * 1e6))
         return types_pb2.Started(
-            request_id=running.request_id,
+            request_id=self._running.request_id,
             model=self._model,
-            prompt_tokens=len(running.prompt_token_ids),
+            prompt_tokens=len(state.prompt_token_ids),
             queue_time=queue_time,
-            prompt_token_ids=running.prompt_token_ids if self._call.return_prompt_token_ids else (),
-            prompt_logprobs=wire_results.logprobs_to_proto(running.prompt_logprobs or ()),
+            prompt_token_ids=state.prompt_token_ids if self._call.return_prompt_token_ids else (),
+            prompt_logprobs=wire_results.logprobs_to_proto(state.prompt_logprobs or ()),
         )
 
-    def _finish(self, index: int, sequence: SequenceRecord, reason: FinishReason) -> types_pb2.Finished:
-        return types_pb2.Finished(
-            output_index=index,
-            finish_reason=wire_results.FINISH_REASONS[reason],
-            stop_match=wire_results.stop_to_proto(sequence.stop_reason),
+    def _delta(self, delta: Delta) -> Event:
+        message = types_pb2.TokenDelta(
+            output_index=delta.index,
+            text=delta.text,
+            token_ids=delta.token_ids if self._call.return_token_ids else (),
+            logprobs=wire_results.logprobs_to_proto(delta.logprobs or ()),
         )
+        return self._event_class(delta=message)
 
-    def _usage(self) -> types_pb2.Usage | None:
-        """Only on the event that ends the last sequence."""
-        if not all(cursor.finished for cursor in self._cursors):
-            return None
-        return wire_results.usage_to_proto(self._running.usage)
+    def _finish(self, end: Finished) -> Event:
+        self._num_ended += 1
+        is_last = self._num_ended == self._running.state.sampling.n
+        message = types_pb2.Finished(
+            output_index=end.index,
+            finish_reason=wire_results.FINISH_REASONS[end.finish_reason],
+            stop_match=wire_results.stop_to_proto(end.stop_reason),
+        )
+        usage = wire_results.usage_to_proto(self._running.state.usage) if is_last else None
+        return self._event_class(finished=message, usage=usage)
 
 
 def whole_answer(running: RunningRequest, call: GenerationCall, model: str, answer_class: type[AnswerT]) -> AnswerT:
     """Build the answer of a unary call; the request must be done without error."""
-    outputs = [
-        wire_results.output_to_proto(completed(index, sequence), return_token_ids=call.return_token_ids)
-        for index, sequence in enumerate(running.sequences)
-    ]
+    completion = running.state.completion()
     return answer_class(
         request_id=running.request_id,
         model=model,
-        outputs=outputs,
-        usage=wire_results.usage_to_proto(running.usage),
-        prompt_token_ids=running.prompt_token_ids if call.return_prompt_token_ids else (),
-        prompt_logprobs=wire_results.logprobs_to_proto(running.prompt_logprobs or ()),
-    )
-
-
-def completed(index: int, sequence: SequenceRecord) -> CompletionOutput:
-    """Freeze a finished sequence."""
-    assert sequence.finish_reason is not None, "an unfinished sequence was answered"
-    return CompletionOutput(
-        index=index,
-        text="".join(sequence.texts),
-        token_ids=tuple(sequence.token_ids),
-        logprobs=tuple(sequence.logprobs),
-        finish_reason=sequence.finish_reason,
-        stop_reason=sequence.stop_reason,
+        outputs=[
+            wire_results.output_to_proto(output, return_token_ids=call.return_token_ids)
+            for output in completion.outputs
+        ],
+        usage=wire_results.usage_to_proto(completion.usage),
+        prompt_token_ids=completion.prompt_token_ids if call.return_prompt_token_ids else (),
+        prompt_logprobs=wire_results.logprobs_to_proto(completion.prompt_logprobs or ()),
     )

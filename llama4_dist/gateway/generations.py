@@ -13,10 +13,12 @@ from contextlib import asynccontextmanager
 from llama4_dist.engine.port import Engine
 from llama4_dist.errors import DuplicateRequestError, Llama4Error, UnavailableError
 from llama4_dist.gateway.metrics import Metrics
-from llama4_dist.gateway.prompt import resolve, tokenise
+from llama4_dist.gateway.prompt import tokenise
 from llama4_dist.gateway.running import RunningRequest
-from llama4_dist.request import EngineRequest, TokenOutput
+from llama4_dist.request import TokenOutput
 from llama4_dist.rpc.wire import GenerationCall
+from llama4_dist.text.output_sequence import Finished
+from llama4_dist.text.request_state import RequestState
 from llama4_dist.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ class Generations:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._requests: dict[tuple[str, str], RunningRequest] = {}
-        self._sequences: dict[str, tuple[RunningRequest, int]] = {}
+        self._sequences: dict[str, RunningRequest] = {}
         self._loop = asyncio.get_running_loop()
 
     def start(self) -> None:
@@ -80,31 +82,20 @@ class Generations:
     def _submit(
         self, request_id: str, call: GenerationCall, prompt_token_ids: tuple[int, ...], body: bytes, timeout_s: float
     ) -> RunningRequest:
-        limits = self._engine.limits
-        sampling = resolve(call.sampling, len(prompt_token_ids), limits, secrets.randbits(63))
-        unique = uuid.uuid4().hex
-        running = RunningRequest(
-            request_id,
-            body=body,
+        state = RequestState(
+            request_id=uuid.uuid4().hex,
             prompt_token_ids=prompt_token_ids,
-            engine_ids=[f"{unique}-{index}" for index in range(call.sampling.n)],
-            sampling=sampling,
+            sampling=call.sampling,
+            limits=self._engine.limits,
             tokenizer=self._tokenizer,
-            now_s=self._loop.time(),
+            timeout_s=timeout_s,
+            priority=call.priority,
         )
+        running = RunningRequest(request_id, state, body=body, now_s=self._loop.time())
         try:
-            for index, engine_id in enumerate(running.engine_ids):
-                self._sequences[engine_id] = (running, index)
-                self._engine.submit(
-                    EngineRequest(
-                        request_id=engine_id,
-                        prompt_token_ids=prompt_token_ids,
-                        sampling=sampling,
-                        sequence_index=index,
-                        timeout_s=timeout_s,
-                        priority=call.priority,
-                    )
-                )
+            for request in state.engine_requests():
+                self._sequences[request.request_id] = running
+                self._engine.submit(request)
         except BaseException:
             self._release(running)
             raise
@@ -112,7 +103,7 @@ class Generations:
 
     def _release(self, running: RunningRequest) -> None:
         """Forget a request's sequences, and abort those the engine may still run."""
-        for engine_id in running.engine_ids:
+        for engine_id in running.state.running:
             if self._sequences.pop(engine_id, None) is not None:
                 self._engine.abort(engine_id)
 
@@ -127,35 +118,35 @@ class Generations:
         now_s = self._loop.time()
         touched: set[RunningRequest] = set()
         for output in outputs:
-            found = self._sequences.get(output.request_id)
-            if found is None:
-                continue  # aborted; these are its last words
-            running, index = found
-            self._observe(running, running.take(index, output), now_s)
-            self._settle(running, index, output)
+            running = self._sequences.get(output.request_id)
+            if running is None:
+                continue  # released; these are its last words
+            for event in running.take(output):
+                if isinstance(event, Finished):
+                    self._end(output.request_id, event)
+                else:
+                    self._observe(running, len(event.token_ids), now_s)
+            if running.error is not None:
+                self._sequences.pop(output.request_id, None)
+                self._release(running)
+                self._metrics.requests.labels("error").inc()
             touched.add(running)
         for running in touched:
             running.wake()
 
-    def _settle(self, running: RunningRequest, index: int, output: TokenOutput) -> None:
-        """Drop a sequence that ended; one that a stop string ended still runs in the engine."""
-        if running.error is not None:
-            del self._sequences[output.request_id]
-            self._release(running)
-            self._metrics.requests.labels("error").inc()
-        elif (reason := running.sequences[index].finish_reason) is not None:
-            del self._sequences[output.request_id]
-            self._metrics.requests.labels(reason.value).inc()
-            if output.finish_reason is None:
-                self._engine.abort(output.request_id)
+    def _end(self, engine_id: str, end: Finished) -> None:
+        del self._sequences[engine_id]
+        self._metrics.requests.labels(end.finish_reason.value).inc()
+        if end.abort is not None:
+            self._engine.abort(end.abort)  # a stop string ended it; the engine knows no strings
 
     def _observe(self, running: RunningRequest, num_tokens: int, now_s: float) -> None:
         if num_tokens == 0:
             return
         if running.last_token_s is None:
             self._metrics.first_token_seconds.observe(now_s - running.started_s)
-            self._metrics.queue_seconds.observe(running.queue_s)
-        elif len(running.engine_ids) == 1:
+            self._metrics.queue_seconds.observe(running.state.queue_s or 0.0)
+        elif running.state.sampling.n == 1:
             self._metrics.inter_token_seconds.observe((now_s - running.last_token_s) / num_tokens)
         running.last_token_s = now_s
 

@@ -2,14 +2,13 @@
 
 import asyncio
 import re
-from dataclasses import replace
 
 from llama4_dist.errors import FieldViolation, InvalidRequestError, NotFoundError, UnsupportedError
-from llama4_dist.request import EngineLimits, Message, Sampling
+from llama4_dist.request import EngineLimits, Message
 from llama4_dist.rpc.wire import GenerationCall
 from llama4_dist.text.chat import encode_chat
 from llama4_dist.text.tokenizer import Tokenizer
-from llama4_dist.validation import check_messages, check_prompt, check_request_id, check_sampling, check_text
+from llama4_dist.validation import check_messages, check_request_id, check_sampling, check_text
 
 # Encoding this much takes under a millisecond; more would hold up every stream's next token.
 INLINE_CHARS = 4096
@@ -31,20 +30,11 @@ def check_model(name: str, limits: EngineLimits) -> None:
 
 
 async def tokenise(call: GenerationCall, tokenizer: Tokenizer | None, limits: EngineLimits) -> tuple[int, ...]:
-    """Check a call whole and return its prompt's tokens. Raise InvalidRequestError, NotFoundError, UnsupportedError."""
+    """Return the prompt's tokens; what `RequestState` does not check is checked here."""
     check_model(call.model, limits)
     if call.request_id:
         check_request_id(call.request_id)
-    check_sampling(call.sampling, limits)
-    if call.sampling.stop and tokenizer is None:
-        raise without_tokenizer("stop strings")
-    token_ids = await prompt_token_ids(call, tokenizer, limits)
-    check_prompt(token_ids, call.sampling, limits)
-    return token_ids
-
-
-async def prompt_token_ids(call: GenerationCall, tokenizer: Tokenizer | None, limits: EngineLimits) -> tuple[int, ...]:
-    """Encode text or chat; token ids pass through."""
+    check_sampling(call.sampling, limits)  # before the work of encoding
     if isinstance(call.prompt, str):
         return await encode_text(call.prompt, tokenizer, limits, add_bos=True)
     if call.is_chat:
@@ -78,16 +68,6 @@ async def encode_messages(
 
     in_thread = sum(len(message.content) for message in messages) > INLINE_CHARS or len(messages) > 64
     return tuple(await asyncio.to_thread(encode) if in_thread else encode())
-
-
-def resolve(sampling: Sampling, num_prompt_tokens: int, limits: EngineLimits, seed: int) -> Sampling:
-    """Fill in what the caller left open: the seed, and max_tokens = the rest of the context."""
-    return replace(
-        sampling,
-        n=1,
-        seed=sampling.seed if sampling.seed is not None else seed,
-        max_tokens=sampling.max_tokens or limits.max_context - num_prompt_tokens,
-    )
 
 
 def without_tokenizer(what: str) -> UnsupportedError:

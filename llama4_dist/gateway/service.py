@@ -82,7 +82,7 @@ class InferenceService:
                 await running.changed()
             if running.error is not None:
                 raise running.error
-            self._metrics.streamed_tokens.inc(running.usage.completion_tokens)
+            self._metrics.streamed_tokens.inc(running.state.usage.completion_tokens)
             return whole_answer(running, call, self._model.name, answer_class)
 
     async def _stream(self, message: GenerationMessage, context: Context, event_class: type[Event]) -> None:
@@ -98,7 +98,7 @@ class InferenceService:
                 if running.done:
                     break
                 await running.changed()
-            self._metrics.streamed_tokens.inc(running.usage.completion_tokens)
+            self._metrics.streamed_tokens.inc(running.state.usage.completion_tokens)
             if running.error is not None:
                 raise running.error
 

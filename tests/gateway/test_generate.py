@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from llama4_dist.client import Client
-from llama4_dist.errors import UnsupportedError
+from llama4_dist.errors import InvalidRequestError, UnsupportedError
 from llama4_dist.request import FinishReason, Message, Sampling
 from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
 from tests.gateway.serving import Served, byte_tokenizer, serving
@@ -91,5 +91,5 @@ def test_without_tokenizer_files_token_ids_work_and_text_is_refused() -> None:
         assert client.generate([1, 2], Sampling(max_tokens=2)).token_ids == expected_tokens([1, 2], 2)
         with pytest.raises(UnsupportedError, match="send token_ids"):
             client.generate("text")
-        with pytest.raises(UnsupportedError, match="stop strings"):
+        with pytest.raises(InvalidRequestError, match="needs a tokenizer"):
             client.generate([1], Sampling(stop=("x",)))
