@@ -1,0 +1,118 @@
+"""The plan lets every query see its own sequence's right keys and nothing else, found here by walking one by one."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama4_dist.model.attention_plan import (
+    MAX_GATHERED_KEYS,
+    BlockTable,
+    LayerPlan,
+    QueryRun,
+    _plan_layers,
+    decode_groups,
+    padded_keys,
+    query_runs,
+)
+from llama4_dist.model.batch import SequenceSpan
+
+BLOCK_SIZE = 4
+CPU = torch.device("cpu")
+
+
+def spans_of(parts: list[tuple[int, int]]) -> list[SequenceSpan]:
+    """Spans of (tokens, cached) with blocks handed out backwards, so that no slot is where its position is."""
+    spans, next_block = [], 1000
+    for num_tokens, num_cached in parts:
+        num_blocks = -(-(num_tokens + num_cached) // BLOCK_SIZE)
+        blocks = tuple(range(next_block - 1, next_block - 1 - num_blocks, -1))
+        next_block -= num_blocks
+        spans.append(SequenceSpan(num_tokens=num_tokens, num_cached=num_cached, blocks=blocks))
+    return spans
+
+
+def plan_of(spans: list[SequenceSpan], chunk_size: int | None) -> LayerPlan:
+    positions_T = torch.tensor([s.num_cached + i for s in spans for i in range(s.num_tokens)])
+    return _plan_layers(spans, BlockTable(spans, BLOCK_SIZE), positions_T, chunk_size, torch.float32, CPU)
+
+
+def seen_slots(plan: LayerPlan) -> dict[int, list[int]]:
+    """For each row, the slots of the keys it sees, in order."""
+    seen = {}
+    for part in plan.prefill:
+        for row in range(part.start, part.stop):
+            seen[row] = part.slots_1S[0][part.mask_QS[row - part.start] == 0].tolist()
+    for group in plan.decode:
+        for index, row in enumerate(group.rows_B.tolist()):
+            assert row not in seen
+            seen[row] = group.slots_BS[index][group.mask_B11S[index, 0, 0] == 0].tolist()
+    return seen
+
+
+def slot(span: SequenceSpan, position: int) -> int:
+    return span.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 70)), min_size=1, max_size=5),
+    st.sampled_from([None, 1, 3, 16, 33]),
+)
+def test_a_query_sees_the_keys_of_its_chunk_up_to_itself(parts: list[tuple[int, int]], chunk_size: int | None) -> None:
+    spans = spans_of(parts)
+    plan = plan_of(spans, chunk_size)
+    seen, row, written = seen_slots(plan), 0, []
+    for span in spans:
+        for position in range(span.num_cached, span.num_cached + span.num_tokens):
+            first = 0 if chunk_size is None else position // chunk_size * chunk_size
+            assert seen[row] == [slot(span, key) for key in range(first, position + 1)]
+            written.append(slot(span, position))
+            row += 1
+    assert len(seen) == row
+    assert plan.slots_T.tolist() == written
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 70)), min_size=2, max_size=5))
+def test_padding_keys_belong_to_the_same_sequence(parts: list[tuple[int, int]]) -> None:
+    spans = spans_of(parts)
+    plan = plan_of(spans, 16)
+    owner = {block: index for index, span in enumerate(spans) for block in span.blocks}
+    rows = [index for index, span in enumerate(spans) for _ in range(span.num_tokens)]
+    for part in plan.prefill:
+        assert {owner[s // BLOCK_SIZE] for s in part.slots_1S.flatten().tolist()} == {rows[part.start]}
+    for group in plan.decode:
+        for row, slots_S in zip(group.rows_B.tolist(), group.slots_BS.tolist(), strict=True):
+            assert {owner[s // BLOCK_SIZE] for s in slots_S} == {rows[row]}
+
+
+@given(st.integers(1, 5000))
+def test_key_padding_ends_in_a_short_block_or_a_whole_one(num_keys: int) -> None:
+    padded = padded_keys(num_keys)
+    assert padded >= num_keys
+    assert padded % 512 <= 128
+    assert padded % 64 == 0
+    assert padded_keys(padded) == padded
+
+
+def test_short_sequences_do_not_read_as_many_keys_as_a_long_one() -> None:
+    lengths = [50, 60, 100, 3000, 40, 100_000]
+    runs = [QueryRun(sequence=i, row=i, num_queries=1, first_key=0, num_keys=n) for i, n in enumerate(lengths)]
+    groups = [[run.num_keys for run in group] for group in decode_groups(runs)]
+    assert groups == [[40, 50, 60, 100], [3000], [100_000]]
+
+
+def test_many_long_sequences_are_not_gathered_at_once() -> None:
+    runs = [QueryRun(sequence=i, row=i, num_queries=1, first_key=0, num_keys=20_000) for i in range(7)]
+    for group in decode_groups(runs):
+        assert len(group) * padded_keys(20_000) <= MAX_GATHERED_KEYS
+    assert sum(len(group) for group in decode_groups(runs)) == 7
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "expected"), [(None, [(0, 20, 0, 31)]), (16, [(0, 2, 16, 15), (2, 16, 32, 1), (18, 2, 48, 1)])]
+)
+def test_a_span_is_cut_at_chunk_edges(chunk_size: int | None, expected: list[tuple[int, ...]]) -> None:
+    runs = query_runs(spans_of([(20, 30)]), chunk_size)
+    assert [(run.row, run.num_queries, run.first_key, run.num_keys) for run in runs] == expected
