@@ -57,9 +57,12 @@ class LocalEngine:
 
     def start(self, on_outputs: OnOutputs) -> None:
         """Start the engine's thread; once only."""
-        self._on_outputs = on_outputs
-        self._thread.start()
-        self._refusal = None
+        with self._lock:
+            if self._thread.ident is not None or self._stop:
+                raise ValueError("an engine is started once; build another")
+            self._on_outputs = on_outputs
+            self._refusal = None
+            self._thread.start()
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request or raise; see `Engine`."""
@@ -118,6 +121,7 @@ class LocalEngine:
         with self._lock:
             started = self._thread.ident is not None
             self._refusal = ("the engine is shutting down", "DRAINING")
+            self._stop = self._stop or not started
             self._idle.wait_for(lambda: not self._live or not self._thread.is_alive(), drain_timeout_s)
         if started:
             self._inbox.put(self._shut_down)

@@ -14,6 +14,7 @@ def snapshot(core: EngineCore) -> EngineStats:
     counters, scheduler = core.counters, core.scheduler
     waiting = tuple(scheduler.waiting)
     now_s = core.clock()
+    queue_ages_s = (now_s - s.arrived_s for s in waiting if s.queue_s is None)  # a preempted one has been admitted
     traffic = core.runner.dispatcher.stats()
     return EngineStats(
         requests_running=len(scheduler.running),
@@ -28,7 +29,7 @@ def snapshot(core: EngineCore) -> EngineStats:
         requests_finished=counters.finished,
         requests_cancelled=counters.cancelled,
         requests_failed=counters.failed,
-        max_queue_age_s=max((now_s - sequence.arrived_s for sequence in waiting), default=0.0),
+        max_queue_age_s=max(queue_ages_s, default=0.0),
         station_seconds=dict(counters.station_seconds) | {"dispatch_wait": traffic.wait_seconds},
         host_rows=dict(traffic.rows_out),
         host_bytes_out=dict(traffic.bytes_out),

@@ -197,6 +197,19 @@ def test_an_engine_that_was_not_started_refuses() -> None:
     with pytest.raises(UnavailableError, match="not been started"):
         engine.submit(request("a"))
     engine.close()
+    with pytest.raises(ValueError, match="once"):
+        engine.start(Collector())
+
+
+def test_an_engine_is_started_once(start: Start) -> None:
+    engine, collector, _ = start()
+    with pytest.raises(ValueError, match="once"):
+        engine.start(collector)
+    engine.close()
+    with pytest.raises(ValueError, match="once"):
+        engine.start(collector)
+    with pytest.raises(UnavailableError):
+        engine.submit(request("a"))
 
 
 def test_a_dead_thread_fails_what_is_live_and_refuses_the_rest(start: Start) -> None:
