@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llama4_dist import LLM, Message, Sampling
+from llama4_dist.engine.port import EngineStats
 from llama4_dist.errors import (
     CheckpointError,
     ConfigError,
@@ -93,12 +94,37 @@ def test_a_stop_string_cuts_the_text_and_frees_the_engine(llm: LLM) -> None:
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert (cut.finish_reason, cut.outputs[0].stop_reason) == (FinishReason.STOP, stop)
     assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
-    deadline = time.monotonic() + 10
-    while llm.stats().requests_running and time.monotonic() < deadline:
-        time.sleep(0.01)
-    stats = llm.stats()
-    assert (stats.requests_running, stats.requests_cancelled) == (0, before + 1)
+    stats = when_idle(llm)
+    assert stats.requests_cancelled == before + 1
     assert stats.kv_blocks_free == stats.kv_blocks_total
+
+
+def when_idle(llm: LLM) -> EngineStats:
+    """Stats once nothing runs; an abort takes effect before the engine's next step."""
+    deadline = time.monotonic() + 10
+    while (stats := llm.stats()).requests_running:
+        assert time.monotonic() < deadline, "requests run on"
+        time.sleep(0.01)
+    return stats
+
+
+def test_an_interrupt_frees_the_engine(llm: LLM) -> None:
+    before = llm.stats().requests_cancelled
+
+    def interrupt() -> None:
+        while not llm.stats().requests_running:
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # as Ctrl-C does
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a", "b"], Sampling(temperature=0.0, max_tokens=1000, ignore_eos=True))
+    thread.join(10)
+    stats = when_idle(llm)
+    assert stats.requests_cancelled == before + 2
+    assert stats.kv_blocks_free == stats.kv_blocks_total
+    assert len(llm.generate("a", GREEDY)[0].token_ids) == 12
 
 
 def test_chat_writes_the_format_and_takes_dicts_and_several_conversations(llm: LLM) -> None:
@@ -246,6 +272,15 @@ def test_one_process_imports_no_ray(model_dir: Path) -> None:
     assert run_python(code) == "2 False False"
 
 
+@pytest.mark.ray
+def test_expert_hosts_answer_as_one_process_does(llm: LLM, model_dir: Path) -> None:
+    prompts = ["the first", "a second prompt"]
+    expected = [completion.token_ids for completion in llm.generate(prompts, GREEDY)]
+    with LLM(model_dir, num_expert_hosts=2, num_threads=1, kv_cache_bytes=1 << 22) as cluster:
+        assert [completion.token_ids for completion in cluster.generate(prompts, GREEDY)] == expected
+        assert len(cluster.stats().host_rows) == 2
+
+
 LIMITS = EngineLimits(model="scripted", vocab_size=320, max_context=100, max_waiting=2)
 
 
@@ -258,7 +293,6 @@ class ScriptedEngine:
         self.live: list[str] = []
         self.most_live = 0
         self.aborted: list[str] = []
-        self.submitted = threading.Event()
         self.error: Exception | None = None
 
     def start(self, on_outputs: Any) -> None:
@@ -271,7 +305,6 @@ class ScriptedEngine:
             raise OverloadedError("full", retry_after_s=1.0)
         self.live.append(request.request_id)
         self.most_live = max(self.most_live, len(self.live))
-        self.submitted.set()
 
     def abort(self, request_id: str) -> None:
         if request_id in self.live:
@@ -330,6 +363,7 @@ def test_one_failure_ends_the_call_and_aborts_the_rest() -> None:
     assert [type(error) for error in raised] == [UnavailableError]
     assert engine.live == []
     assert set(engine.aborted) <= {"r1/0", "r2/0"}
+    assert runner._inboxes == {}
     engine.on_outputs([TokenOutput(request_id="r1/0", finish_reason=FinishReason.CANCELLED)])  # has no reader: dropped
 
 
@@ -338,19 +372,3 @@ def test_a_request_that_can_never_fit_is_not_retried() -> None:
     engine.error = OverloadedError("no room", reason="KV_CACHE_EXHAUSTED")
     with pytest.raises(OverloadedError, match="no room"):
         Runner(engine).run(states(1))  # type: ignore[arg-type]
-
-
-def test_an_interrupt_aborts_what_runs() -> None:
-    engine = ScriptedEngine()
-    runner = Runner(engine)  # type: ignore[arg-type]
-
-    def interrupt() -> None:
-        engine.submitted.wait(10)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # as Ctrl-C does
-
-    thread, _ = in_thread(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        runner.run(states(2))
-    thread.join(10)
-    assert engine.live == []
-    assert "r0/0" in engine.aborted
