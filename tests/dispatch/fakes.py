@@ -1,6 +1,7 @@
 """Experts whose answers a reader can check by hand, random tables over any number of hosts, the slow way."""
 
 import random
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -40,7 +41,7 @@ class ScalingExperts:
 
     def __init__(self, ranges: Mapping[tuple[int, int], tuple[int, int]]) -> None:
         self.ranges = dict(ranges)
-        self.calls: list[tuple[int, tuple[tuple[int, int], ...]]] = []
+        self.calls: deque[tuple[int, tuple[tuple[int, int], ...]]] = deque(maxlen=32)
 
     @property
     def holds(self) -> frozenset[tuple[int, int]]:

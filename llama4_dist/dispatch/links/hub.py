@@ -1,7 +1,8 @@
 """All descriptors of a server in one epoll: listeners, handshakes, links, and a bell to wake it. Knows no frames."""
 
-import os
+import contextlib
 import select
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,8 +20,8 @@ class Hub:
     def __init__(self, hello: Hello, limits: LinkLimits, admit: Callable[[Hello], None], closed: Counter[str]) -> None:
         self._lobby = Lobby(hello, limits, admit, closed)
         self._epoll = select.epoll()
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK)
-        self._epoll.register(self._bell, select.EPOLLIN)
+        self._bell, self._rope = socket.socketpair()
+        self._epoll.register(self._bell.fileno(), select.EPOLLIN)
         self._listeners: dict[int, Listener] = {}
         self._links: dict[int, Link] = {}
         self._wants_write: set[int] = set()
@@ -75,8 +76,8 @@ class Hub:
             elif descriptor in self._listeners:
                 for accepted in self._lobby.accept(self._listeners[descriptor]):
                     self._epoll.register(accepted, select.EPOLLIN)
-            elif descriptor == self._bell:
-                os.eventfd_read(self._bell)
+            elif descriptor == self._bell.fileno():
+                self._bell.recv(4096)
         now = time.monotonic()
         if now >= self._next_sweep:
             self._next_sweep = now + _SWEEP_S
@@ -86,7 +87,8 @@ class Hub:
 
     def wake(self) -> None:
         """Make a running `wait` return; the one call that another thread may make."""
-        os.eventfd_write(self._bell, 1)
+        with contextlib.suppress(OSError):  # closed meanwhile: nobody is left to be woken
+            self._rope.send(b"\0")
 
     def close(self) -> None:
         """Close listeners and unfinished handshakes, not the links."""
@@ -95,7 +97,8 @@ class Hub:
             listener.close()
         self._listeners.clear()
         self._epoll.close()
-        os.close(self._bell)
+        self._bell.close()
+        self._rope.close()
 
     def _advance(self, descriptor: int, new: list[Link]) -> None:
         link = self._lobby.advance(descriptor)
