@@ -13,7 +13,7 @@ import tokenizers
 
 from llama4_dist.text.files import broken, read_bounded
 from llama4_dist.text.panics import raised_instead_of_a_panic
-from llama4_dist.text.patterns import has_nested_repeat
+from llama4_dist.text.patterns import may_take_exponential_time
 from llama4_dist.text.tokenizer import BOS, Tokenizer
 
 MAX_IDS = 1 << 22
@@ -47,9 +47,8 @@ def read_hf_tokenizer(path: Path) -> Tokenizer:
             raise broken(path, f"gives {name!r} the id {token_id}, which is another token's or leaves a gap")
     if BOS not in special_tokens:
         raise broken(path, f"has no special token {BOS}")
-    tokenizer = Tokenizer(
-        _pieces(path, library.get_vocab(with_added_tokens=False), special_tokens), special_tokens, encode
-    )
+    pieces = _pieces(path, library.get_vocab(with_added_tokens=False), special_tokens)
+    tokenizer = Tokenizer(pieces, special_tokens, encode, file=path.name)
     _probe(path, tokenizer)
     return tokenizer
 
@@ -64,8 +63,8 @@ def _problems(parts: Mapping[str, Any]) -> Iterator[str]:
         if step["type"] not in ("Split", "ByteLevel"):
             yield f"has a pre-tokenizer {step['type']!r}; only Split and ByteLevel are allowed"
         pattern = step.get("pattern", {}).get("Regex", "")
-        if len(pattern) > MAX_PATTERN_CHARS or has_nested_repeat(pattern):
-            yield "its split pattern may take exponential time: it repeats a repeat, or is too long"
+        if len(pattern) > MAX_PATTERN_CHARS or may_take_exponential_time(pattern):
+            yield "its split pattern may take exponential time: it repeats a choice, or is too long"
     for token in parts["added_tokens"]:
         if token["special"] is not True:
             yield f"adds {token['content']!r} as a plain token; Llama 4 adds control tokens only"

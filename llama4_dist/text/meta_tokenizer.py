@@ -50,7 +50,7 @@ def read_meta_tokenizer(path: Path) -> Tokenizer:
     def encode(text: str) -> list[int]:
         return [token_id for part in split_long_runs(text) for token_id in encoding.encode_ordinary(part)]
 
-    return Tokenizer(pieces, special_tokens, encode)
+    return Tokenizer(pieces, special_tokens, encode, file=path.name)
 
 
 def split_long_runs(text: str) -> Iterator[str]:

@@ -19,8 +19,14 @@ class Tokenizer:
     """One vocabulary: `pieces[id]` are a plain token's raw bytes, `special_tokens` the ids of the control tokens."""
 
     def __init__(
-        self, pieces: Sequence[bytes], special_tokens: Mapping[str, int], encode: Callable[[str], list[int]]
+        self,
+        pieces: Sequence[bytes],
+        special_tokens: Mapping[str, int],
+        encode: Callable[[str], list[int]],
+        *,
+        file: str = "",
     ) -> None:
+        self.file = file  # name of the file it was read from
         self.special_tokens = dict(special_tokens)
         self.vocab_size = max(len(pieces), 1 + max(self.special_tokens.values(), default=-1))
         self.bos_token_id = self.special_token_id(BOS)
@@ -85,9 +91,9 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise CheckpointError if the tokenizer can name ids that the model's embedding does not hold."""
     if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
-            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocabulary ends at {vocab_size - 1}: "
-            "the tokenizer files belong to another checkpoint",
-            file=HF_FILE,
+            f"{tokenizer.file}: has ids up to {tokenizer.vocab_size - 1}, the model's vocabulary ends at "
+            f"{vocab_size - 1}: the file belongs to another checkpoint",
+            file=tokenizer.file,
         )
 
 
