@@ -42,12 +42,12 @@ class RunningRequest:
 
     def take(self, output: TokenOutput) -> tuple[Event, ...]:
         """Record one output and return what it adds. Readers wake at `wake`."""
-        self._heard = True
         try:
             events = self.state.push(output)
         except Llama4Error as error:
             self.error = self.error or error
             return ()
+        self._heard = True  # a failure comes before this: a stream that never began answers without headers
         self.events.extend(events)
         return events
 

@@ -27,6 +27,7 @@ MAX_MESSAGE_CHARS = 1024
 MAX_VIOLATIONS = 16
 MAX_VALUE_CHARS = 256
 MAX_DETAILS_BYTES = 16 * 1024
+MAX_RETRY_S = 3600.0  # a server cannot put a client to sleep for longer
 
 Code = grpc.StatusCode
 # Nearest class in the exception's MRO wins.
@@ -172,8 +173,10 @@ def from_status(
     info = find(status, error_details_pb2.ErrorInfo())
     retry = find(status, error_details_pb2.RetryInfo())
     retry_after_s = retry.retry_delay.ToMilliseconds() / 1000 if retry is not None else None
-    if isinstance(pushback_ms, str) and pushback_ms.isdigit():
-        retry_after_s = min(int(pushback_ms), 3_600_000) / 1000
+    if isinstance(pushback_ms, str) and re.fullmatch(r"[0-9]+", pushback_ms):
+        retry_after_s = int(pushback_ms[:12]) / 1000
+    if retry_after_s is not None:
+        retry_after_s = min(max(retry_after_s, 0.0), MAX_RETRY_S)
     reason = info.reason if info is not None and info.domain == DOMAIN else "TRANSPORT"
     if code in (Code.INVALID_ARGUMENT, Code.OUT_OF_RANGE):
         bad = find(status, error_details_pb2.BadRequest())

@@ -1,0 +1,210 @@
+"""The clients: what they import, when they retry, and that the asyncio one answers as the blocking one does."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from llama4_dist.client import AsyncClient, Client, ConnectOptions
+from llama4_dist.client.retry import Attempts, may_retry, wait_s
+from llama4_dist.errors import (
+    ConfigError,
+    DeadlineExceededError,
+    EngineError,
+    InvalidRequestError,
+    Llama4Error,
+    NotFoundError,
+    OverloadedError,
+    RequestCancelledError,
+    UnavailableError,
+)
+from llama4_dist.request import Message, Sampling
+from llama4_dist.rpc import status
+from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
+from tests.gateway.serving import Served, byte_tokenizer, eventually, serving
+
+
+@pytest.fixture(scope="module")
+def engine() -> ScriptedEngine:
+    return ScriptedEngine(step_s=0.001)
+
+
+@pytest.fixture(scope="module")
+def served(engine: ScriptedEngine) -> Iterator[Served]:
+    with serving(engine, byte_tokenizer()) as running:
+        yield running
+
+
+class FailedCall(grpc.RpcError):
+    def __init__(self, error: Llama4Error) -> None:
+        self._error = error
+
+    def code(self) -> grpc.StatusCode:
+        return status.code_of(self._error)
+
+    def details(self) -> str:
+        return self._error.message
+
+    def trailing_metadata(self) -> object:
+        return status.trailing_metadata(self._error, status.to_status(self._error))
+
+
+def test_importing_the_client_loads_neither_torch_nor_ray_nor_numpy() -> None:
+    code = (
+        "import sys, llama4_dist.client\n"
+        "heavy = {'torch', 'ray', 'numpy', 'pydantic', 'tokenizers'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+async def test_the_asyncio_client_answers_as_the_blocking_one(served: Served) -> None:
+    sampling = Sampling(max_tokens=8, n=2, logprobs=0)
+    messages = [Message(role="user", content="hi")]
+    async with AsyncClient(served.address) as one:
+        await one.wait_ready(5)
+        stream = one.stream_chat(messages, sampling, request_id="a")
+        deltas = [delta async for delta in stream]
+        answers = (
+            await one.generate("hello", sampling, request_id="a"),
+            await one.chat(messages, sampling, request_id="a"),
+            await one.list_models(),
+            await one.get_model("models/tiny"),
+            await one.tokenize("hi"),
+            await one.detokenize([104, 105]),
+            await one.apply_chat_template(messages),
+            await one.health("liveness"),
+        )
+        with pytest.raises(NotFoundError):
+            await one.get_model("models/other")
+        with pytest.raises(NotFoundError):
+            await one.health("nonsense")
+
+    with Client(served.address) as two:
+        assert answers == (
+            two.generate("hello", sampling, request_id="a"),
+            two.chat(messages, sampling, request_id="a"),
+            two.list_models(),
+            two.get_model("models/tiny"),
+            two.tokenize("hi"),
+            two.detokenize([104, 105]),
+            two.apply_chat_template(messages),
+            two.health("liveness"),
+        )
+    assert stream.completion == answers[1]
+    assert stream.request_id == "a"
+    assert sum(len(delta.token_ids) for delta in deltas) == 16
+
+
+def test_without_an_id_each_call_is_its_own_request(served: Served, engine: ScriptedEngine) -> None:
+    with Client(served.address) as client:
+        ids = {client.generate([1], Sampling(max_tokens=1)).request_id for _ in range(3)}
+    assert len(ids) == 3
+    assert all(len(request_id) == 32 for request_id in ids)
+
+
+def test_a_stream_read_half_way_has_no_completion(served: Served) -> None:
+    with Client(served.address) as client:
+        stream = client.stream_generate([1], Sampling(max_tokens=400))
+        assert stream.request_id == ""
+        next(iter(stream))
+        assert stream.request_id
+        with pytest.raises(EngineError, match="ended before"):
+            _ = stream.completion
+        stream.close()
+        stream.close()
+
+
+def test_a_bad_request_names_its_fields(served: Served) -> None:
+    with Client(served.address) as client, pytest.raises(InvalidRequestError) as refused:
+        client.generate([1], Sampling(temperature=-1, top_p=7))
+    assert [violation.field for violation in refused.value.violations] == ["temperature", "top_p"]
+
+
+def test_a_failing_stream_is_retried_only_before_its_first_token(served: Served, engine: ScriptedEngine) -> None:
+    with Client(served.address, ConnectOptions(max_attempts=3)) as client:
+        for position, num_attempts in ((0, 3), (2, 1)):
+            engine.fail_at = {position: UnavailableError("no replica", retry_after_s=0.01)}
+            num_before = len(engine.submitted)
+            with pytest.raises(UnavailableError, match="no replica"):
+                list(client.stream_generate([1], Sampling(max_tokens=5)))
+            engine.fail_at = {}
+            assert len(engine.submitted) - num_before == num_attempts
+
+
+def test_a_server_that_starts_late_is_found() -> None:
+    with serving(ScriptedEngine()) as first:
+        address = first.address
+    with Client(address, ConnectOptions(max_attempts=1)) as client:
+        began_s = time.monotonic()
+        with pytest.raises(UnavailableError):
+            client.generate([1], timeout_s=2)
+        assert time.monotonic() - began_s < 2.5
+    with (
+        Client(address, ConnectOptions(max_attempts=100, timeout_s=20)) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        answer = pool.submit(client.generate, [1], Sampling(max_tokens=3))
+        time.sleep(0.2)  # the first attempts find nobody
+        with serving(ScriptedEngine(), address=address):
+            assert answer.result(timeout=20).token_ids == expected_tokens([1], 3)
+
+
+def test_a_closed_client_cancels(served: Served, engine: ScriptedEngine) -> None:
+    client = Client(served.address)
+    deltas = iter(client.stream_generate([1], Sampling(max_tokens=400)))
+    next(deltas)
+    client.close()
+    with pytest.raises(RequestCancelledError):
+        list(deltas)
+    assert eventually(lambda: engine.num_held == 0)
+
+
+def test_push_back_wins_over_backoff_and_jitter_only_adds() -> None:
+    told = OverloadedError("x", retry_after_s=3.0)
+    waits = [wait_s(told, 1) for _ in range(50)]
+    assert 3.0 <= min(waits) <= max(waits) <= 3.75
+    own = [wait_s(UnavailableError("x"), num_failed) for num_failed in range(1, 12)]
+    assert own[0] < 0.07
+    assert own[3] > own[0]
+    assert max(own) <= 6.25
+
+
+@pytest.mark.parametrize(
+    ("error", "retries"),
+    [
+        (OverloadedError("x", retry_after_s=1), True),
+        (OverloadedError("a message above the limit"), False),
+        (UnavailableError("x"), True),
+        (EngineError("x"), False),
+        (DeadlineExceededError("x"), False),
+        (NotFoundError("x"), False),
+    ],
+)
+def test_only_overload_and_absence_are_retried(error: Llama4Error, retries: bool) -> None:
+    assert may_retry(error) is retries
+
+
+def test_attempts_end_at_the_count_the_deadline_and_the_first_token() -> None:
+    failure = FailedCall(UnavailableError("gone", retry_after_s=0.5))
+    attempts = Attempts(ConnectOptions(max_attempts=3), None)
+    assert [attempts.delay_s(failure, begun=False) >= 0.5 for _ in range(2)] == [True, True]
+    with pytest.raises(UnavailableError, match="gone"):
+        attempts.delay_s(failure, begun=False)
+    with pytest.raises(UnavailableError):
+        Attempts(ConnectOptions(), None).delay_s(failure, begun=True)
+    with pytest.raises(UnavailableError):
+        Attempts(ConnectOptions(), 0.1).delay_s(failure, begun=False)  # 0.5 s would be too late
+    with pytest.raises(DeadlineExceededError):
+        _ = Attempts(ConnectOptions(timeout_s=-1.0), None).remaining_s
+    assert Attempts(ConnectOptions(), None).remaining_s is None
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ConfigError, match="max_attempts"):
+        ConnectOptions(max_attempts=0)

@@ -1,0 +1,72 @@
+"""SIGTERM once drains, twice stops at once; a real process and real signals."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from llama4_dist.client import Client, ConnectOptions
+from llama4_dist.errors import UnavailableError
+from llama4_dist.request import Sampling
+from tests.gateway.scripted_engine import expected_tokens
+from tests.gateway.serving import eventually
+
+
+@contextmanager
+def process(step_s: float) -> Iterator[tuple["subprocess.Popen[str]", Client]]:
+    """A serving process and a client of it."""
+    command = [sys.executable, "-m", "tests.gateway.serve_scripted", str(step_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        try:
+            assert running.stdout is not None
+            port = int(running.stdout.readline())
+            with Client(f"127.0.0.1:{port}", ConnectOptions(max_attempts=1)) as client:
+                client.wait_ready(10)
+                yield running, client
+        finally:
+            running.kill()
+
+
+def said(running: "subprocess.Popen[str]") -> str:
+    assert running.stdout is not None
+    return running.stdout.read()
+
+
+def is_draining(client: Client) -> bool:
+    try:
+        client.generate([1], Sampling(max_tokens=1))
+    except UnavailableError as error:
+        return error.reason == "DRAINING"
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_lets_running_requests_finish(number: signal.Signals) -> None:
+    with process(0.01) as (running, client):
+        deltas = iter(client.stream_generate([5], Sampling(max_tokens=100)))
+        received = list(next(deltas).token_ids)
+        running.send_signal(number)
+        assert eventually(lambda: is_draining(client))
+        received += [token for delta in deltas for token in delta.token_ids]
+        assert tuple(received) == expected_tokens([5], 100)
+        assert running.wait(timeout=10) == 0
+        assert said(running) == "stopped 0\n"
+
+
+def test_the_second_signal_stops_at_once() -> None:
+    with process(0.05) as (running, client):
+        deltas = iter(client.stream_generate([5], Sampling(max_tokens=500)))
+        next(deltas)
+        running.send_signal(signal.SIGTERM)
+        assert eventually(lambda: is_draining(client))
+        began_s = time.monotonic()
+        running.send_signal(signal.SIGTERM)
+        with pytest.raises(UnavailableError) as cut:
+            list(deltas)
+        assert cut.value.reason == "DRAINING"
+        assert running.wait(timeout=10) == 0
+        assert time.monotonic() - began_s < 5.0
