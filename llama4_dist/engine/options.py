@@ -11,8 +11,9 @@ class EngineOptions:
 
     `num_blocks` wins over `kv_cache_bytes`; with neither, a share of the memory is taken (`engine.kv_sizing`).
     `max_logit_rows` bounds the float32 rows of logits a step makes for prompt log-probabilities or scoring: a row of
-    Llama 4's vocabulary is 0.8 MB. `debug_invariants` checks block conservation after every step. `model_name` is
-    what clients call the model: the checkpoint's folder name, if left out.
+    Llama 4's vocabulary is 0.8 MB. `max_score_bytes` bounds the logits that one call of `score` returns.
+    `debug_invariants` checks block conservation after every step. `model_name` is what clients call the model: the
+    checkpoint's folder name, if left out.
     """
 
     max_num_seqs: int = 256
@@ -23,11 +24,19 @@ class EngineOptions:
     max_waiting: int = 1024
     max_context: int | None = None
     max_logit_rows: int = 256
+    max_score_bytes: int = 4 << 30
     model_name: str | None = None
     debug_invariants: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_waiting", "max_logit_rows"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "max_waiting",
+            "max_logit_rows",
+            "max_score_bytes",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("num_blocks", "kv_cache_bytes", "max_context"):

@@ -33,6 +33,9 @@ def make_job(core: EngineCore, owner: str, token_ids: Sequence[int], chunk_size:
     limits, options = core.limits, core.options
     if not 1 <= len(token_ids) <= limits.max_context:
         raise _invalid("token_ids", f"{len(token_ids)} tokens; give 1 to {limits.max_context}")
+    num_bytes = 4 * len(token_ids) * limits.vocab_size
+    if num_bytes > options.max_score_bytes:
+        raise _invalid("token_ids", f"logits of {num_bytes} bytes exceed max_score_bytes={options.max_score_bytes}")
     if not all(0 <= token_id < limits.vocab_size for token_id in token_ids):
         raise _invalid("token_ids", f"each id must be in [0, {limits.vocab_size})")
     if chunk_size is not None and chunk_size < 1:

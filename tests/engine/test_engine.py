@@ -319,6 +319,13 @@ def test_scoring_refuses_what_it_cannot_score(text: tuple[int, ...], chunk_size:
         scorer.make_job(fake_core(), "score", text, chunk_size)
 
 
+def test_scoring_refuses_logits_larger_than_the_bound() -> None:
+    core = fake_core(max_score_bytes=4 * VOCAB_SIZE * 5)
+    scorer.make_job(core, "score", (1,) * 5, None)
+    with pytest.raises(InvalidRequestError, match="max_score_bytes"):
+        scorer.make_job(core, "score", (1,) * 6, None)
+
+
 def test_non_finite_logits_fail_one_request() -> None:
     core = fake_core()
     for name in "ab":

@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from random import Random
 from typing import Any
 
 import pytest
@@ -298,3 +299,42 @@ def test_stats_balance_while_running(start: Start) -> None:
     assert (stats.prompt_tokens, stats.generated_tokens) == (10, 15)
     assert stats.max_queue_age_s == 0.0
     assert set(stats.station_seconds) == {"schedule", "model", "sample", "dispatch_wait"}
+
+
+def test_callers_of_many_threads_at_once_lose_nothing(start: Start) -> None:
+    engine, collector, _ = start(num_blocks=12, max_num_seqs=4, max_waiting=20)
+    outcomes: dict[str, str] = {}
+
+    def call(thread: int) -> None:
+        random = Random(thread)
+        for number in range(40):
+            name = f"t{thread}-{number}"
+            try:
+                engine.submit(request(name, (thread, number), max_tokens=random.randint(1, 30)))
+                outcomes[name] = "accepted"
+            except OverloadedError:
+                outcomes[name] = "refused"
+            if random.random() < 0.4:
+                engine.abort(f"t{thread}-{random.randint(0, number)}")
+            if random.random() < 0.05:
+                assert engine.score(tuple(range(20))).shape == (20, 97)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30.0)
+        assert not thread.is_alive()
+    accepted = [name for name, outcome in outcomes.items() if outcome == "accepted"]
+    assert len(outcomes) == 240, "a thread ended early"
+    assert len(accepted) > 20
+    collector.wait_for(*accepted)
+    assert set(collector.outputs) == set(accepted)
+    for name in accepted:
+        got = tokens(collector.outputs[name])
+        thread_number, number = map(int, name[1:].split("-"))
+        assert got == greedy((thread_number, number), len(got))
+        assert collector.outputs[name][-1].error is None
+    stats = engine.stats()
+    assert stats.requests_admitted == len(accepted) == stats.requests_finished + stats.requests_cancelled
+    assert stats.kv_blocks_free == stats.kv_blocks_total
