@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from llama4_dist.engine.port import Engine
 from llama4_dist.errors import OverloadedError
@@ -28,22 +28,22 @@ class Runner:
         inbox: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
         waiting = deque(request for state in states for request in state.engine_requests())
         owners = {key: state for state in states for key in state.running}
+        unfinished = set(owners)
         with self._lock:
             self._inboxes.update(dict.fromkeys(owners, inbox))
         try:
-            while not all(state.done for state in states):
-                self._submit(waiting, num_running=sum(len(state.running) for state in states) - len(waiting))
-                self._take(inbox, owners, wait_s=RETRY_S if waiting else None)
+            while unfinished:
+                self._submit(waiting)
+                self._advance(inbox, owners, unfinished, wait_s=RETRY_S if waiting else None)
         finally:
             with self._lock:
                 for key in owners:
                     del self._inboxes[key]
             # Empty unless we are leaving by an exception; an id that was never submitted is no error.
-            for state in states:
-                for key in state.running:
-                    self._engine.abort(key)
+            for key in unfinished:
+                self._engine.abort(key)
 
-    def _submit(self, waiting: deque[EngineRequest], *, num_running: int) -> None:
+    def _submit(self, waiting: deque[EngineRequest]) -> None:
         """Submit until the engine's queue is full; the rest follows when something has ended."""
         while waiting:
             try:
@@ -54,16 +54,26 @@ class Runner:
                 return
             waiting.popleft()
 
-    def _take(
-        self, inbox: "queue.SimpleQueue[TokenOutput]", owners: dict[str, RequestState], *, wait_s: float | None
+    def _advance(
+        self,
+        inbox: "queue.SimpleQueue[TokenOutput]",
+        owners: Mapping[str, RequestState],
+        unfinished: set[str],
+        *,
+        wait_s: float | None,
     ) -> None:
-        try:
-            output = inbox.get(timeout=wait_s)
-        except queue.Empty:
-            return
-        for event in owners[output.request_id].push(output):
-            if isinstance(event, Finished) and event.abort is not None:
-                self._engine.abort(event.abort)
+        """Take outputs until a sequence ends or `wait_s` pass without one: only then is there something to do."""
+        while True:
+            try:
+                output = inbox.get(timeout=wait_s)
+            except queue.Empty:
+                return
+            for event in owners[output.request_id].push(output):
+                if isinstance(event, Finished):
+                    unfinished.discard(output.request_id)
+                    if event.abort is not None:
+                        self._engine.abort(event.abort)
+                    return
 
     def _deliver(self, outputs: Sequence[TokenOutput]) -> None:
         """Take one step's outputs; called on the engine's thread. The last words of what was aborted have no reader."""
