@@ -48,7 +48,7 @@ CODES: Mapping[type[Llama4Error], grpc.StatusCode] = {
     errors.LinkDownError: Code.UNAVAILABLE,
     Llama4Error: Code.INTERNAL,
 }
-# A reason that needs another code than its class.
+# A reason that says more than a class without a code of its own (INTERNAL).
 CODES_BY_REASON: Mapping[str, grpc.StatusCode] = {
     "WORKER_LOST": Code.ABORTED,
     "OPERATION_IN_PROGRESS": Code.ABORTED,
@@ -75,9 +75,8 @@ PRIVATE = (errors.EngineError, errors.ConfigError, errors.CheckpointError, error
 
 def code_of(error: Llama4Error) -> grpc.StatusCode:
     """Return the status code of an error."""
-    if error.reason in CODES_BY_REASON:
-        return CODES_BY_REASON[error.reason]
-    return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+    code = next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+    return CODES_BY_REASON.get(error.reason, code) if code is Code.INTERNAL else code
 
 
 def public(error: Exception) -> Llama4Error:

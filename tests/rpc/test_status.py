@@ -55,6 +55,7 @@ def test_every_error_has_a_code_and_error_info(kind: type[Llama4Error]) -> None:
         (errors.UnavailableError("x", reason="DRAINING"), Code.UNAVAILABLE),
         (errors.EngineError("x"), Code.INTERNAL),
         (errors.EngineError("x", reason="WORKER_LOST"), Code.ABORTED),
+        (errors.UnavailableError("x", reason="WORKER_LOST"), Code.UNAVAILABLE),
         (errors.Llama4Error("x", reason="INSUFFICIENT_CAPACITY"), Code.FAILED_PRECONDITION),
         (errors.Llama4Error("x", reason="OPERATION_IN_PROGRESS"), Code.ABORTED),
         (errors.FrameError("x"), Code.UNAVAILABLE),
