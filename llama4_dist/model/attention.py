@@ -52,7 +52,7 @@ def attend(q_THC: Tensor, plan: LayerPlan, layer: int, cache: KVCache) -> Tensor
     for part in plan.prefill:
         o_THC[part.start : part.stop] = _attend_chunk(q_THC[part.start : part.stop], part, layer, cache)
     for group in plan.decode:
-        o_THC.index_copy_(0, group.rows_B, _attend_tokens(q_THC[group.rows_B], group, layer, cache))
+        o_THC.index_copy_(0, group.rows_B, _attend_tokens(q_THC.index_select(0, group.rows_B), group, layer, cache))
     return o_THC
 
 

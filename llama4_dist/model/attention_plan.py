@@ -1,11 +1,13 @@
 """Decides, once per step, who attends to what: positions, cache slots, masks, rotation. Knows no weights and no values.
 
-Every query's keys start at a fixed place, the start of its sequence or of its chunk, and lie in blocks of fixed sizes,
-so that a token's attention sums the same numbers in the same order however its step was composed.
+A query's key axis starts at a fixed place, the start of its sequence or of its chunk, and its length depends on the
+query's position alone. A product's order of summation depends on its length (MKL halves sums longer than 128, say), so
+this is what makes a token's attention the same bits in prefill and decode, alone and in any batch.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -15,18 +17,14 @@ from llama4_dist.model.batch import SequenceSpan
 from llama4_dist.model.linear import ROW_TILE, padded_rows
 from llama4_dist.model.rope import query_temperature, rotation_table
 
-# torch's CPU attention takes keys in blocks of 512 and multiplies each block's weights and values in one product. MKL
-# halves that product's sum when it is longer than 128, at a place that depends on the length (measured on x86, torch
-# 2.13): so a last block has at most 128 keys or all 512.
-KEY_BLOCK = 512
-SMALL_KEY_BLOCK = 128
-KEY_TILE = 64
+# Keys are padded to one of these lengths, then to multiples of the last.
+KEY_LENGTHS = (64, 128, 256)
 MAX_GATHERED_KEYS = 1 << 16  # of one decode group; bounds the copy that one attention call reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueryRun:
-    """Consecutive queries of one sequence whose keys start at the same place.
+    """Consecutive queries of one sequence whose key axes start at the same place and have the same padded length.
 
     `row` is the first query's row of the step; the first query sees `num_keys` keys from position `first_key` on, and
     each further query one more.
@@ -55,7 +53,7 @@ class PrefillAttention:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DecodeAttention:
-    """Single queries of B sequences with about as many keys each: their rows of the step, slots, additive mask."""
+    """Single queries of B sequences with key axes of one length: their rows of the step, slots, additive mask."""
 
     rows_B: Tensor
     slots_BS: Tensor
@@ -125,43 +123,41 @@ class BlockTable:
 
 
 def query_runs(spans: Sequence[SequenceSpan], chunk_size: int | None) -> Iterator[QueryRun]:
-    """Cut spans at chunk edges: a query sees the keys of its own chunk up to itself; without chunks, of all before."""
+    """Cut spans where the key axis changes: at chunk edges, and where its padded length does.
+
+    A query sees the keys of its own chunk up to itself; without chunks, all keys before it.
+    """
     row = 0
     for sequence, span in enumerate(spans):
         position, end = span.num_cached, span.num_cached + span.num_tokens
         while position < end:
             first_key = 0 if chunk_size is None else position // chunk_size * chunk_size
-            stop = end if chunk_size is None else min(end, first_key + chunk_size)
+            num_keys = position - first_key + 1
+            stop = min(end, first_key + padded_keys(num_keys))
+            if chunk_size is not None:
+                stop = min(stop, first_key + chunk_size)
             yield QueryRun(
-                sequence=sequence,
-                row=row,
-                num_queries=stop - position,
-                first_key=first_key,
-                num_keys=position - first_key + 1,
+                sequence=sequence, row=row, num_queries=stop - position, first_key=first_key, num_keys=num_keys
             )
             row += stop - position
             position = stop
 
 
 def padded_keys(num_keys: int) -> int:
-    """Round a number of keys up to a length whose sum does not depend on how far it was rounded (see KEY_BLOCK)."""
-    last_block = num_keys % KEY_BLOCK
-    if last_block > SMALL_KEY_BLOCK:
-        return num_keys - last_block + KEY_BLOCK
-    return -(-num_keys // KEY_TILE) * KEY_TILE
+    """Return the length of the key axis for a query that sees `num_keys` keys; it depends on nothing else."""
+    for length in KEY_LENGTHS:
+        if num_keys <= length:
+            return length
+    return -(-num_keys // KEY_LENGTHS[-1]) * KEY_LENGTHS[-1]
 
 
-def decode_groups(runs: Sequence[QueryRun]) -> list[list[QueryRun]]:
-    """Group single queries so that none reads more than twice its own padded keys, and no group too many."""
-    groups: list[list[QueryRun]] = []
-    for run in sorted(runs, key=lambda run: (run.num_keys, run.row)):
-        length = padded_keys(run.num_keys)
-        fits = groups and length <= 2 * padded_keys(groups[-1][0].num_keys)
-        if fits and length * (len(groups[-1]) + 1) <= MAX_GATHERED_KEYS:
-            groups[-1].append(run)
-        else:
-            groups.append([run])
-    return groups
+def decode_groups(runs: Sequence[QueryRun]) -> Iterator[list[QueryRun]]:
+    """Group single queries with key axes of one length, at most MAX_GATHERED_KEYS keys to a group."""
+    by_length = sorted(runs, key=lambda run: padded_keys(run.num_keys))
+    for length, group in groupby(by_length, key=lambda run: padded_keys(run.num_keys)):
+        members, at_most = list(group), max(1, MAX_GATHERED_KEYS // length)
+        for start in range(0, len(members), at_most):
+            yield members[start : start + at_most]
 
 
 def _plan_layers(
@@ -198,7 +194,7 @@ def _plan_decode(
     runs: Sequence[QueryRun], blocks: BlockTable, dtype: torch.dtype, device: torch.device
 ) -> DecodeAttention:
     num_keys_B1 = torch.tensor([[run.num_keys] for run in runs])
-    key_S = torch.arange(padded_keys(runs[-1].num_keys))
+    key_S = torch.arange(padded_keys(runs[0].num_keys))
     return DecodeAttention(
         rows_B=torch.tensor([run.row for run in runs]).to(device),
         slots_BS=_key_slots(runs, key_S, blocks).to(device),

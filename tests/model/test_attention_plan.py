@@ -87,27 +87,42 @@ def test_padding_keys_belong_to_the_same_sequence(parts: list[tuple[int, int]]) 
             assert {owner[s // BLOCK_SIZE] for s in slots_S} == {rows[row]}
 
 
-@given(st.integers(1, 5000))
-def test_key_padding_ends_in_a_short_block_or_a_whole_one(num_keys: int) -> None:
-    padded = padded_keys(num_keys)
-    assert padded >= num_keys
-    assert padded % 512 <= 128
-    assert padded % 64 == 0
-    assert padded_keys(padded) == padded
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 700), st.integers(0, 900)), min_size=1, max_size=5),
+    st.sampled_from([None, 16, 300, 512]),
+)
+def test_the_length_of_a_key_axis_depends_on_the_position_alone(
+    parts: list[tuple[int, int]], chunk_size: int | None
+) -> None:
+    spans = spans_of(parts)
+    plan, row = plan_of(spans, chunk_size), 0
+    lengths = {row: part.slots_1S.shape[1] for part in plan.prefill for row in range(part.start, part.stop)}
+    lengths |= {row: group.slots_BS.shape[1] for group in plan.decode for row in group.rows_B.tolist()}
+    for span in spans:
+        for position in range(span.num_cached, span.num_cached + span.num_tokens):
+            first = 0 if chunk_size is None else position // chunk_size * chunk_size
+            assert lengths[row] == padded_keys(position - first + 1)
+            row += 1
+
+
+@pytest.mark.parametrize(("num_keys", "length"), [(1, 64), (64, 64), (65, 128), (200, 256), (257, 512), (1300, 1536)])
+def test_key_axes_have_few_lengths(num_keys: int, length: int) -> None:
+    assert padded_keys(num_keys) == length
 
 
 def test_short_sequences_do_not_read_as_many_keys_as_a_long_one() -> None:
-    lengths = [50, 60, 100, 3000, 40, 100_000]
+    lengths = [50, 60, 100, 3000, 40, 2900, 100_000]
     runs = [QueryRun(sequence=i, row=i, num_queries=1, first_key=0, num_keys=n) for i, n in enumerate(lengths)]
     groups = [[run.num_keys for run in group] for group in decode_groups(runs)]
-    assert groups == [[40, 50, 60, 100], [3000], [100_000]]
+    assert groups == [[50, 60, 40], [100], [3000, 2900], [100_000]]
 
 
 def test_many_long_sequences_are_not_gathered_at_once() -> None:
     runs = [QueryRun(sequence=i, row=i, num_queries=1, first_key=0, num_keys=20_000) for i in range(7)]
-    for group in decode_groups(runs):
-        assert len(group) * padded_keys(20_000) <= MAX_GATHERED_KEYS
-    assert sum(len(group) for group in decode_groups(runs)) == 7
+    groups = list(decode_groups(runs))
+    assert all(len(group) * padded_keys(20_000) <= MAX_GATHERED_KEYS for group in groups)
+    assert [run for group in groups for run in group] == runs
 
 
 @pytest.mark.parametrize(
