@@ -65,9 +65,6 @@ def _problems(parts: Mapping[str, Any]) -> Iterator[str]:
         pattern = step.get("pattern", {}).get("Regex", "")
         if len(pattern) > MAX_PATTERN_CHARS or may_take_exponential_time(pattern):
             yield "its split pattern may take exponential time: it repeats a choice, or is too long"
-    for token in parts["added_tokens"]:
-        if token["special"] is not True:
-            yield f"adds {token['content']!r} as a plain token; Llama 4 adds control tokens only"
     ids = [*model["vocab"].values(), *(token["id"] for token in parts["added_tokens"])]
     if not all(type(token_id) is int and 0 <= token_id < MAX_IDS for token_id in ids):
         yield f"has a token id outside 0 to {MAX_IDS - 1}"

@@ -142,7 +142,7 @@ HOSTILE = {
     "a missing byte": (lambda p: p["model"]["vocab"].update(AA=p["model"]["vocab"].pop("A")), "single byte"),
     "a token outside the alphabet": (add_a_kanji, "alphabet"),
     "no BOS": (lambda p: p["added_tokens"][0].update(content="<|x|>"), "begin_of_text"),
-    "a control token that text can reach": (lambda p: p["added_tokens"][8].update(special=False), "eot"),
+    "a control token that text can reach": (lambda p: p["added_tokens"][8].update(special=False), "user's text become"),
     "a vocabulary entry that text can reach": (put_special_tokens_into_the_vocabulary, "user's text become"),
     "no model": (lambda p: p.pop("model"), "not the JSON"),
     "a vocabulary that is a list": (lambda p: p["model"].update(vocab=[1]), "not the JSON"),
