@@ -28,6 +28,7 @@ from tests.cluster.running import Collector, reference, some_requests
 
 pytestmark = pytest.mark.ray
 
+ROOT = Path(__file__).parents[2]
 OPTIONS = EngineOptions(num_blocks=128, max_num_seqs=8)
 
 
@@ -217,7 +218,7 @@ def test_workers_die_with_their_driver(model_dir: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment["TMPDIR"] = tempfile.mkdtemp(prefix="l4d-")
     driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(model_dir)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", DRIVER, str(model_dir)], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
     )
     try:
         assert driver.stdout is not None

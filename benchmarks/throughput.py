@@ -1,0 +1,186 @@
+"""Decode throughput at one batch size: one process, a cluster, and transformers, on the same random checkpoint.
+
+All contenders are loaded before anything is measured and take turns, so that drift of the machine falls on all alike;
+the median of the rounds counts. Prefill is left out: the clock starts when the last sequence has its first token.
+Acceptance: cluster >= 0.8 x one process, one process >= 3 x transformers.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import Llama4ForCausalLM
+
+from cluster.ray_engine import RayEngine
+from llama4_dist.engine.build import build_single_process
+from llama4_dist.engine.options import EngineOptions
+from llama4_dist.engine.port import Engine
+from llama4_dist.request import EngineRequest, Sampling, TokenOutput
+from tests.checkpoints import make_checkpoint
+
+# About 340 million parameters, nine tenths of them in experts: Scout's shape with small widths.
+GEOMETRY = {
+    "hidden_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 1024,
+    "intermediate_size_mlp": 2048,
+    "vocab_size": 8192,
+    "attention_chunk_size": 256,
+}
+PROMPT_TOKENS = 32
+TIMEOUT_S = 600
+SINGLE, CLUSTER, TRANSFORMERS = "one process", "cluster", "transformers"
+FLOORS = ((CLUSTER, SINGLE, 0.8), (SINGLE, TRANSFORMERS, 3.0))
+
+Prompts = Sequence[tuple[int, ...]]
+Decode = Callable[[Prompts, int], float]  # prompts, tokens per sequence → tokens per second
+
+
+class EngineDecoder:
+    """Decodes a batch on an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._changed = threading.Condition()
+        self._events: list[tuple[float, TokenOutput]] = []
+        self._round = 0
+        engine.start(self._collect)
+
+    def __call__(self, prompts: Prompts, num_tokens: int) -> float:
+        self._round += 1
+        self._events = []
+        sampling = Sampling(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        for index, prompt in enumerate(prompts):
+            request_id = f"{self._round}/{index}"
+            self._engine.submit(EngineRequest(request_id=request_id, prompt_token_ids=prompt, sampling=sampling))
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._num_ended() == len(prompts), TIMEOUT_S):
+                raise SystemExit(f"the requests did not end within {TIMEOUT_S} s")
+        return decode_rate(self._events)
+
+    def _num_ended(self) -> int:
+        return sum(output.finish_reason is not None or output.error is not None for _, output in self._events)
+
+    def _collect(self, outputs: Sequence[TokenOutput]) -> None:
+        now = time.perf_counter()
+        with self._changed:
+            self._events += [(now, output) for output in outputs]
+            self._changed.notify_all()
+
+
+def decode_rate(events: Sequence[tuple[float, TokenOutput]]) -> float:
+    """Return tokens per second from the moment every sequence has one."""
+    first: dict[str, float] = {}
+    for at, output in events:
+        if output.error is not None:
+            raise SystemExit(f"a request failed: {output.error}")
+        first.setdefault(output.request_id, at)
+    started, ended = max(first.values()), events[-1][0]
+    return sum(len(output.token_ids) for at, output in events if at > started) / (ended - started)
+
+
+class TransformersDecoder:
+    """Decodes a batch with the reference implementation, greedily, with its own cache."""
+
+    def __init__(self, model_dir: Path, dtype: torch.dtype) -> None:
+        self._model = Llama4ForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Prompts, num_tokens: int) -> float:
+        output = self._model(input_ids=torch.tensor(prompts), use_cache=True)
+        started = time.perf_counter()
+        for _ in range(num_tokens - 1):
+            next_ids_B1 = output.logits[:, -1:].argmax(-1)
+            output = self._model(input_ids=next_ids_B1, past_key_values=output.past_key_values, use_cache=True)
+        return len(prompts) * (num_tokens - 1) / (time.perf_counter() - started)
+
+
+def measure(contenders: dict[str, Decode], *, batch: int, num_tokens: int, rounds: int) -> dict[str, list[float]]:
+    """Warm every contender up once, then let them take turns."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [tuple(row.tolist()) for row in torch.randint(0, 200, (batch, PROMPT_TOKENS), generator=generator)]
+    for decode in contenders.values():
+        decode(prompts, 4)
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, decode in contenders.items():
+            speeds[name].append(decode(prompts, num_tokens))
+    return speeds
+
+
+def start(arguments: argparse.Namespace, model_dir: Path, resources: ExitStack) -> dict[str, Decode]:
+    """Load every contender."""
+    options = EngineOptions(num_blocks=512, max_num_seqs=max(16, arguments.batch))
+    torch.set_num_threads(arguments.threads)
+    single = build_single_process(model_dir, options=options, num_threads=arguments.threads)
+    resources.callback(single.close)
+    cluster = RayEngine(
+        model_dir,
+        num_expert_hosts=arguments.experts,
+        options=options,
+        num_threads=arguments.attention_threads,
+        expert_threads=arguments.expert_threads,
+    )
+    resources.callback(cluster.close)
+    contenders: dict[str, Decode] = {SINGLE: EngineDecoder(single), CLUSTER: EngineDecoder(cluster)}
+    if not arguments.without_transformers:
+        contenders[TRANSFORMERS] = TransformersDecoder(model_dir, getattr(torch, arguments.dtype))
+    return contenders
+
+
+def report(speeds: dict[str, list[float]], arguments: argparse.Namespace) -> dict[str, object]:
+    """Print the table and return what `--json` writes."""
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    table = Table(title=f"decode, batch {arguments.batch}, {arguments.dtype}, {arguments.threads} threads")
+    for column in ("engine", "tokens/s (median)", "spread", "against", "ratio", "floor"):
+        table.add_column(column, justify="left" if column in ("engine", "against") else "right")
+    floors = {name: (other, floor) for name, other, floor in FLOORS if {name, other} <= medians.keys()}
+    ratios = {}
+    for name, values in speeds.items():
+        row = [name, f"{medians[name]:.1f}", f"{min(values):.1f}–{max(values):.1f}"]
+        if name in floors:
+            other, floor = floors[name]
+            ratios[f"{name} / {other}"] = ratio = medians[name] / medians[other]
+            row += [other, f"{ratio:.2f}", f"{floor:.1f} {'met' if ratio >= floor else 'MISSED'}"]
+        table.add_row(*row)
+    Console().print(table)
+    return {"settings": vars(arguments), "tokens_per_second": speeds, "medians": medians, "ratios": ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=48, help="per sequence and round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--experts", type=int, default=2, help="expert hosts of the cluster")
+    parser.add_argument("--threads", type=int, default=2, help="of the single process and of transformers")
+    parser.add_argument("--attention-threads", type=int, default=2)
+    parser.add_argument("--expert-threads", type=int, default=1)
+    parser.add_argument("--without-transformers", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    arguments = parser.parse_args()
+    with ExitStack() as resources:
+        folder = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="llama4-bench-")))
+        model_dir = make_checkpoint(folder, "scout", dtype=getattr(torch, arguments.dtype), **GEOMETRY)
+        contenders = start(arguments, model_dir, resources)
+        speeds = measure(contenders, batch=arguments.batch, num_tokens=arguments.tokens, rounds=arguments.rounds)
+        figures = report(speeds, arguments)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(figures, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
