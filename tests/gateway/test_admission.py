@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from llama4_dist.client import Client, ConnectOptions
-from llama4_dist.errors import OverloadedError, UnavailableError
+from llama4_dist.errors import DeadlineExceededError, OverloadedError, UnavailableError
 from llama4_dist.gateway.admission import Admission
 from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.request import Sampling
@@ -142,4 +142,15 @@ def test_a_drain_that_takes_too_long_ends_requests_as_retriable() -> None:
                 list(deltas)
             assert cut.value.reason == "DRAINING"
             drain.result()
+        assert eventually(lambda: engine.num_held == 0)
+
+
+def test_a_call_without_a_deadline_ends_at_the_servers_cap() -> None:
+    engine = ScriptedEngine()
+    engine.paused.set()  # an engine that hangs enforces no timeout of its own
+    with serving(engine, settings=GatewaySettings(max_request_s=0.2)) as served, Client(served.address) as client:
+        with pytest.raises(DeadlineExceededError):
+            client.generate([1], Sampling(max_tokens=2))
+        with pytest.raises(DeadlineExceededError):
+            list(client.stream_generate([1], Sampling(max_tokens=2)))
         assert eventually(lambda: engine.num_held == 0)

@@ -8,14 +8,19 @@ from llama4_dist.client import Client
 from llama4_dist.errors import InvalidRequestError, UnsupportedError
 from llama4_dist.request import FinishReason, Message, Sampling
 from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
-from tests.gateway.serving import Served, byte_tokenizer, serving
+from tests.gateway.serving import Served, byte_tokenizer, eventually, serving
 
 HELLO = (256, *b"hello")
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with serving(ScriptedEngine(), byte_tokenizer()) as running:
+def engine() -> ScriptedEngine:
+    return ScriptedEngine(step_s=0.002)
+
+
+@pytest.fixture(scope="module")
+def served(engine: ScriptedEngine) -> Iterator[Served]:
+    with serving(engine, byte_tokenizer()) as running:
         yield running
 
 
@@ -60,13 +65,16 @@ def test_a_chat_is_rendered_in_llama_4s_format(client: Client) -> None:
     assert "".join(delta.text for delta in stream) == completion.text
 
 
-def test_a_stop_string_ends_the_text_and_frees_the_engine(served: Served, client: Client) -> None:
+def test_a_stop_string_ends_the_text_and_frees_the_engine(client: Client, engine: ScriptedEngine) -> None:
+    num_steps = engine.num_steps
     letters = bytes(expected_tokens(HELLO, 30)).decode()
     completion = client.generate("hello", Sampling(max_tokens=400, stop=(letters[10:13],)))
     assert completion.text == letters[:10]
     assert completion.finish_reason is FinishReason.STOP
     assert completion.outputs[0].stop_reason == letters[10:13]
     assert len(completion.token_ids) == 13
+    assert eventually(lambda: engine.num_held == 0)
+    assert engine.num_steps - num_steps < 300, "the engine went on to max_tokens"
 
 
 def test_a_stop_token_is_named(client: Client) -> None:

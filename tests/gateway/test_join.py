@@ -4,11 +4,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
 from llama4_dist.client import Client
 from llama4_dist.errors import DuplicateRequestError, EngineError, UnavailableError
 from llama4_dist.request import Sampling
+from llama4_dist.rpc.wire import generate_to_proto
+from llama4_dist.v1 import inference_pb2, inference_pb2_grpc
 from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
 from tests.gateway.serving import Served, eventually, serving
 
@@ -64,14 +67,27 @@ def test_the_same_id_with_another_body_is_refused_while_it_runs(client: Client) 
     assert eventually(lambda: client.generate([1], Sampling(max_tokens=1), request_id="taken").text == "")
 
 
-def test_a_slow_reader_gets_few_messages_and_every_token(client: Client, engine: ScriptedEngine) -> None:
-    stream = client.stream_generate([3], Sampling(max_tokens=200))
-    deltas = iter(stream)
-    received = [next(deltas)]
-    # gRPC's own windows take small messages ahead of the reader, so only the tokens are certain
-    time.sleep(0.3)
-    received += list(deltas)
-    assert tuple(token for delta in received for token in delta.token_ids) == expected_tokens([3], 200)
+def test_a_reader_that_stops_reading_holds_up_nobody_and_misses_nothing(
+    served: Served, client: Client, engine: ScriptedEngine
+) -> None:
+    """More than HTTP/2's window is produced, so the gateway's write blocks; the engine is done with it all the same."""
+    sampling = Sampling(max_tokens=500, n=8, logprobs=1)
+    request = generate_to_proto([5], sampling, model="", request_id="", priority=0)
+    windows = [("grpc.http2.lookahead_bytes", 16384), ("grpc.http2.bdp_probe", 0)]
+    with grpc.insecure_channel(served.address, windows) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.StreamGenerate(inference_pb2.StreamGenerateRequest(request=request))
+        events = [next(call)]
+        assert eventually(lambda: len(engine.submitted) > 0 and engine.num_held == 0, 20.0)
+        assert client.generate([1], Sampling(max_tokens=3), timeout_s=5).token_ids == expected_tokens([1], 3)
+        assert served.gateway.admission.in_flight == 1, "the reader's window held everything: nothing was tested"
+        events += list(call)
+    tokens: dict[int, list[int]] = {}
+    for event in events:
+        tokens.setdefault(event.delta.output_index, []).extend(event.delta.token_ids)
+    assert tokens == {index: list(expected_tokens([5], 500, index)) for index in range(8)}
+    assert len(events) < 8 * 500 / 2, "what waited should have come together"
+    assert eventually(lambda: served.gateway.admission.in_flight == 0)
 
 
 def test_tokens_of_several_steps_become_one_message(served: Served, client: Client, engine: ScriptedEngine) -> None:
