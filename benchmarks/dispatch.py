@@ -2,11 +2,14 @@
 
 The expert host runs in another process and only copies its rows, so what is measured is dispatch, wire and combine.
 The bare echo is `sendall` and a `recv_into` loop on both sides, also between two processes, over the same transport.
+Both peers run on another core than the caller, as a host elsewhere would: left to itself, the scheduler may put caller
+and echo on one core, where a round trip is two context switches and no wake-up.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import secrets
 import socket
 import statistics
@@ -54,6 +57,7 @@ def expert_server() -> ExpertServer:
 
 def run_expert_host(address: str, secret: bytes, ready: Connection) -> None:
     torch.set_num_threads(1)
+    pin(1)
     server = expert_server()
     listener = Listener(address, secret=secret)
     server.add_listener(listener)
@@ -62,6 +66,7 @@ def run_expert_host(address: str, secret: bytes, ready: Connection) -> None:
 
 
 def run_echo(address: str, ready: Connection) -> None:
+    pin(1)
     listener = bind(address, 1)
     listener.setblocking(True)
     name = listener.getsockname()
@@ -112,6 +117,11 @@ def connect_dispatcher(address: str, secret: bytes) -> Dispatcher:
         num_experts=NUM_EXPERTS,
     )
     return dispatcher_over(connect(address, hello=hello, secret=secret, limits=LIMITS, timeout_s=10.0))
+
+
+def pin(core: int) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[core % len(cores)]})
 
 
 def timed(call: Callable[[], object]) -> list[float]:
@@ -184,6 +194,7 @@ def main() -> None:
             child.start()
             children.append(child)
             addresses.append(ready.recv())
+        pin(0)
         server = expert_server()
         local = dispatcher_over(server.open_inproc(worker="worker", incarnation=0))
         remote = connect_dispatcher(addresses[1], secret)

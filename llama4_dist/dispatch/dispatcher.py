@@ -85,16 +85,17 @@ class Dispatcher:
         x_TD [T, D] in the dispatcher's dtype; experts_TK int64 [T, K]; scores_TK [T, K]. Raises UnavailableError
         (EXPERT_UNREACHABLE) when an expert has no live replica.
         """
-        num_tokens = len(x_TD)
-        if x_TD.shape != (num_tokens, self._width) or x_TD.dtype != self._dtype or experts_TK.shape != scores_TK.shape:
+        num_tokens, width = x_TD.shape
+        if width != self._width or x_TD.dtype != self._dtype or experts_TK.shape != scores_TK.shape:
             raise ValueError(
                 f"x {tuple(x_TD.shape)} {x_TD.dtype}, experts {tuple(experts_TK.shape)} and"
                 f" scores {tuple(scores_TK.shape)} do not fit: expected [T, {self._width}] {self._dtype}, twice [T, K]"
             )
-        experts_N = experts_TK.reshape(-1).cpu().numpy()
+        experts_N = experts_TK.cpu().numpy().reshape(-1)
         layout, view = self._exchange.lay_out(layer, experts_N)
-        buffer_RD = self._buffers.take(len(experts_N))
-        rows_ND = buffer_RD[: len(experts_N)]
+        num_copies = len(experts_N)
+        buffer_RD = self._buffers.take(num_copies)
+        rows_ND = buffer_RD[:num_copies]
         gather_scaled(x_TD, scores_TK.to(self._dtype), layout.order_N, rows_ND)
         in_flight = InFlight(
             origin=Origin(self._step, microbatch, layer),
@@ -116,7 +117,7 @@ class Dispatcher:
         """
         exchange = self._exchange
         deadline = 0.0
-        ready: AbstractSet[str] = in_flight.owing()
+        ready: AbstractSet[str] = frozenset() if exchange.waiter.waits else in_flight.owing()
         while in_flight.missing and in_flight.error is None:
             if exchange.take_replies(ready):
                 deadline, ready = 0.0, in_flight.owing()
@@ -132,10 +133,9 @@ class Dispatcher:
         exchange.retire(in_flight)
         if in_flight.error is not None:
             raise in_flight.error
-        y_TD = in_flight.result()
-        if not any(link.num_unsent for link in exchange.links.values()):
+        if not exchange.is_sending():
             self._buffers.give_back(in_flight.buffer_RD)  # otherwise a link still reads it
-        return y_TD
+        return in_flight.result()
 
     def stats(self) -> DispatchStats:
         return self._stats

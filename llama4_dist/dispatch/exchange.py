@@ -80,6 +80,10 @@ class Exchange:
             self._drop_link(host, reason)
         self._resend_orphans()
 
+    def is_sending(self) -> bool:
+        """Tell whether some link still reads rows that were posted."""
+        return any([link.num_unsent for link in self.links.values()])  # noqa: C419 - a list is faster than a generator
+
     def retire(self, in_flight: InFlight) -> None:
         """Forget the frames of a finished dispatch; their replies will count as late."""
         for number in in_flight.pieces:
@@ -162,16 +166,16 @@ class Exchange:
     def _take(self, host: str, frame: Frame) -> None:
         """Match one frame to what it answers; FrameError when it answers nothing we ever asked this host."""
         header = frame.header
-        in_flight = self.active.get(header.number)
+        number = header.number
+        in_flight = self.active.get(number)
         if in_flight is None:
-            if header.number > self.last_number:
-                raise FrameError(f"host {host!r} answered unsent frame {header.number}", reason="UNKNOWN_FRAME")
+            if number > self.last_number:
+                raise FrameError(f"host {host!r} answered unsent frame {number}", reason="UNKNOWN_FRAME")
             self._stats.late_replies += 1
             return
-        piece = in_flight.pieces[header.number]
-        origin = (header.step, header.microbatch, header.layer)
-        if piece.host != host or in_flight.origin != origin or piece.num_rows != header.num_rows:
-            raise FrameError(f"host {host!r} answered frame {header.number} with {header}", reason="REPLY_MISMATCH")
+        piece = in_flight.pieces[number]
+        if piece.host != host or in_flight.origin != header[2:5] or piece.num_rows != header.num_rows:
+            raise FrameError(f"host {host!r} answered frame {number} with {header}", reason="REPLY_MISMATCH")
         if header.kind == FrameKind.NACK:
             self._refused(in_flight, header, header.reason, [expert for expert, _ in header.groups])
             return
@@ -185,7 +189,7 @@ class Exchange:
                 )
             self._refused(in_flight, header, "REPLY_NOT_FINITE", [expert for expert, _ in piece.groups])
             return
-        del in_flight.pieces[header.number], self.active[header.number]
+        del in_flight.pieces[number], self.active[number]
         taken = in_flight.accept(piece, rows_RD)
         self._stats.late_replies += taken == 0
         self._stats.rows_in[host] += taken

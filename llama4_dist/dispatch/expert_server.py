@@ -150,7 +150,7 @@ class ExpertServer:
 
     def poll(self, timeout_s: float) -> int:
         """Take what has arrived, compute what is due, send replies; return the number of frames answered."""
-        if self._layers:
+        if self._layers:  # they wait for their window
             now = time.monotonic()
             timeout_s = max(0.0, min(timeout_s, min(layer.due for layer in self._layers.values()) - now))
         ready, new = self._hub.wait(timeout_s)
@@ -200,13 +200,16 @@ class ExpertServer:
         self._stats.frames_in += 1
         if header.kind != FrameKind.ROWS:
             raise FrameError(f"worker {worker.link.peer!r} sent a {header.kind.name} frame", reason="KIND_UNEXPECTED")
-        missing = [group for group in header.groups if (header.layer, group[0]) not in self._compute.holds]
-        if missing:
-            self._refuse(worker, frame, "WRONG_OWNER", tuple(missing))
-            return
-        layer = self._layers.get(header.layer)
+        number, holds = header.layer, self._compute.holds
+        for expert, _ in header.groups:
+            if (number, expert) not in holds:
+                missing = tuple(group for group in header.groups if (number, group[0]) not in holds)
+                self._refuse(worker, frame, "WRONG_OWNER", missing)
+                return
+        layer = self._layers.get(number)
         if layer is None:
-            layer = self._layers[header.layer] = _Layer(time.monotonic() + self._pool_window_s)
+            due = time.monotonic() + self._pool_window_s if self._pool_window_s else 0.0
+            layer = self._layers[number] = _Layer(due)
         layer.frames.append((worker, frame))
 
     def _compute_due(self) -> int:
@@ -226,6 +229,9 @@ class ExpertServer:
 
     def _compute_layer(self, layer: int, frames: list[tuple[_Worker, Frame]]) -> None:
         """Compute one layer's frames, pooling as many as `max_rows` allows at a time."""
+        if len(frames) == 1:
+            self._compute_batch(layer, frames)
+            return
         batch: list[tuple[_Worker, Frame]] = []
         num_rows = 0
         for entry in frames:
@@ -289,12 +295,12 @@ class ExpertServer:
 
     def _reply(self, job: _Job) -> None:
         header = job.frame.header
-        stats = self._stats
+        stats, layer, rows_by_expert = self._stats, header.layer, self._stats.rows_by_expert
         for expert, count in header.groups:
-            stats.rows_by_expert[header.layer, expert] += count
+            rows_by_expert[layer, expert] += count
         stats.rows_by_worker[job.worker.link.peer] += header.num_rows
         job.frame.release()
-        self._post(job.worker, header._replace(kind=FrameKind.REPLY, groups=()), job.y_RD)
+        self._post(job.worker, FrameHeader(FrameKind.REPLY, *header[1:6]), job.y_RD)
         stats.replies += 1
 
     def _refuse(self, worker: _Worker, frame: Frame, reason: str, groups: Groups) -> None:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llama4_dist.dispatch.layout import Groups, Indices
@@ -59,12 +60,9 @@ class InFlight:
         self.missing = num_copies  # (slice, position) pairs without an accepted reply
         self.attempt = 0
         self._experts_N = experts_N
-        self._overlaps = False  # True once a row may be answered twice, or is cut into slices
-        self._num_slices_N = np.ones(num_copies, dtype=np.int64)
-        self._attempt_N = np.zeros(num_copies, dtype=np.int64)
-        self._answered = [np.zeros(num_copies, dtype=np.bool_)]  # per slice
-        self._outputs: list[Tensor | None] = [None]  # per slice, in the laid-out order
         self._y_ND: Tensor | None = None  # in the caller's order
+        self._outputs: list[Tensor | None] = [None]  # per slice, in the laid-out order
+        self._books: _Books | None = None  # kept once a row may be answered twice, or is cut into slices
         if num_slices_N is not None:
             self._cut(slice(None), num_slices_N)
 
@@ -74,17 +72,15 @@ class InFlight:
 
     def accept(self, piece: Piece, rows_RD: Tensor) -> int:
         """Keep those rows of a reply that nobody answered before; return how many that were."""
-        answered_N = self._answered[piece.slice_index]
-        positions = piece.positions
-        if self._overlaps:
-            everything = np.arange(positions.start, positions.stop) if isinstance(positions, slice) else positions
-            wanted_R = ~answered_N[everything] & (self._attempt_N[everything] == piece.attempt)
-            positions = everything[wanted_R]
+        positions, num_rows = piece.positions, piece.num_rows
+        if self._books is not None:
+            wanted_R = self._books.wanted(piece)
+            positions = _as_indices(positions)[wanted_R]
+            num_rows = len(positions)
             rows_RD = rows_RD[torch.from_numpy(wanted_R)]
-        num_rows = len(rows_RD)
-        answered_N[positions] = True
+            self._books.answered[piece.slice_index][positions] = True
         self.missing -= num_rows
-        if num_rows == len(self.order_N) and not self._overlaps:
+        if num_rows == len(self.order_N) and self._books is None:
             self._y_ND = self._restore(rows_RD)  # one host had everything: straight out of its receive slot
         else:
             self._write(piece.slice_index, positions, rows_RD)
@@ -92,16 +88,17 @@ class InFlight:
 
     def unanswered(self, piece: Piece) -> Indices:
         """Return the positions of a piece that no reply covers yet."""
-        positions = piece.positions
-        everything = np.arange(positions.start, positions.stop) if isinstance(positions, slice) else positions
-        wanted_R = ~self._answered[piece.slice_index][everything] & (self._attempt_N[everything] == piece.attempt)
-        unanswered: Indices = everything[wanted_R]
+        positions = _as_indices(piece.positions)
+        if self._books is None:
+            return positions
+        unanswered: Indices = positions[self._books.wanted(piece)]
         return unanswered
 
     def rows_for(self, positions: slice | Indices) -> Tensor:
         """Return the rows to send for these positions: a view of the held rows where they are one run."""
         if isinstance(positions, slice):
-            return self.rows_ND[positions]
+            whole = positions.start == 0 and positions.stop == len(self.order_N)
+            return self.rows_ND if whole else self.rows_ND[positions]
         return self.rows_ND[torch.from_numpy(positions).to(self.rows_ND.device)]
 
     def experts_of(self, positions: Indices) -> Indices:
@@ -110,8 +107,10 @@ class InFlight:
 
     def ask_again(self, positions: Indices, num_slices: Indices) -> None:
         """Prepare for a second frame about these positions; where a cut is involved, earlier slices are void."""
-        self._overlaps = True
-        if num_slices.max(initial=1) > 1 or self._num_slices_N[positions].max(initial=1) > 1:
+        if self._books is None:
+            self._open_books().answered[0][positions] = False
+        books = self._open_books()
+        if num_slices.max(initial=1) > 1 or books.num_slices_N[positions].max(initial=1) > 1:
             self._cut(positions, num_slices)
 
     def result(self) -> Tensor:
@@ -151,20 +150,49 @@ class InFlight:
         total_ND = self._outputs[0]
         assert total_ND is not None, "no reply was ever written"
         for slice_index, output_ND in enumerate(self._outputs[1:], start=1):
-            if output_ND is not None:
-                cut = torch.from_numpy((self._num_slices_N > slice_index).nonzero()[0]).to(total_ND.device)
+            if output_ND is not None and self._books is not None:
+                cut = torch.from_numpy((self._books.num_slices_N > slice_index).nonzero()[0]).to(total_ND.device)
                 total_ND[cut] = total_ND[cut] + output_ND[cut]
         return total_ND
 
+    def _open_books(self) -> "_Books":
+        """Begin to account for single rows; what was answered until now is what no open frame asks for."""
+        if self._books is None:
+            self._books = _Books(len(self.order_N))
+            if self.pieces or self.missing < len(self.order_N):
+                self._books.answered[0][:] = True
+                for piece in self.pieces.values():
+                    self._books.answered[0][piece.positions] = False
+        return self._books
+
     def _cut(self, positions: Indices | slice, num_slices: Indices) -> None:
         """Start these positions anew with so many slices each; replies of earlier attempts no longer count."""
+        books = self._open_books()
         self.attempt += 1
-        self._overlaps = True
-        self._num_slices_N[positions] = num_slices
-        self._attempt_N[positions] = self.attempt
-        while len(self._answered) < num_slices.max(initial=1):
-            self._answered.append(np.zeros_like(self._answered[0]))
+        books.num_slices_N[positions] = num_slices
+        books.attempt_N[positions] = self.attempt
+        while len(books.answered) < num_slices.max(initial=1):
+            books.answered.append(np.zeros_like(books.answered[0]))
             self._outputs.append(None)
-        for answered_N in self._answered:
+        for answered_N in books.answered:
             answered_N[positions] = False
-        self.missing = int(self._num_slices_N.sum()) - sum(int(answered.sum()) for answered in self._answered)
+        self.missing = int(books.num_slices_N.sum()) - sum(int(answered.sum()) for answered in books.answered)
+
+
+class _Books:
+    """Per position: how many slices it takes, which attempt counts, and which slices are answered."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_slices_N = np.ones(num_rows, dtype=np.int64)
+        self.attempt_N = np.zeros(num_rows, dtype=np.int64)
+        self.answered = [np.zeros(num_rows, dtype=np.bool_)]
+
+    def wanted(self, piece: Piece) -> NDArray[np.bool_]:
+        """Tell for each row of a piece whether a reply would still count."""
+        answered_R = self.answered[piece.slice_index][piece.positions]
+        wanted_R: NDArray[np.bool_] = ~answered_R & (self.attempt_N[piece.positions] == piece.attempt)
+        return wanted_R
+
+
+def _as_indices(positions: slice | Indices) -> Indices:
+    return np.arange(positions.start, positions.stop) if isinstance(positions, slice) else positions

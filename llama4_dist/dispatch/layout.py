@@ -17,6 +17,7 @@ from llama4_dist.dispatch.routing_table import Replica
 Indices = NDArray[np.int64]
 Groups = tuple[tuple[int, int], ...]  # ((expert, num_rows), ...), consecutive
 
+_FIRST: Indices = np.zeros(1, dtype=np.int64)
 NOWHERE = np.iinfo(np.uint16).max  # key of an expert without a replica
 
 
@@ -30,10 +31,7 @@ class Share(NamedTuple):
     slice_index: int  # which slice of the experts' width the host computes; 0 where experts are whole
     positions: slice | Indices
     groups: Groups
-
-    @property
-    def num_rows(self) -> int:
-        return sum(count for _, count in self.groups)
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,12 +48,11 @@ class LayerView:
     num_slices_E: NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Layout:
+class Layout(NamedTuple):
     """`order_N[i]` is the copy that stands at position i; `shares` are the frames to send."""
 
     order_N: Indices
-    shares: tuple[Share, ...]
+    shares: list[Share]
 
 
 class NoReplicaError(Exception):
@@ -97,10 +94,10 @@ def view_layer(
 
 def lay_out(view: LayerView, experts_N: Indices) -> Layout:
     """Lay out the copies whose experts are `experts_N`; ValueError for an expert the model does not have."""
-    if experts_N.size == 1:  # decode of one sequence: nothing to sort
-        order_N, counts = np.zeros(1, dtype=np.int64), _single(view, int(experts_N[0]))
-    else:
-        order_N, counts = _sort(view, experts_N)
+    if experts_N.size == 1 and not view.further:  # decode of one sequence: nothing to sort
+        host, expert = _destination(view, int(experts_N[0]))
+        return Layout(_FIRST, [Share(host, 0, slice(0, 1), ((expert, 1),), 1)])
+    order_N, counts = _sort(view, experts_N)
     runs: dict[int, tuple[int, int]] = {}  # expert to its positions; only sliced experts need them later
     shares: list[Share] = []
     host, host_start, stop = "", 0, 0
@@ -109,16 +106,16 @@ def lay_out(view: LayerView, experts_N: Indices) -> Layout:
         destination, expert = view.destinations[key]
         if destination != host:
             if groups:
-                shares.append(Share(host, 0, slice(host_start, stop), tuple(groups)))
+                shares.append(Share(host, 0, slice(host_start, stop), tuple(groups), stop - host_start))
             host, host_start, groups = destination, stop, []
         groups.append((expert, count))
         runs[expert] = (stop, stop + count)
         stop += count
     if groups:
-        shares.append(Share(host, 0, slice(host_start, stop), tuple(groups)))
+        shares.append(Share(host, 0, slice(host_start, stop), tuple(groups), stop - host_start))
     if view.further:
         shares.extend(_further_shares(view, runs))
-    return Layout(order_N=order_N, shares=tuple(shares))
+    return Layout(order_N, shares)
 
 
 def split(share: Share, max_rows: int) -> Iterator[Share]:
@@ -132,19 +129,19 @@ def split(share: Share, max_rows: int) -> Iterator[Share]:
             count -= taken
             filled += taken
             if filled == max_rows:
-                yield share._replace(positions=_cut(share.positions, start, start + filled), groups=tuple(groups))
+                yield _part(share, start, tuple(groups), filled)
                 start, filled, groups = start + filled, 0, []
     if groups:
-        yield share._replace(positions=_cut(share.positions, start, start + filled), groups=tuple(groups))
+        yield _part(share, start, tuple(groups), filled)
 
 
-def _single(view: LayerView, expert: int) -> list[tuple[int, int]]:
+def _destination(view: LayerView, expert: int) -> tuple[str, int]:
     if not 0 <= expert < len(view.key_E):
         raise ValueError(f"expert {expert} is outside [0, {len(view.key_E)})")
     key = int(view.key_E[expert])
     if key == NOWHERE:
         raise NoReplicaError(expert)
-    return [(key, 1)]
+    return view.destinations[key]
 
 
 def _sort(view: LayerView, experts_N: Indices) -> tuple[Indices, list[tuple[int, int]]]:
@@ -154,10 +151,9 @@ def _sort(view: LayerView, experts_N: Indices) -> tuple[Indices, list[tuple[int,
     keys_N = view.key_E.take(experts_N)
     order_N = keys_N.argsort(kind="stable")  # radix sort: 16-bit keys
     counts = np.bincount(keys_N, minlength=1)
-    present = counts.nonzero()[0].tolist()
-    if present and present[-1] == NOWHERE:
+    if len(counts) > NOWHERE:
         raise NoReplicaError(int(experts_N[keys_N == NOWHERE][0]))
-    return order_N, [(key, int(counts[key])) for key in present]
+    return order_N, [(key, count) for key, count in enumerate(counts.tolist()) if count]
 
 
 def _further_shares(view: LayerView, runs: Mapping[int, tuple[int, int]]) -> Iterator[Share]:
@@ -170,10 +166,13 @@ def _further_shares(view: LayerView, runs: Mapping[int, tuple[int, int]]) -> Ite
         experts.sort(key=lambda expert: runs[expert])
         positions = np.concatenate([np.arange(*runs[expert]) for expert in experts])
         groups = tuple((expert, runs[expert][1] - runs[expert][0]) for expert in experts)
-        yield Share(host, index, positions, groups)
+        yield Share(host, index, positions, groups, len(positions))
 
 
-def _cut(positions: slice | Indices, start: int, stop: int) -> slice | Indices:
+def _part(share: Share, start: int, groups: Groups, num_rows: int) -> Share:
+    positions = share.positions
     if isinstance(positions, slice):
-        return slice(positions.start + start, positions.start + stop)
-    return positions[start:stop]
+        positions = slice(positions.start + start, positions.start + start + num_rows)
+    else:
+        positions = positions[start : start + num_rows]
+    return Share(share.host, share.slice_index, positions, groups, num_rows)

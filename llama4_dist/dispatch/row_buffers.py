@@ -20,7 +20,7 @@ class RowBuffers:
     def take(self, num_rows: int) -> Tensor:
         """Return a buffer [capacity, D] with room for `num_rows`; its capacity is a power of two."""
         for index in range(len(self._free) - 1, -1, -1):
-            if len(self._free[index]) >= num_rows:
+            if self._free[index].shape[0] >= num_rows:
                 return self._free.pop(index)
         self._free.clear()  # they are smaller than what is needed now: let them go
         capacity = max(64, 1 << (num_rows - 1).bit_length())

@@ -86,6 +86,11 @@ class InprocLink:
         frames: list[Frame] = []
         if not self._inbox:
             return frames
+        if self.other._faults is None and len(self._free_slots) >= len(self._inbox):
+            frames = [Frame(header, rows, self, self._free_slots.pop()) for _, header, rows in self._inbox]
+            self._inbox.clear()
+            self._stats.frames_in += len(frames)
+            return frames
         now = self._clock.monotonic()
         waiting = deque[tuple[float, FrameHeader, Tensor | None]]()
         while self._inbox:

@@ -23,6 +23,7 @@ class LinkWaiter:
                 self._hosts[descriptor] = host
                 self._watch(descriptor, select.POLLIN)
         self._driven = frozenset(self._links) - frozenset(self._hosts.values())
+        self.waits = not self._driven  # `wait` tells by itself who is worth polling
 
     def forget(self, host: str) -> None:
         """Stop watching a link; call before it is aborted, while its descriptor is still its own."""
