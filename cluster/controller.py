@@ -80,11 +80,11 @@ class Controller:
             hosts = self._load(experts, attention, placement, deadline)
             self._publish(attention, placement, hosts, deadline)
             self.engine_addresses = tuple(self._ask(attention, "serve", deadline=deadline).values())
+            for event in self._ask([*experts, *attention], "progress", deadline=deadline).values():
+                self._progress(event)
         except BaseException:
             self.close()
             raise
-        for handle in self._handles.values():
-            self._progress(LoadProgress(worker=handle.worker, role=handle.role, state=State.READY))
 
     def status(self) -> tuple[WorkerStatus, ...]:
         """Ask every worker how it is; one that does not answer is LOST."""

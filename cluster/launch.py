@@ -4,6 +4,7 @@ A Ray started here listens on loopback only, demands a token on every call (Ray'
 dashboard and lives in a temporary folder of its own; `RaySession.close` ends it. One that was joined is left as it was.
 """
 
+import atexit
 import logging
 import os
 import secrets
@@ -51,6 +52,7 @@ class RaySession:
 
     def close(self) -> None:
         """End what `ensure_ray` began, and nothing else."""
+        atexit.unregister(self.close)
         if self.connected_here and ray.is_initialized():
             ray.shutdown()
         if self.own_token:
@@ -84,6 +86,7 @@ def start_ray() -> RaySession:
     # An operator who set the mode has decided about tokens too.
     own_token = "RAY_AUTH_MODE" not in os.environ
     session = RaySession(started_here=True, connected_here=True, temp_dir=temp_dir, own_token=own_token)
+    atexit.register(session.close)  # a driver that forgets to close leaves no folder either
     for name, value in LOCAL_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if own_token:

@@ -1,5 +1,6 @@
 """The engine port over a whole cluster: attention workers and expert hosts as Ray actors, reached by gRPC streams."""
 
+import atexit
 import secrets
 import shutil
 import tempfile
@@ -90,6 +91,7 @@ class RayEngine:
                 resources.callback(engines[-1].close)
             self._group = EngineGroup(engines)
             self._resources = resources.pop_all()
+        atexit.register(self.close)  # Ray would end the workers, but not remove their sockets
 
     @property
     def limits(self) -> EngineLimits:
@@ -122,6 +124,7 @@ class RayEngine:
 
     def close(self) -> None:
         """End streams, workers, placement groups and, if it was started here, Ray."""
+        atexit.unregister(self.close)
         self._resources.close()
 
 

@@ -25,13 +25,14 @@ class FakeWorker:
     ) -> None:
         self.config, self.calls, self.faults = config, calls, faults
         self.pairs: Sequence[Pair] = ()
+        self.loaded = False
         self.topology: Topology | None = None
 
     def location(self) -> Location:
         return Location(node="node-" + self.config.worker[-1], address="127.0.0.1")
 
     def load(self, pairs: Sequence[Pair] = ()) -> HostAddress:
-        self.pairs = pairs
+        self.pairs, self.loaded = pairs, True
         worker = self.config.worker
         return HostAddress(host=worker, incarnation=7, node="n", unix=f"unix:/{worker}", tcp="tcp:127.0.0.1:1")
 
@@ -43,7 +44,10 @@ class FakeWorker:
         return f"address of {self.config.worker}"
 
     def progress(self) -> LoadProgress:
-        return LoadProgress(worker=self.config.worker, role=self.config.role, state=State.LOADING, done=1, total=2)
+        state = State.READY if self.loaded else State.LOADING
+        return LoadProgress(
+            worker=self.config.worker, role=self.config.role, state=state, done=1 + self.loaded, total=2
+        )
 
     def status(self) -> WorkerStatus:
         return WorkerStatus(worker=self.config.worker, role=self.config.role, state=State.READY)
