@@ -4,7 +4,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from llama4_dist.gateway.admission import Admission
 from llama4_dist.gateway.generations import Generations, shutting_down
 from llama4_dist.gateway.health import Health
 from llama4_dist.gateway.metrics import Metrics
-from llama4_dist.gateway.server import build_server
+from llama4_dist.gateway.server import NO_SERVICES, Services, build_server
 from llama4_dist.gateway.service import InferenceService
 from llama4_dist.gateway.settings import GatewaySettings, host_and_port
 from llama4_dist.gateway.tokenizer_service import TokenizerService
@@ -67,7 +67,7 @@ async def running_gateway(
     tokenizer: Tokenizer | None,
     settings: GatewaySettings,
     *,
-    extra_handlers: Sequence[grpc.GenericRpcHandler] = (),
+    extra_services: Services = NO_SERVICES,
 ) -> AsyncIterator[Gateway]:
     """Start a gateway; stop it on exit."""
     metrics = Metrics(engine.stats)
@@ -83,7 +83,7 @@ async def running_gateway(
         tokenizer=TokenizerService(tokenizer, limits),
         health=health,
         metrics=metrics,
-        extra_handlers=extra_handlers,
+        extra_services=extra_services,
     )
     with exporter(metrics, settings.metrics_address) as metrics_port:
         generations.start()
@@ -149,7 +149,7 @@ async def serve(
     tokenizer: Tokenizer | None,
     settings: GatewaySettings,
     *,
-    extra_handlers: Sequence[grpc.GenericRpcHandler] = (),
+    extra_services: Services = NO_SERVICES,
     on_ready: Callable[[Gateway], None] = lambda gateway: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT: the first drains, a second stops at once."""
@@ -159,7 +159,7 @@ async def serve(
     for number in signals:
         loop.add_signal_handler(number, told.release)
     try:
-        async with running_gateway(engine, tokenizer, settings, extra_handlers=extra_handlers) as gateway:
+        async with running_gateway(engine, tokenizer, settings, extra_services=extra_services) as gateway:
             on_ready(gateway)
             await told.acquire()
             drain = asyncio.create_task(gateway.drain(settings.drain_timeout_s))

@@ -1,9 +1,10 @@
 """Assembles the gRPC server: transport limits, services, credentials; refuses to bind what it cannot protect."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import grpc
+from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.internal import api_implementation
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
@@ -19,6 +20,9 @@ from llama4_dist.gateway.tls import server_credentials
 from llama4_dist.gateway.tokenizer_service import TokenizerService
 from llama4_dist.v1 import inference_pb2, tokenizer_pb2
 
+# A service and the object whose coroutines have the names of its methods (gateway.handlers).
+Services = Mapping[ServiceDescriptor, object]
+NO_SERVICES: Services = MappingProxyType({})
 ADMIN_SERVICES = ("llama4_dist.v1.ClusterService", "google.longrunning.Operations", "grpc.channelz.v1.Channelz")
 STREAMS_PER_CONNECTION = 1024
 IDENTITY_ONLY = 1  # bit set of accepted message encodings: inflating a small bomb is never begun
@@ -53,9 +57,9 @@ def build_server(
     tokenizer: TokenizerService,
     health: Health,
     metrics: Metrics,
-    extra_handlers: Sequence[grpc.GenericRpcHandler] = (),
+    extra_services: Services = NO_SERVICES,
 ) -> tuple[grpc.aio.Server, int]:
-    """Build the server and bind its port; return both. `extra_handlers` are services of the caller's."""
+    """Build the server and bind its port; return both. `extra_services` are the caller's."""
     refuse_slow_protobuf()
     server = grpc.aio.server(
         interceptors=[auth_interceptor(settings, metrics)],
@@ -63,13 +67,15 @@ def build_server(
         # Calls beyond what admission refuses politely are refused by the transport.
         maximum_concurrent_rpcs=2 * settings.max_requests + 64,
     )
-    services: dict[Any, object] = {
+    services: Services = {
         inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]: inference,
         tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"]: tokenizer,
         health_pb2.DESCRIPTOR.services_by_name["Health"]: health,
+        **extra_services,
     }
-    handlers = [service_handler(service, methods, metrics) for service, methods in services.items()]
-    server.add_generic_rpc_handlers((*handlers, *extra_handlers))
+    server.add_generic_rpc_handlers(
+        tuple(service_handler(service, methods, metrics) for service, methods in services.items())
+    )
     if settings.reflection:
         names = [service.full_name for service in services]
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)

@@ -11,6 +11,7 @@ from typing import Any
 from llama4_dist.engine.port import Engine
 from llama4_dist.errors import Llama4Error
 from llama4_dist.gateway.run import Gateway, running_gateway
+from llama4_dist.gateway.server import NO_SERVICES, Services
 from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.text.tokenizer import Tokenizer
 
@@ -47,6 +48,7 @@ def serving(
     tokenizer: Tokenizer | None = None,
     settings: GatewaySettings | None = None,
     address: str = "127.0.0.1:0",
+    extra_services: Services = NO_SERVICES,
 ) -> Iterator[Served]:
     """Serve while inside, on a free loopback port unless `address` is given."""
     settings = replace(settings or GatewaySettings(), address=address)
@@ -56,7 +58,7 @@ def serving(
     async def main() -> None:
         stop = asyncio.Event()
         try:
-            async with running_gateway(engine, tokenizer, settings) as gateway:
+            async with running_gateway(engine, tokenizer, settings, extra_services=extra_services) as gateway:
                 loop = asyncio.get_running_loop()
                 stops.append((loop, stop))
                 started.append(Served(address=f"127.0.0.1:{gateway.port}", gateway=gateway, loop=loop))

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.longrunning import operations_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from llama4_dist.client import Client, ConnectOptions
-from llama4_dist.errors import ConfigError, UnauthenticatedError
+from llama4_dist.errors import ConfigError, NotFoundError, UnauthenticatedError
 from llama4_dist.gateway.auth import Scope, read_tokens
 from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.request import Sampling
@@ -171,3 +172,38 @@ def test_metrics_stay_on_loopback() -> None:
 def test_a_taken_port_is_refused(served: Served) -> None:
     with pytest.raises(ConfigError, match="is it taken"), serving(ScriptedEngine(), address=served.address):
         pass
+
+
+class Operations:
+    """An admin service of the caller's."""
+
+    async def GetOperation(self, request: operations_pb2.GetOperationRequest, context: object) -> object:
+        if request.name != "operations/1":
+            raise NotFoundError("no such operation", reason="OPERATION_NOT_FOUND")
+        return operations_pb2.Operation(name=request.name, done=True)
+
+
+def test_a_callers_own_admin_service_is_served_to_admins_only(tmp_path: Path) -> None:
+    file = write_tokens(tmp_path, f"{NORMAL}\nadmin {ADMIN}\n")
+    services = {operations_pb2.DESCRIPTOR.services_by_name["Operations"]: Operations()}
+    settings = GatewaySettings(token_file=file)
+    with (
+        serving(ScriptedEngine(), settings=settings, extra_services=services) as served,
+        grpc.insecure_channel(served.address) as channel,
+    ):
+        method = channel.unary_unary("/google.longrunning.Operations/GetOperation")
+
+        def call(name: str, token: str) -> tuple[grpc.StatusCode, bytes]:
+            try:
+                data = operations_pb2.GetOperationRequest(name=name).SerializeToString()
+                return grpc.StatusCode.OK, method(data, metadata=[("authorization", f"Bearer {token}")])
+            except grpc.RpcError as error:
+                return error.code(), b""
+
+        assert call("operations/1", NORMAL)[0] is grpc.StatusCode.PERMISSION_DENIED
+        assert call("operations/2", ADMIN)[0] is grpc.StatusCode.NOT_FOUND
+        assert operations_pb2.Operation.FromString(call("operations/1", ADMIN)[1]).done
+        unbuilt = channel.unary_unary("/google.longrunning.Operations/WaitOperation")
+        with pytest.raises(grpc.RpcError) as refused:
+            unbuilt(b"", metadata=[("authorization", f"Bearer {ADMIN}")])
+        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
