@@ -273,6 +273,9 @@ def test_one_process_imports_no_ray(model_dir: Path) -> None:
 def test_expert_hosts_answer_as_one_process_does(llm: LLM, model_dir: Path) -> None:
     prompts = ["the first", "a second prompt"]
     expected = [completion.token_ids for completion in llm.generate(prompts, GREEDY)]
-    with LLM(model_dir, num_expert_hosts=2, num_threads=1, kv_cache_bytes=1 << 22) as cluster:
+    loaded: list[tuple[int, int]] = []
+    options = {"num_threads": 1, "kv_cache_bytes": 1 << 22}
+    with LLM(model_dir, num_expert_hosts=2, progress=lambda *at: loaded.append(at), **options) as cluster:
+        assert loaded[-1][0] == loaded[-1][1] > 0
         assert [completion.token_ids for completion in cluster.generate(prompts, GREEDY)] == expected
         assert len(cluster.stats().host_rows) == 2

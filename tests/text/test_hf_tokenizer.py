@@ -1,5 +1,6 @@
 """The published vocabulary in tokenizer.json gives the ids of tokenizer.model, and of transformers' own reading."""
 
+import time
 from importlib.resources import files
 from pathlib import Path
 
@@ -57,3 +58,12 @@ def test_ids_equal_transformers_where_no_special_token_is_meant(folder: Path, fr
         assert from_json.encode(text) == theirs.encode(text, add_special_tokens=False)
     assert theirs.encode("<|eot|>", add_special_tokens=False) == [200008]  # what a server must not do
     assert 200008 not in from_json.encode("<|eot|>")
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "\u200d", "\x00", "\n ", "\u202e\u05d0"])
+def test_a_megabyte_of_one_unit_is_encoded_in_bounded_time(from_json: Tokenizer, unit: str) -> None:
+    text = unit * (1_000_000 // len(unit.encode()))
+    start_s = time.process_time()
+    token_ids = from_json.encode(text)
+    assert time.process_time() - start_s < 10.0
+    assert from_json.decode(token_ids) == text
