@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
-    """llama3 frequency scaling: wavelengths above `original_max_position / low_freq_factor` are stretched by `factor`."""
+    """llama3 frequency scaling: wavelengths beyond `original_max_position / low_freq_factor` grow by `factor`."""
 
     factor: float
     low_freq_factor: float
