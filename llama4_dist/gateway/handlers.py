@@ -5,7 +5,7 @@ is ours. A field this server does not know is refused: ignoring it would silentl
 """
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -22,6 +22,7 @@ else:
     Context = grpc.aio.ServicerContext
     Handler = grpc.RpcMethodHandler
 Unary = Callable[[Any, Context], Awaitable[message.Message]]
+Dialogue = Callable[[AsyncIterator[Any], Context], AsyncIterator[message.Message]]
 Streaming = Callable[[Any, Context], Awaitable[None]]  # writes its answers to the context
 
 
@@ -33,7 +34,10 @@ def service_handler(service: descriptor.ServiceDescriptor, methods: object, metr
         if implementation is None:
             continue
         request_class = message_factory.GetMessageClass(method.input_type)
-        bind = streaming_handler if method.server_streaming else unary_handler
+        if method.client_streaming:
+            bind: Callable[..., Handler] = dialogue_handler
+        else:
+            bind = streaming_handler if method.server_streaming else unary_handler
         handlers[method.name] = bind(implementation, request_class, metrics, f"{service.name}/{method.name}")
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
@@ -65,6 +69,21 @@ def streaming_handler(method: Streaming, request_class: type[message.Message], m
         metrics.observe_call(name, "OK", time.monotonic() - started_s)
 
     return grpc.unary_stream_rpc_method_handler(call, response_serializer=serialize)
+
+
+def dialogue_handler(method: Dialogue, request_class: type[message.Message], metrics: Metrics, name: str) -> Handler:
+    """Wrap a method that answers a stream of requests with a stream."""
+
+    async def call(requests: AsyncIterator[bytes], context: Context) -> None:
+        started_s = time.monotonic()
+        try:
+            async for answer in method((parse(request_class, data) async for data in requests), context):
+                await context.write(answer)
+        except Exception as error:  # noqa: BLE001 (as above)
+            await refuse(error, context, metrics, name)
+        metrics.observe_call(name, "OK", time.monotonic() - started_s)
+
+    return grpc.stream_stream_rpc_method_handler(call, response_serializer=serialize)
 
 
 def serialize(answer: message.Message) -> bytes:

@@ -7,7 +7,7 @@ import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.internal import api_implementation
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from llama4_dist.errors import ConfigError
 from llama4_dist.gateway.auth import AuthInterceptor, Scope, read_tokens
@@ -67,18 +67,19 @@ def build_server(
         # Calls beyond what admission refuses politely are refused by the transport.
         maximum_concurrent_rpcs=2 * settings.max_requests + 64,
     )
-    services: Services = {
+    services: dict[ServiceDescriptor, object] = {
         inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]: inference,
         tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"]: tokenizer,
         health_pb2.DESCRIPTOR.services_by_name["Health"]: health,
         **extra_services,
     }
+    if settings.reflection:
+        service = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
+        names = [known.full_name for known in (*services, service)]
+        services[service] = reflection.aio.ReflectionServicer(names)
     server.add_generic_rpc_handlers(
         tuple(service_handler(service, methods, metrics) for service, methods in services.items())
     )
-    if settings.reflection:
-        names = [service.full_name for service in services]
-        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
     return server, bind(server, settings)
 
 

@@ -68,7 +68,7 @@ def malformed() -> Iterator[Case]:
     """R01-R04: bytes that are no message, for every method."""
     rng = random.Random(1)
     valid = generate(text="hello").SerializeToString()
-    for method in (*UNARY, *STREAMING, HEALTH + "Check", HEALTH + "Watch"):
+    for method in (*UNARY, *STREAMING, HEALTH + "Check", HEALTH + "Watch", REFLECTION):
         for size in (1, 9, 200, 5000):
             yield Case(name=f"R01 {size} random bytes", codes=BAD, method=method, data=b"\xff" + rng.randbytes(size))
         yield Case(name="R04 nested groups", codes=BAD, method=method, data=b"\x0b" * 10_000)

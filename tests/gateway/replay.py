@@ -4,7 +4,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc
 import psutil
@@ -13,7 +13,7 @@ from llama4_dist.client import Client, ConnectOptions
 from llama4_dist.errors import Llama4Error
 from llama4_dist.request import Sampling
 from llama4_dist.rpc import status
-from tests.gateway.corpus import STREAMING, Case, all_cases
+from tests.gateway.corpus import HEALTH, REFLECTION, STREAMING, Case, all_cases
 from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
 from tests.gateway.serving import Served, byte_tokenizer, eventually, serving
 
@@ -44,7 +44,7 @@ class Canary:
             self.problems.append(f"the canary ran only {self.num_runs} times")
 
     def _run(self) -> None:
-        sampling = Sampling(max_tokens=len(self._golden), temperature=0)
+        sampling = Sampling(max_tokens=len(self._golden), temperature=0, ignore_eos=True)
         with Client(self._address, ConnectOptions(timeout_s=20)) as client:
             while not self._stop.is_set():
                 try:
@@ -61,7 +61,7 @@ class Canary:
 
 def send(channel: grpc.Channel, case: Case) -> tuple[grpc.StatusCode, str]:
     """Send one case; return its code and everything the client is told."""
-    streams = case.method in STREAMING or case.method.endswith("/Watch")
+    streams = case.method in STREAMING or case.method in (HEALTH + "Watch", REFLECTION)
     open_call = channel.unary_stream if streams else channel.unary_unary
     call = open_call(case.method)
     try:
@@ -75,9 +75,9 @@ def send(channel: grpc.Channel, case: Case) -> tuple[grpc.StatusCode, str]:
     return grpc.StatusCode.OK, ""
 
 
-def replay(served: Served, engine: ScriptedEngine, cases: Sequence[Case]) -> list[str]:
-    """Run the cases; return the problems, none of which may be."""
-    canary = Canary(served.address, expected_tokens([7, 8], 20))
+def replay(served: Served, golden: tuple[int, ...], num_held: Callable[[], int], cases: Sequence[Case]) -> list[str]:
+    """Run the cases; return the problems, none of which may be. `golden` is the canary's answer to [7, 8]."""
+    canary = Canary(served.address, golden)
     process = psutil.Process()
     problems = []
     with grpc.insecure_channel(served.address, CHANNEL) as channel:
@@ -94,8 +94,8 @@ def replay(served: Served, engine: ScriptedEngine, cases: Sequence[Case]) -> lis
             if "bomb" in case.name and process.memory_info().rss - rss > MAX_RSS_RISE:
                 problems.append(f"{case.name}: RSS rose by {process.memory_info().rss - rss}")
     canary.stop()
-    if not eventually(lambda: engine.num_held == 0 and served.gateway.admission.in_flight == 0):
-        problems.append(f"left behind: {engine.num_held} sequences, {served.gateway.admission.in_flight} calls")
+    if not eventually(lambda: num_held() == 0 and served.gateway.admission.in_flight == 0):
+        problems.append(f"left behind: {num_held()} sequences, {served.gateway.admission.in_flight} calls")
     return problems + canary.problems
 
 
@@ -104,7 +104,7 @@ def main() -> int:
     engine = ScriptedEngine(step_s=0.002)
     with serving(engine, byte_tokenizer()) as served:
         cases = all_cases()
-        problems = replay(served, engine, cases)
+        problems = replay(served, expected_tokens([7, 8], 20), lambda: engine.num_held, cases)
     print(f"{len(cases)} cases", *problems, sep="\n")
     return 1 if problems else 0
 

@@ -16,6 +16,8 @@ from llama4_dist.engine.options import EngineOptions
 from llama4_dist.request import EngineRequest, FinishReason, Sampling, TokenOutput
 from llama4_dist.text.tokenizer import load_tokenizer
 from tests.checkpoints import make_checkpoint
+from tests.gateway.corpus import all_cases
+from tests.gateway.replay import replay
 from tests.gateway.serving import Served, eventually, serving
 from tests.tokenizers_tiny import make_tokenizer
 
@@ -57,7 +59,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(model_dir: Path) -> LocalEngine:
-    options = EngineOptions(model_name="tiny", max_num_seqs=64, num_blocks=1024, block_size=16)
+    options = EngineOptions(model_name="tiny", max_num_seqs=64, num_blocks=1024, block_size=16, max_context=512)
     return build_single_process(model_dir, num_threads=1, options=options)
 
 
@@ -177,3 +179,13 @@ def test_logprobs_are_the_chosen_tokens(served: Served) -> None:
     assert len(whole.prompt_logprobs) == len(whole.prompt_token_ids)
     assert stream.completion.outputs == whole.outputs
     assert stream.completion.prompt_logprobs == whole.prompt_logprobs
+
+
+def test_no_bad_request_reaches_the_engine(served: Served, engine: Watched, golden: Golden) -> None:
+    expected = golden([7, 8], Sampling(temperature=0, max_tokens=20, ignore_eos=True))[0]
+    before = engine.stats()
+    assert (
+        replay(served, expected, lambda: engine.stats().kv_blocks_total - engine.stats().kv_blocks_free, all_cases())
+        == []
+    )
+    assert engine.stats().requests_failed == before.requests_failed
