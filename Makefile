@@ -35,7 +35,7 @@ check: setup ## Format, lint, types, layering, protos, stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/buf lint
 	$(BIN)/python tools/generate_stubs.py --check
 

@@ -1,6 +1,5 @@
 """A client for the commands: of a running gateway, or of one started in this process for a checkpoint folder."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ def local_gateway(backend: Backend) -> Iterator[int]:
     """
     from anyio.from_thread import start_blocking_portal
 
-    from llama4_dist.cli.local import open_engine, open_text
+    from llama4_dist.cli.local import engine_of, open_text
     from llama4_dist.gateway.run import running_gateway
     from llama4_dist.gateway.settings import GatewaySettings
     from llama4_dist.settings import load_settings
@@ -55,7 +54,7 @@ def local_gateway(backend: Backend) -> Iterator[int]:
     settings = load_settings(flags, environ={})
     text = open_text(settings.model)
     with ExitStack() as resources:
-        engine = open_engine(settings, show_progress=not backend.as_json and sys.stderr.isatty())
+        engine = engine_of(settings, show_progress=not backend.as_json)
         resources.callback(engine.close)
         gateway_settings = GatewaySettings(address="127.0.0.1:0", sampling=text.sampling, reflection=False)
         portal = resources.enter_context(start_blocking_portal())

@@ -1,22 +1,20 @@
-"""Opens engines for the commands: in this process, or as a Ray cluster when expert hosts are asked for."""
+"""What the commands need of a checkpoint: an engine by the settings, and the text side of a gateway."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from llama4_dist.checkpoint.describe import CheckpointSummary, describe
-from llama4_dist.checkpoint.generation_file import GenerationDefaults
 from llama4_dist.checkpoint.reader import Checkpoint
-from llama4_dist.cli.progress import loading_progress
-from llama4_dist.engine.build import build_single_process
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.port import Engine
+from llama4_dist.llm.api import sampling_defaults
+from llama4_dist.llm.open_engine import open_engine, shown
 from llama4_dist.request import Sampling
 from llama4_dist.settings import ServeSettings
 from llama4_dist.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 
-def open_engine(settings: ServeSettings, *, show_progress: bool) -> Engine:
+def engine_of(settings: ServeSettings, *, show_progress: bool) -> Engine:
     """Start the engine that the settings describe; it is ready when this returns."""
     options = EngineOptions(
         max_num_seqs=settings.max_num_seqs,
@@ -27,28 +25,17 @@ def open_engine(settings: ServeSettings, *, show_progress: bool) -> Engine:
         max_context=settings.max_context,
         model_name=settings.model_name or settings.model.resolve().name,
     )
-    with loading_progress(show=show_progress) as advance:
-        if settings.experts == 0:
-            return build_single_process(
-                settings.model,
-                dtype=settings.dtype,
-                device=settings.device,
-                options=options,
-                num_threads=settings.num_threads,
-                progress=partial(advance, "loading"),
-            )
-        from cluster.ray_engine import RayEngine
-
-        return RayEngine(
+    with shown(show_progress) as progress:
+        return open_engine(
             settings.model,
             num_expert_hosts=settings.experts,
             num_attention_workers=settings.attention,
-            dtype=settings.dtype,
-            device=settings.device,
             options=options,
             ray_address=settings.ray_address,
+            progress=progress,
+            dtype=settings.dtype,
+            device=settings.device,
             num_threads=settings.num_threads,
-            progress=lambda load: advance(f"loading {load.worker}", load.done, load.total),
         )
 
 
@@ -73,11 +60,3 @@ def open_text(model: Path) -> TextSide:
         )
     finally:
         checkpoint.close()
-
-
-def sampling_defaults(generation: GenerationDefaults) -> Sampling:
-    """The checkpoint's own way to sample, where it says one."""
-    if generation.do_sample is False:
-        return Sampling(temperature=0.0)
-    temperature = 1.0 if generation.temperature is None else generation.temperature
-    return Sampling(temperature=temperature, top_p=1.0 if generation.top_p is None else generation.top_p)

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from llama4_dist.checkpoint.describe import CheckpointSummary
 from llama4_dist.cli.inspect import summary_rows
-from llama4_dist.cli.local import open_engine, open_text
+from llama4_dist.cli.local import engine_of, open_text
 from llama4_dist.cli.logs import configure_logging
 from llama4_dist.cli.output import print_json, print_pairs, reporting
 from llama4_dist.engine.port import Engine
@@ -29,7 +28,7 @@ def run_serve(flags: Mapping[str, Any], file: Path | None, as_json: bool) -> Non
         configure_logging(settings.log_level, settings.log_format)
         text = open_text(settings.model)
         gateway_settings = settings_of_gateway(settings, text.sampling)
-        engine = open_engine(settings, show_progress=not as_json and sys.stderr.isatty())
+        engine = engine_of(settings, show_progress=not as_json)
         resources.callback(engine.close)
 
         def on_ready(gateway: Gateway) -> None:
