@@ -138,6 +138,8 @@ class LocalEngine:
 
     def _put(self, command: Callable[[], None], done: Future[T]) -> None:
         """Queue a command whose caller waits for `done`; `done` fails if the engine ends first."""
+        if threading.current_thread() is self._thread:
+            raise ValueError("on_outputs runs on the engine's thread and cannot wait for it: call from another thread")
         with self._lock:
             self._check_open()
             self._pending.add(done)

@@ -72,16 +72,16 @@ def _choose(logits_PV: Tensor, sequences: Sequence[SequenceState]) -> list[int]:
         logits_PV = logits_PV.clone()
     for rows, apply in ((masked, apply_masks), (penalised, apply_penalties)):
         if rows:
-            part = logits_PV[rows]
-            apply(part, [sequences[row] for row in rows])
-            logits_PV[rows] = part
-    best_PV = logits_PV.argmax(dim=1)  # the first, hence lowest, id among equals
-    token_ids: list[int] = best_PV.tolist()
+            part_PV = logits_PV[rows]
+            apply(part_PV, [sequences[row] for row in rows])
+            logits_PV[rows] = part_PV
+    best_P = logits_PV.argmax(dim=1)  # the first, hence lowest, id among equals
+    token_ids: list[int] = best_P.tolist()
     if masked and logits_PV[masked].amax(dim=1).isneginf().any():
         raise EngineError("allowed_token_ids, bad_token_ids and min_tokens leave no token")
     drawn = [row for row, s in enumerate(sequences) if s.sampling.temperature >= GREEDY_BELOW]
     if drawn:
-        # A row that is not finite would poison the cumulative sum; zeros keep it harmless.
+        # A row that is not finite would make the draw of all rows fail; the caller drops it in any case.
         part_PV = logits_PV[drawn].nan_to_num(nan=0.0, posinf=0.0, neginf=-torch.inf)
         for row, token_id in zip(drawn, draw(part_PV, [sequences[row] for row in drawn]), strict=True):
             token_ids[row] = token_id

@@ -6,6 +6,7 @@ import torch
 
 from llama4_dist.engine import scorer
 from llama4_dist.engine.engine import EngineCore
+from llama4_dist.engine.snapshot import snapshot
 from llama4_dist.errors import (
     DeadlineExceededError,
     EngineError,
@@ -324,6 +325,21 @@ def test_scoring_refuses_logits_larger_than_the_bound() -> None:
     scorer.make_job(core, "score", (1,) * 5, None)
     with pytest.raises(InvalidRequestError, match="max_score_bytes"):
         scorer.make_job(core, "score", (1,) * 6, None)
+
+
+def test_the_age_of_the_queue_is_that_of_requests_never_admitted() -> None:
+    now = [0.0]
+    core = fake_core(num_blocks=6, clock=lambda: now[0])
+    for name in ("old", "young"):
+        core.add(request(name, tuple(range(9)), max_tokens=12))
+    while not core.scheduler.num_preemptions:
+        core.step()
+    now[0] = 7.0
+    assert len(core.scheduler.waiting) == 1
+    assert snapshot(core).max_queue_age_s == 0.0
+    core.add(request("new", (1, 2)))
+    now[0] = 9.0
+    assert snapshot(core).max_queue_age_s == 2.0
 
 
 def test_non_finite_logits_fail_one_request() -> None:

@@ -76,6 +76,8 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.now_s += 0.25
             self.take(self.core.step())
+            late = [s for s in self.core.scheduler.live() if s.deadline_s is not None and s.deadline_s <= self.now_s]
+            assert late == [], "a request outlived its deadline by a step"
 
     @precondition(lambda self: self.live())
     @rule(data=st.data())
@@ -120,6 +122,8 @@ class EngineMachine(RuleBasedStateMachine):
             assert got == greedy(self.prompts[name], len(got)), f"{name} was given wrong tokens"
             if outputs and outputs[-1].finish_reason is FinishReason.LENGTH:
                 assert len(got) == min(self.max_tokens[name], 40 - len(self.prompts[name]))
+            if outputs and outputs[0].prompt_logprobs is not None:
+                assert len(outputs[0].prompt_logprobs) == len(self.prompts[name])
             if POISON in self.prompts[name]:
                 assert got == []
             elif outputs and outputs[-1].error is not None:

@@ -244,6 +244,24 @@ def test_a_caller_that_raises_in_its_callback_does_not_stop_the_engine() -> None
     engine.close()
 
 
+def test_a_callback_that_would_wait_for_its_own_engine_is_refused() -> None:
+    engine, collector = LocalEngine(fake_core()), Collector()
+    refused: list[ValueError] = []
+
+    def on_outputs(outputs: Any) -> None:
+        try:
+            engine.score((1, 2))
+        except ValueError as error:
+            refused.append(error)
+        collector(outputs)
+
+    engine.start(on_outputs)
+    engine.submit(request("a", PROMPT, max_tokens=1))
+    collector.wait_for("a")
+    engine.close()
+    assert len(refused) == 1
+
+
 def test_an_idle_engine_uses_no_processor_time(start: Start) -> None:
     engine, collector, _ = start()
     engine.submit(request("a", PROMPT, max_tokens=2))
