@@ -37,7 +37,10 @@ class EventReader:
         self._started = True
         unread = self._running.events[self._num_read :]
         self._num_read += len(unread)
-        events.extend(self._delta(one) if isinstance(one, Delta) else self._finish(one) for one in coalesced(unread))
+        for one in coalesced(unread):
+            event = self._delta(one) if isinstance(one, Delta) else self._finish(one)
+            if event is not None:
+                events.append(event)
         return events
 
     def _start(self) -> types_pb2.Started:
@@ -53,14 +56,16 @@ class EventReader:
             prompt_logprobs=wire_results.logprobs_to_proto(state.prompt_logprobs or ()),
         )
 
-    def _delta(self, delta: Delta) -> Event:
+    def _delta(self, delta: Delta) -> Event | None:
+        """Build a delta; None if it would say nothing (text held back, tokens not asked for)."""
         message = types_pb2.TokenDelta(
             output_index=delta.index,
             text=delta.text,
             token_ids=delta.token_ids if self._call.return_token_ids else (),
             logprobs=wire_results.logprobs_to_proto(delta.logprobs or ()),
         )
-        return self._event_class(delta=message)
+        says_something = message.text or message.token_ids or message.logprobs
+        return self._event_class(delta=message) if says_something else None
 
     def _finish(self, end: Finished) -> Event:
         self._num_ended += 1

@@ -70,6 +70,15 @@ class Generations:
             running.num_readers -= 1
             if running.num_readers == 0:
                 del self._requests[key]
+                log.info(
+                    "request_ended id=%s engine_id=%s prompt_tokens=%d tokens=%d seconds=%.3f outcome=%s",
+                    request_id,
+                    running.state.request_id,
+                    running.state.usage.prompt_tokens,
+                    running.state.usage.completion_tokens,
+                    self._loop.time() - running.started_s,
+                    running.outcome,
+                )
                 self._release(running)
 
     def fail_all(self, error: Llama4Error) -> None:

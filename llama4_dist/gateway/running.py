@@ -40,6 +40,13 @@ class RunningRequest:
     def done(self) -> bool:
         return self.error is not None or self.state.done
 
+    @property
+    def outcome(self) -> str:
+        """How it ended, in a word for the log."""
+        if self.error is not None:
+            return self.error.reason
+        return "FINISHED" if self.state.done else "ABANDONED"
+
     def take(self, output: TokenOutput) -> tuple[Event, ...]:
         """Record one output and return what it adds. Readers wake at `wake`."""
         try:

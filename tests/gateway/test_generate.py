@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 
+import grpc
 import pytest
 
 from llama4_dist.client import Client
 from llama4_dist.errors import InvalidRequestError, UnsupportedError
 from llama4_dist.request import FinishReason, Message, Sampling
+from llama4_dist.v1 import inference_pb2, inference_pb2_grpc
 from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
 from tests.gateway.serving import Served, byte_tokenizer, eventually, serving
 
@@ -82,6 +84,20 @@ def test_a_stop_token_is_named(client: Client) -> None:
     completion = client.generate("hello", Sampling(max_tokens=400, stop_token_ids=(tokens[4],)))
     assert completion.outputs[0].stop_reason == tokens[4]
     assert completion.finish_reason is FinishReason.STOP
+
+
+def test_a_stream_sends_no_message_that_says_nothing(served: Served) -> None:
+    """Without token ids only text counts, and text that may become a stop string is held back."""
+    prompt = [256, 1]
+    request = inference_pb2.GenerateRequest(token_ids={"ids": prompt}, stopping={"max_tokens": 6})
+    request.stopping.stop.append(bytes(expected_tokens(prompt, 6)).decode() + "!")  # holds all text back to the end
+    with grpc.insecure_channel(served.address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        events = list(stub.StreamGenerate(inference_pb2.StreamGenerateRequest(request=request)))
+    assert [event.WhichOneof("event") for event in events] == ["started", "delta", "finished"]
+    assert events[1].delta.text == bytes(expected_tokens(prompt, 6)).decode()
+    assert [event.HasField("usage") for event in events] == [False, False, True]
+    assert events[0].started.queue_time.ToMilliseconds() == 250
 
 
 def test_models_and_tokens(client: Client) -> None:
