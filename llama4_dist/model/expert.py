@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.model.activation import swiglu
-from llama4_dist.model.linear import linear
+from llama4_dist.model.few_rows import project
 
 
 class Experts:
@@ -47,10 +47,10 @@ class Experts:
 def apply_expert(x_RD: Tensor, weights: ExpertWeights) -> Tensor:
     """Return down(silu(gate x) · up x)."""
     if weights.gate_up_D2F is None:
-        gate_RF, up_RF = linear(x_RD, weights.gate_DF.T), linear(x_RD, weights.up_DF.T)
+        gate_RF, up_RF = project(x_RD, weights.gate_DF), project(x_RD, weights.up_DF)
     else:
-        gate_RF, up_RF = linear(x_RD, weights.gate_up_D2F.T).chunk(2, dim=-1)
-    return linear(swiglu(gate_RF, up_RF), weights.down_FD.T)
+        gate_RF, up_RF = project(x_RD, weights.gate_up_D2F).chunk(2, dim=-1)
+    return project(swiglu(gate_RF, up_RF), weights.down_FD)
 
 
 def _moved(weights: ExpertWeights, dtype: torch.dtype, device: torch.device | str) -> ExpertWeights:
