@@ -125,11 +125,12 @@ def payload_of(rows_ND: Tensor) -> memoryview:
 
 
 def _parse(body: memoryview, prefix: Prefix, rules: FrameRules) -> FrameHeader:
-    fields = _unpack(body, rules)
+    fields = _unpack(body, rules.num_experts)
+    number, step, microbatch, layer, num_rows, dtype_code, width, groups, reason = fields
+    kind = prefix.kind
     for value in fields[:7]:
         if type(value) is not int or not 0 <= value < _MAX_INT:
             raise _defect("FIELD_RANGE", f"header field {value!r} is no count")
-    number, step, microbatch, layer, num_rows, dtype_code, width, groups, reason = fields
     if dtype_code != _DTYPE_CODES[rules.dtype]:
         raise _defect("DTYPE_UNEXPECTED", f"rows of dtype code {dtype_code}; {rules.dtype} was agreed")
     if width != rules.width:
@@ -139,22 +140,23 @@ def _parse(body: memoryview, prefix: Prefix, rules: FrameRules) -> FrameHeader:
     if not 1 <= num_rows <= rules.max_rows:
         raise _defect("ROWS_RANGE", f"{num_rows} rows; 1 to {rules.max_rows} are allowed")
     payload_len = prefix.frame_len - prefix.payload_start
-    if payload_len != (0 if prefix.kind is FrameKind.NACK else num_rows * rules.row_bytes):
+    if payload_len != (0 if kind is FrameKind.NACK else num_rows * rules.row_bytes):
         raise _defect("PAYLOAD_MISMATCH", f"{num_rows} rows do not take {payload_len} bytes")
-    if type(reason) is not str or bool(reason) != (prefix.kind is FrameKind.NACK):
+    if type(reason) is not str or bool(reason) != (kind is FrameKind.NACK):
         raise _defect("REASON_UNEXPECTED", "a reason belongs to a NACK, and only there")
-    _check_groups(groups, num_rows, prefix.kind, rules)
-    return FrameHeader(prefix.kind, number, step, microbatch, layer, num_rows, groups, reason)
+    if kind is not FrameKind.REPLY or groups != ():
+        _check_groups(groups, num_rows, kind, rules.num_experts)
+    return FrameHeader(kind, number, step, microbatch, layer, num_rows, groups, reason)
 
 
-def _unpack(body: memoryview, rules: FrameRules) -> tuple[Any, ...]:
+def _unpack(body: memoryview, num_experts: int) -> tuple[Any, ...]:
     try:
         fields = msgpack.unpackb(
             body,
             use_list=False,
             max_str_len=_REASON_BYTES,
             max_bin_len=0,
-            max_array_len=max(_HEADER_FIELDS, rules.num_experts),
+            max_array_len=max(_HEADER_FIELDS, num_experts),
             max_map_len=0,
             max_ext_len=0,
         )
@@ -165,7 +167,7 @@ def _unpack(body: memoryview, rules: FrameRules) -> tuple[Any, ...]:
     return fields
 
 
-def _check_groups(groups: object, num_rows: int, kind: FrameKind, rules: FrameRules) -> None:
+def _check_groups(groups: object, num_rows: int, kind: FrameKind, num_experts: int) -> None:
     """Groups must be ((expert, count >= 1), ...) with experts ascending; in ROWS their counts must cover the rows."""
     if type(groups) is not tuple or (kind is FrameKind.REPLY) != (not groups):
         raise _defect("GROUPS_SHAPE", f"groups do not fit a {kind.name} frame")
@@ -174,8 +176,8 @@ def _check_groups(groups: object, num_rows: int, kind: FrameKind, rules: FrameRu
         if type(group) is not tuple or len(group) != 2 or type(group[0]) is not int or type(group[1]) is not int:
             raise _defect("GROUPS_SHAPE", "a group is no pair of integers")
         expert, count = group
-        if not last_expert < expert < rules.num_experts:
-            raise _defect("EXPERT_RANGE", f"expert {expert} after {last_expert}; the model has {rules.num_experts}")
+        if not last_expert < expert < num_experts:
+            raise _defect("EXPERT_RANGE", f"expert {expert} after {last_expert}; the model has {num_experts}")
         if count < 1:
             raise _defect("GROUPS_COUNT", f"expert {expert} with {count} rows")
         last_expert = expert

@@ -22,6 +22,7 @@ from llama4_dist.errors import FrameError, HandshakeError, LinkDownError
 
 MAX_QUEUED_FRAMES = 1024
 _FIRST_READ_BYTES = 256 * 1024  # before a frame's length is known; what belongs to the next frame is copied over
+_MAX_VIEWS = 64
 _BUFFER_BYTES = 4 * 1024 * 1024  # asked of the kernel, which may give less
 
 
@@ -34,7 +35,18 @@ class _Slot:
     def __init__(self, num_bytes: int, dtype: torch.dtype) -> None:
         memory = torch.empty(-(-num_bytes // 64) * 64, dtype=torch.uint8)
         self.view = payload_of(memory)
-        self.values = memory.view(dtype)
+        self._values = memory.view(dtype)
+        self._rows: dict[tuple[int, int, int], Tensor] = {}
+
+    def rows(self, num_rows: int, width: int, start: int) -> Tensor:
+        """Return [num_rows, width] from element `start` on; the same view again where a shape repeats, as in decode."""
+        rows_RD = self._rows.get((num_rows, width, start))
+        if rows_RD is None:
+            if len(self._rows) >= _MAX_VIEWS:
+                self._rows.clear()
+            rows_RD = self._values.as_strided((num_rows, width), (width, 1), start)
+            self._rows[num_rows, width, start] = rows_RD
+        return rows_RD
 
 
 class _Outgoing(NamedTuple):
@@ -216,10 +228,7 @@ class SocketLink:
     def _rows(self, slot: _Slot, header: FrameHeader, prefix: Prefix) -> Tensor | None:
         if header.kind is FrameKind.NACK:
             return None
-        width = self._rules.width
-        return slot.values.as_strided(
-            (header.num_rows, width), (width, 1), prefix.payload_start // self._rules.dtype.itemsize
-        )
+        return slot.rows(header.num_rows, self._rules.width, prefix.payload_start // self._rules.dtype.itemsize)
 
     def _check_credit(self) -> None:
         """All slots are in use: any further byte is beyond the credit."""
@@ -281,8 +290,10 @@ def connect(address: str, *, hello: Hello, secret: bytes, limits: LinkLimits, ti
 
 
 def prepare_connection(connection: socket.socket) -> None:
-    """Send small frames at once, and give large ones room."""
-    if connection.family != socket.AF_UNIX:
+    """Send small frames at once, and give large ones room: each refill of the kernel's buffer costs two wake-ups."""
+    if connection.family == socket.AF_UNIX:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+    else:  # TCP sizes its buffers itself, and better, as long as nobody sets them
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
