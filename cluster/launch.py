@@ -30,6 +30,10 @@ NAMESPACE = "llama4_dist"
 SECRET_BYTES = 32
 MAX_SECRET_FILE_BYTES = 4096
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's least; no tensor of ours goes there
+SYSTEM_CONFIG = {
+    "prestart_worker_first_driver": False,  # idle workers, one per CPU, cost seconds of start-up and are never used
+    "worker_niceness": 0,  # Ray's 15 starves workers beside any other process: every step waits for the slowest
+}
 PROBE_TIMEOUT_S = 5.0
 LOCAL_CPUS = 4096  # a logical count: threads are bounded by each worker's own setting
 
@@ -102,8 +106,7 @@ def start_ray() -> RaySession:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
                 _temp_dir=str(temp_dir),
-                # Idle workers, one per CPU, would cost seconds of start-up and are never used.
-                _system_config={"prestart_worker_first_driver": False},
+                _system_config=SYSTEM_CONFIG,
             )
     except BaseException:
         session.close()
