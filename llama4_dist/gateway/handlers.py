@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf import descriptor, message, message_factory
 
-from llama4_dist.errors import FieldViolation, InvalidRequestError, Llama4Error
+from llama4_dist.errors import FieldViolation, InvalidRequestError, Llama4Error, RequestCancelledError
 from llama4_dist.gateway.metrics import Metrics
 from llama4_dist.rpc import status
 
@@ -112,6 +112,9 @@ def malformed(description: str) -> InvalidRequestError:
 
 async def refuse(error: Exception, context: Context, metrics: Metrics, name: str) -> None:
     """End the call with the error's status; never returns."""
+    if isinstance(error, grpc.aio.InternalError):
+        # The transport could not take an answer: the caller is gone, or it would be above max_response_bytes.
+        error = RequestCancelledError("the answer could not be sent")
     shown: Llama4Error = status.public(error)
     answer = status.to_status(shown)
     code = status.code_of(shown)

@@ -154,3 +154,16 @@ def test_a_call_without_a_deadline_ends_at_the_servers_cap() -> None:
         with pytest.raises(DeadlineExceededError):
             list(client.stream_generate([1], Sampling(max_tokens=2)))
         assert eventually(lambda: engine.num_held == 0)
+
+
+def test_an_answer_above_the_limit_is_refused_and_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    settings = GatewaySettings(max_response_bytes=1000)
+    large = Sampling(max_tokens=100, logprobs=1, prompt_logprobs=1)
+    with serving(ScriptedEngine(), settings=settings) as served, Client(served.address) as client:
+        with pytest.raises(OverloadedError, match="larger than max"):
+            client.generate([1] * 400, large)
+        with pytest.raises(OverloadedError, match="larger than max"):
+            list(client.stream_generate([1] * 400, large))
+        assert client.generate([1], Sampling(max_tokens=2)).token_ids == expected_tokens([1], 2)
+        assert eventually(lambda: served.gateway.admission.in_flight == 0)
+    assert "request_failed" not in caplog.text

@@ -1,6 +1,7 @@
 """A call that goes away takes its generation with it."""
 
 import asyncio
+import logging
 import random
 from collections.abc import Iterator
 
@@ -72,7 +73,9 @@ def test_a_deadline_ends_the_call_and_frees_its_sequence(served: Served, engine:
         assert 0 < (engine.submitted[-1].timeout_s or 0) <= 0.1
 
 
-async def test_a_cancel_storm_leaves_nothing_behind(served: Served, engine: ScriptedEngine) -> None:
+async def test_a_cancel_storm_leaves_nothing_behind(
+    served: Served, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
     """1000 requests, half of them cancelled at a random token; the others get exactly their tokens."""
     rng = random.Random(7)
     plans = [(index, rng.randrange(1, 20) if index % 2 else None) for index in range(1000)]
@@ -94,3 +97,4 @@ async def test_a_cancel_storm_leaves_nothing_behind(served: Served, engine: Scri
         await asyncio.gather(*(one(client, index, cancel_at) for index, cancel_at in plans))
         assert await asyncio.to_thread(eventually, lambda: is_idle(served, engine), 2.0)
         assert await asyncio.to_thread(eventually, lambda: served.num_tasks() <= base_tasks + 2, 2.0)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING], caplog.text
