@@ -28,8 +28,8 @@ class Attention:
         self.is_chunked = config.chunked_layers[layer]
         self.eps = config.rms_norm_eps
         prefix = f"model.layers.{layer}.self_attn"
-        self.qkv_weight = weights.stacked(*(f"{prefix}.{name}_proj.weight" for name in "qkv"))
-        self.o_weight = weights.matrix(f"{prefix}.o_proj.weight")
+        self.qkv_weight = weights.linear(*(f"{prefix}.{name}_proj.weight" for name in "qkv"))
+        self.o_weight = weights.linear(f"{prefix}.o_proj.weight")
 
     def __call__(self, x_TD: Tensor, plan: StepPlan, cache: KVCache) -> Tensor:
         layer_plan = plan.chunked if self.is_chunked else plan.full

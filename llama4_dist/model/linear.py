@@ -15,6 +15,7 @@ ROW_TILE = 4
 # In float32 oneDNN takes 264 us where MKL takes 367 (4 rows) and 793 where MKL takes 1591 (64 rows) on a [1024, 1024]
 # weight read from memory; torch itself asks oneDNN for bfloat16 only.
 _ONEDNN_LINEAR = torch.ops.mkldnn._linear_pointwise if torch._C._has_mkldnn else None
+_ROWS_PACKED_FOR = 16  # a hint to oneDNN; other row counts give the same bits
 
 
 def linear(x_TD: Tensor, weight_FD: Tensor, *, row_tile: int = ROW_TILE) -> Tensor:
@@ -23,11 +24,27 @@ def linear(x_TD: Tensor, weight_FD: Tensor, *, row_tile: int = ROW_TILE) -> Tens
     num_padding = padded_rows(num_rows, row_tile) - num_rows
     if num_padding:
         x_TD = F.pad(x_TD, (0, 0, 0, num_padding))
-    if _ONEDNN_LINEAR is not None and x_TD.dtype == torch.float32 and x_TD.device.type == "cpu":
+    is_float32_on_cpu = x_TD.dtype == torch.float32 and x_TD.device.type == "cpu"
+    if _ONEDNN_LINEAR is not None and (weight_FD.is_mkldnn or is_float32_on_cpu):
         y_TF: Tensor = _ONEDNN_LINEAR(x_TD, weight_FD, None, "none", [], "")
     else:
         y_TF = F.linear(x_TD, weight_FD)
     return y_TF[:num_rows]
+
+
+def pack(weight_FD: Tensor) -> Tensor:
+    """Copy a weight into the layout in which `linear` streams it fastest; only `linear` can read the result.
+
+    oneDNN otherwise makes this copy in every call: on a [1024, 1024] weight and 16 rows 268 us instead of 342 in
+    float32, 132 instead of 190 in bfloat16. Returns the weight itself where there is no such layout.
+    """
+    if _ONEDNN_LINEAR is None or weight_FD.device.type != "cpu":
+        return weight_FD
+    is_bfloat16 = weight_FD.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight_FD.dtype != torch.float32 and not is_bfloat16:
+        return weight_FD
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_FD, _ROWS_PACKED_FOR)
+    return packed
 
 
 def padded_rows(num_rows: int, row_tile: int = ROW_TILE) -> int:

@@ -27,12 +27,12 @@ class DecoderLayer:
     def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
         prefix = f"model.layers.{layer}"
         self.eps = config.rms_norm_eps
-        self.input_norm_D = weights.matrix(f"{prefix}.input_layernorm.weight")
+        self.input_norm_D = weights.tensor(f"{prefix}.input_layernorm.weight")
         self.attention = Attention(config, layer, weights)
-        self.post_attention_norm_D = weights.matrix(f"{prefix}.post_attention_layernorm.weight")
+        self.post_attention_norm_D = weights.tensor(f"{prefix}.post_attention_layernorm.weight")
         self.feed_forward: MixtureOfExperts | FeedForward
         if config.moe_layers[layer]:
-            router = Router(weights.matrix(f"{prefix}.feed_forward.router.weight"), config.experts_per_token)
+            router = Router(weights.tensor(f"{prefix}.feed_forward.router.weight"), config.experts_per_token)
             shared_expert = FeedForward(f"{prefix}.feed_forward.shared_expert", weights)
             self.feed_forward = MixtureOfExperts(layer, router, shared_expert)
         else:
@@ -56,14 +56,14 @@ class Llama4:
     ) -> None:
         self.config = config
         self.frequencies_C = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        self.embedding_VD = weights.matrix("model.embed_tokens.weight")
+        self.embedding_VD = weights.tensor("model.embed_tokens.weight")
         self.layers: list[DecoderLayer] = []
         for layer in range(config.num_layers):
             self.layers.append(DecoderLayer(config, layer, weights))
             if progress:
                 progress(layer + 1, config.num_layers)
-        self.norm_D = weights.matrix("model.norm.weight")
-        self.head_VD = self.embedding_VD if config.tie_word_embeddings else weights.matrix("lm_head.weight")
+        self.norm_D = weights.tensor("model.norm.weight")
+        self.head_VD = self.embedding_VD if config.tie_word_embeddings else weights.linear("lm_head.weight")
         self.num_parameters = weights.num_parameters
 
     @classmethod

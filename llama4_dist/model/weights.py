@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from llama4_dist.checkpoint.reader import Checkpoint
+from llama4_dist.model.linear import pack
 
 
 class Weights:
-    """Reads tensors by canonical name. A tensor already in `dtype` on the CPU stays a view of the mapped file."""
+    """Reads tensors by canonical name. One already in `dtype` on the CPU stays a view of the file, unless packed."""
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
         self._checkpoint = checkpoint
@@ -15,12 +16,12 @@ class Weights:
         self._device = device
         self.num_parameters = 0
 
-    def matrix(self, name: str) -> Tensor:
-        """Return one tensor as stored ([out, in] for a linear)."""
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor as stored."""
         tensor = self._checkpoint.tensor(name)
         self.num_parameters += tensor.numel()
         return tensor.to(device=self._device, dtype=self._dtype)
 
-    def stacked(self, *names: str) -> Tensor:
-        """Return several linears of the same input as one [sum of out, in] matrix, for one product instead of many."""
-        return torch.cat([self.matrix(name) for name in names])
+    def linear(self, *names: str) -> Tensor:
+        """Return the linears `names` of one input as one packed weight [sum of out, in], for `linear.linear` alone."""
+        return pack(torch.cat([self.tensor(name) for name in names]))

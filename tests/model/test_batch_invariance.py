@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.model import linear as linear_module
-from llama4_dist.model.linear import linear
+from llama4_dist.model.linear import linear, pack
 from tests.checkpoints import make_checkpoint
 from tests.model.direct import Runner
 
@@ -79,7 +79,7 @@ def test_prefill_chunks_of_any_size_give_the_bits_of_one_prefill(
 @pytest.mark.parametrize("shape", [(320, 200), (1024, 1536), (512, 16)], ids=str)
 def test_a_row_of_a_product_does_not_depend_on_the_other_rows(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     x_TD, weight_FD = torch.randn(70, shape[0], dtype=dtype), torch.randn(shape[1], shape[0], dtype=dtype)
-    for weight in (weight_FD, weight_FD.T.contiguous().T):  # as linears are stored, and as experts are
+    for weight in (weight_FD, weight_FD.T.contiguous().T, pack(weight_FD)):  # experts are stored the second way
         expected_TF = linear(x_TD, weight)
         for num_rows in (1, 2, 3, 4, 5, 7, 9, 16, 31, 33, 65):
             assert torch.equal(linear(x_TD[:num_rows], weight), expected_TF[:num_rows])
