@@ -37,6 +37,7 @@ class Generations:
         self._requests: dict[tuple[str, str], RunningRequest] = {}
         self._sequences: dict[str, RunningRequest] = {}
         self._loop = asyncio.get_running_loop()
+        self.last_unavailable_s: float | None = None  # on the loop's clock
 
     def start(self) -> None:
         """Begin to receive the engine's outputs."""
@@ -105,8 +106,9 @@ class Generations:
             for request in state.engine_requests():
                 self._sequences[request.request_id] = running
                 self._engine.submit(request)
-        except BaseException:
+        except BaseException as error:
             self._release(running)
+            self._note(error)
             raise
         return running
 
@@ -136,12 +138,17 @@ class Generations:
                 else:
                     self._observe(running, len(event.token_ids), now_s)
             if running.error is not None:
+                self._note(running.error)
                 self._sequences.pop(output.request_id, None)
                 self._release(running)
                 self._metrics.requests.labels("error").inc()
             touched.add(running)
         for running in touched:
             running.wake()
+
+    def _note(self, error: BaseException) -> None:
+        if isinstance(error, UnavailableError):
+            self.last_unavailable_s = self._loop.time()
 
     def _end(self, engine_id: str, end: Finished) -> None:
         del self._sequences[engine_id]

@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from llama4_dist.engine.port import EngineStats
+from llama4_dist.errors import Llama4Error
 
 PREFIX = "llama4_dist"
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -61,8 +62,12 @@ class EngineCollector:
         return []
 
     def collect(self) -> list[Metric]:
-        """Translate one snapshot."""
-        stats = self._stats()
+        """Translate one snapshot; an engine that cannot answer is down, and the gateway's own metrics go on."""
+        up = GaugeMetricFamily(f"{PREFIX}_engine_up", "whether the engine answers", value=1.0)
+        try:
+            stats = self._stats()
+        except Llama4Error:
+            return [GaugeMetricFamily(up.name, up.documentation, value=0.0)]
         used = stats.kv_blocks_total - stats.kv_blocks_free
         gauges = {
             "requests_running": stats.requests_running,
@@ -81,6 +86,7 @@ class EngineCollector:
             "requests_failed": stats.requests_failed,
         }
         return [
+            up,
             *(GaugeMetricFamily(f"{PREFIX}_{name}", "engine", value=value) for name, value in gauges.items()),
             *(CounterMetricFamily(f"{PREFIX}_{name}", "engine", value=value) for name, value in counters.items()),
             self._by_host("dispatch_rows", {"out": stats.host_rows}),

@@ -99,7 +99,7 @@ async def running_gateway(
             server=server,
             metrics_port=metrics_port,
         )
-        watch = asyncio.create_task(watch_readiness(engine, gateway, settings.max_queue_age_s))
+        watch = asyncio.create_task(watch_readiness(engine, gateway, settings))
         log.info("gateway_serving address=%s port=%d model=%s", settings.address, port, limits.model)
         try:
             yield gateway
@@ -108,11 +108,17 @@ async def running_gateway(
             await gateway.stop()
 
 
-async def watch_readiness(engine: Engine, gateway: Gateway, max_queue_age_s: float) -> None:
-    """Turn readiness off while the engine cannot answer or its queue does not move, and on again."""
+async def watch_readiness(engine: Engine, gateway: Gateway, settings: GatewaySettings) -> None:
+    """Turn readiness off while the engine cannot answer or its queue does not move, and on again.
+
+    A request that ended as unavailable keeps it off for a while: the engine may count well and yet refuse all work.
+    """
+    loop = asyncio.get_running_loop()
     while True:
-        ready = await asyncio.to_thread(can_serve, engine, max_queue_age_s)
-        gateway.health.set("readiness", ready and not gateway.admission.draining)
+        ready = await asyncio.to_thread(can_serve, engine, settings.max_queue_age_s)
+        last_s = gateway.generations.last_unavailable_s
+        failed_lately = last_s is not None and loop.time() - last_s < settings.unready_after_failure_s
+        gateway.health.set("readiness", ready and not failed_lately and not gateway.admission.draining)
         await asyncio.sleep(READINESS_INTERVAL_S)
 
 
@@ -122,7 +128,9 @@ def can_serve(engine: Engine, max_queue_age_s: float) -> bool:
         return engine.stats().max_queue_age_s <= max_queue_age_s
     except Llama4Error as error:
         log.warning("engine_not_ready reason=%s", error.reason)
-        return False
+    except Exception:  # the watch must outlive a defect, or readiness would freeze
+        log.exception("engine_not_ready")
+    return False
 
 
 @contextmanager

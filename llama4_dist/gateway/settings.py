@@ -24,6 +24,7 @@ class GatewaySettings:
     max_requests: int = 4096  # in the gateway at once; the engine bounds its own queue besides
     max_request_s: float = 600.0
     max_queue_age_s: float = 60.0  # older waiting requests than this turn readiness off
+    unready_after_failure_s: float = 5.0  # readiness stays off this long after a request ended as unavailable
     drain_timeout_s: float = 30.0
     max_connection_age_s: float = 1800.0
     sampling: Sampling = field(default_factory=Sampling)

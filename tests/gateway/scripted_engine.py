@@ -54,6 +54,7 @@ class ScriptedEngine:
         self.submitted: list[EngineRequest] = []
         self.num_steps = 0
         self.queue_age_s = 0.0
+        self.stats_error: Exception | None = None
         self._sequences: dict[str, Running] = {}
         self._aborted: list[str] = []
         self._changed = threading.Condition()
@@ -88,6 +89,8 @@ class ScriptedEngine:
         raise NotImplementedError
 
     def stats(self) -> EngineStats:
+        if self.stats_error is not None:
+            raise self.stats_error
         held = self.num_held
         return EngineStats(
             requests_running=min(held, self.running_bound),

@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from llama4_dist.client import Client
+from llama4_dist.client import Client, ConnectOptions
 from llama4_dist.errors import ConfigError, NotFoundError, UnavailableError
 from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.request import Sampling
@@ -28,7 +28,9 @@ def engine() -> ScriptedEngine:
 
 @pytest.fixture(scope="module")
 def served(engine: ScriptedEngine) -> Iterator[Served]:
-    with serving(engine, settings=GatewaySettings(metrics_address="127.0.0.1:0")) as running:
+    with serving(
+        engine, settings=GatewaySettings(metrics_address="127.0.0.1:0", unready_after_failure_s=0.6)
+    ) as running:
         yield running
 
 
@@ -53,19 +55,29 @@ def test_readiness_follows_the_age_of_the_queue(served: Served, engine: Scripted
         assert eventually(lambda: client.health("readiness"), 2.0)
 
 
+@pytest.mark.parametrize("failure", [UnavailableError("no attention worker"), RuntimeError("a defect")])
 def test_readiness_is_off_while_the_engine_cannot_answer(
-    served: Served, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+    served: Served, engine: ScriptedEngine, failure: Exception
 ) -> None:
-    def gone() -> None:
-        raise UnavailableError("no attention worker")
-
-    with Client(served.address) as client, monkeypatch.context() as patch:
-        patch.setattr(engine, "stats", gone)
+    with Client(served.address) as client:
+        engine.stats_error = failure
         assert eventually(lambda: not client.health("readiness"), 2.0)
         with pytest.raises(UnavailableError, match="not ready"):
             client.wait_ready(0.2)
-    with Client(served.address) as client:
+        engine.stats_error = None
         assert eventually(lambda: client.health("readiness"), 2.0)
+
+
+def test_readiness_is_off_after_requests_ended_as_unavailable(served: Served, engine: ScriptedEngine) -> None:
+    """An engine that lost every replica of an expert counts well and serves nothing."""
+    with Client(served.address, ConnectOptions(max_attempts=1)) as client:
+        assert eventually(lambda: client.health("readiness"), 2.0)
+        engine.fail_at = {0: UnavailableError("no live replica", reason="EXPERT_UNREACHABLE")}
+        with pytest.raises(UnavailableError):
+            client.generate([1], Sampling(max_tokens=2))
+        engine.fail_at = {}
+        assert eventually(lambda: not client.health("readiness"), 1.5)
+        assert eventually(lambda: client.health("readiness"), 3.0)
 
 
 def test_watchers_of_one_condition_do_not_disturb_each_other(served: Served, engine: ScriptedEngine) -> None:
@@ -135,6 +147,15 @@ def test_metrics_count_requests_tokens_and_the_engine(served: Served) -> None:
     assert after["llama4_dist_engine_steps_total"] > 0
     assert after["llama4_dist_dispatch_bytes_total direction=out host=expert-0"] == 5
     assert after["llama4_dist_gateway_requests"] == 0
+
+
+def test_metrics_go_on_while_the_engine_is_gone(served: Served, engine: ScriptedEngine) -> None:
+    assert scrape(served)["llama4_dist_engine_up"] == 1.0
+    engine.stats_error = UnavailableError("no attention worker")
+    samples = scrape(served)
+    engine.stats_error = None
+    assert samples["llama4_dist_engine_up"] == 0.0
+    assert "llama4_dist_gateway_requests" in samples
 
 
 def test_a_metrics_port_that_is_taken_is_refused(served: Served) -> None:
