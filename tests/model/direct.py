@@ -11,6 +11,7 @@ from llama4_dist.model.batch import Batch, SequenceSpan
 from llama4_dist.model.expert import Experts
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.llama4 import Llama4
+from llama4_dist.model.moe import Dispatcher
 
 
 def all_experts(checkpoint: Checkpoint, dtype: torch.dtype) -> Experts:
@@ -62,7 +63,7 @@ class Runner:
     """One model with its cache; `run` advances any number of sequences by one step and returns all their logits."""
 
     model: Llama4
-    dispatcher: DirectDispatcher
+    dispatcher: Dispatcher
     cache: KVCache
     max_tokens: int
     sequences: list[RunningSequence] = field(default_factory=list)
