@@ -11,6 +11,7 @@ from llama4_dist.client import Client
 from llama4_dist.errors import DuplicateRequestError, EngineError, UnavailableError
 from llama4_dist.request import Sampling
 from llama4_dist.rpc.wire import generate_to_proto
+from llama4_dist.text.tokenizer import Tokenizer
 from llama4_dist.v1 import inference_pb2, inference_pb2_grpc
 from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
 from tests.gateway.serving import Served, eventually, serving
@@ -125,3 +126,23 @@ def test_a_failure_before_the_first_token_is_retried(client: Client, engine: Scr
         assert eventually(lambda: len(engine.submitted) > num_submitted)
         engine.fail_at = {}
         assert answer.result().token_ids == expected_tokens([9], 3)
+
+
+def test_a_long_prompt_is_encoded_without_holding_up_streams() -> None:
+    def encode(text: str) -> list[int]:
+        time.sleep(0.8)  # stands for megabytes of text
+        return [len(text) % 256]
+
+    engine, tokenizer = ScriptedEngine(step_s=0.005), Tokenizer([b"x"] * 256, {"<|begin_of_text|>": 256}, encode)
+    with serving(engine, tokenizer) as served, Client(served.address) as client, ThreadPoolExecutor(1) as pool:
+        deltas = iter(client.stream_generate([1], Sampling(max_tokens=400)))
+        next(deltas)
+        long_prompt = pool.submit(client.generate, "a" * 5000, Sampling(max_tokens=1))
+        sizes = []
+        while not long_prompt.done():
+            sizes.append(len(next(deltas).token_ids))
+        assert long_prompt.result().prompt_token_ids == (256, 5000 % 256)
+        num_while_encoding = sum(sizes)
+        sizes += [len(delta.token_ids) for delta in deltas]
+    assert num_while_encoding > 20
+    assert max(sizes) < 100, "the stream stood still while the prompt was encoded"

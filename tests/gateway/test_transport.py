@@ -41,7 +41,20 @@ REQUEST = (
     + b"\x00\x0ccontent-type\x10application/grpc"
 )
 
+
+def with_header(key: bytes, value: bytes) -> bytes:
+    """A call with one more header."""
+    literal = b"\0" + bytes([len(key)]) + key + bytes([len(value)]) + value
+    return PREFACE + SETTINGS + frame(1, 4, 1, REQUEST + literal) + frame(0, 1, 1, b"\0\0\0\0\0")
+
+
 ATTACKS = {
+    "a line break in metadata": with_header(b"x-a", b"a\r\nset-cookie: b"),
+    "binary metadata that is no base64": with_header(b"x-bin", b"!!!"),
+    "a credential that is no text": with_header(b"authorization", b"\xff\xfe\0"),
+    "an upper-case header": with_header(b"X-Upper", b"a"),
+    "a timeout that is none": with_header(b"grpc-timeout", b"soon"),
+    "an encoding that is none": with_header(b"grpc-encoding", b"nonsense"),
     "a bad preface": b"\x16\x03\x01" + b"A" * 400,
     "HTTP/1.1": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     "a flood of empty SETTINGS": PREFACE + SETTINGS * 20_000,
