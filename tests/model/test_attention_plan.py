@@ -5,17 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama4_dist.model.attention_plan import (
-    MAX_GATHERED_KEYS,
-    BlockTable,
-    LayerPlan,
-    QueryRun,
-    _plan_layers,
-    decode_groups,
-    padded_keys,
-    query_runs,
-)
+from llama4_dist.model.attention_plan import BlockTable, LayerPlan, _plan_layers
 from llama4_dist.model.batch import SequenceSpan
+from llama4_dist.model.query_runs import MAX_GATHERED_KEYS, QueryRun, decode_groups, padded_keys, query_runs
 
 BLOCK_SIZE = 4
 CPU = torch.device("cpu")

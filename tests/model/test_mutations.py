@@ -14,6 +14,8 @@ from torch import Tensor
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.model import attention, attention_plan, llama4, router
+from llama4_dist.model.batch import SequenceSpan
+from llama4_dist.model.query_runs import QueryRun
 from tests.checkpoints import make_checkpoint
 from tests.model import direct
 from tests.model.direct import Runner
@@ -74,7 +76,7 @@ def no_chunks_in_decode(patch: pytest.MonkeyPatch) -> None:
     """What Meta's own reference does: with one query it passes no mask."""
     honest = attention_plan.query_runs
 
-    def query_runs(spans: list[attention_plan.SequenceSpan], size: int | None) -> list[attention_plan.QueryRun]:
+    def query_runs(spans: list[SequenceSpan], size: int | None) -> list[QueryRun]:
         is_decode = all(span.num_tokens == 1 for span in spans)
         return list(honest(spans, None if is_decode else size))
 
