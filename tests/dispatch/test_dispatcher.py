@@ -253,6 +253,19 @@ def test_statistics_count_rows_per_host_and_expert() -> None:
     assert counted == Counter((1, expert) for expert in experts_TK.flatten().tolist())
 
 
+def test_memory_a_link_still_reads_is_not_filled_again() -> None:
+    cluster = InprocCluster(random_table(1))
+    dispatcher = cluster.dispatcher()
+    first = dispatcher.dispatch(0, *random_batch(8, 1))
+    dispatcher.combine(first)
+    second = dispatcher.dispatch(0, *random_batch(8, 1))
+    assert second.rows_ND.data_ptr() == first.rows_ND.data_ptr()
+    cluster.ends["worker-0", "host-0"]._free_slots.popleft()  # a frame the host has not let go of
+    dispatcher.combine(second)
+    third = dispatcher.dispatch(0, *random_batch(8, 1))
+    assert third.rows_ND.data_ptr() != second.rows_ND.data_ptr()
+
+
 def test_a_wrong_shape_is_refused() -> None:
     dispatcher = InprocCluster(random_table(1)).dispatcher()
     x_TD, experts_TK, scores_TK = random_batch(4, 1)

@@ -121,6 +121,19 @@ def test_a_worker_that_reads_no_replies_is_dropped_and_others_go_on(tmp_path: Pa
         deaf.abort()
 
 
+def test_replies_nobody_reads_are_bounded() -> None:
+    server = InprocCluster(random_table(1)).servers["host-0"]
+    link = server.open_inproc(worker="deaf", incarnation=0)
+    for number in range(1, 2 * server.limits.credit + 1):
+        link.post(FrameHeader(FrameKind.ROWS, number, 0, 0, 0, 1, ((0, 1),)), torch.zeros(1, WIDTH))
+        server.poll(0.0)
+    assert server.stats().links == 1
+    link.post(FrameHeader(FrameKind.ROWS, 99, 0, 0, 0, 1, ((0, 1),)), torch.zeros(1, WIDTH))
+    server.poll(0.0)
+    assert server.stats().closed_links == {"REPLIES_UNREAD": 1}
+    assert server.stats().links == 0
+
+
 def test_one_worker_has_one_link_and_its_new_life_replaces_the_old(tmp_path: Path) -> None:
     table = random_table(1)
     with serve(table, tmp_path) as servers:

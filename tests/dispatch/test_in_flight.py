@@ -1,0 +1,63 @@
+"""Which rows of which replies count, without any link."""
+
+import numpy as np
+import torch
+
+from llama4_dist.dispatch.in_flight import InFlight, Origin, Piece
+
+WIDTH = 4
+
+
+def in_flight(num_rows: int, *, num_slices: int = 1) -> InFlight:
+    """Rows in the order they came, all of expert 0."""
+    return InFlight(
+        origin=Origin(0, 0, 0),
+        num_tokens=num_rows,
+        experts_N=np.zeros(num_rows, dtype=np.int64),
+        order_N=np.arange(num_rows),
+        rows_ND=torch.zeros(num_rows, WIDTH),
+        buffer_RD=torch.zeros(num_rows, WIDTH),
+        num_slices_N=None if num_slices == 1 else np.full(num_rows, num_slices),
+    )
+
+
+def piece(start: int, stop: int, *, slice_index: int = 0, attempt: int = 0) -> Piece:
+    return Piece("host", slice_index, slice(start, stop), ((0, stop - start),), stop - start, attempt)
+
+
+def rows(count: int, value: float) -> torch.Tensor:
+    return torch.full((count, WIDTH), value)
+
+
+def test_the_first_reply_of_a_row_counts_and_later_ones_do_not() -> None:
+    flight = in_flight(4)
+    first, second = piece(0, 4), piece(1, 3)
+    flight.pieces = {1: first}
+    flight.ask_again(np.arange(1, 3), np.ones(2, dtype=np.int64))
+    assert flight.accept(second, rows(2, 5.0)) == 2
+    assert flight.missing == 2
+    assert flight.accept(first, rows(4, 7.0)) == 2
+    assert flight.missing == 0
+    assert flight.accept(second, rows(2, 9.0)) == 0
+    assert flight.result()[:, 0].tolist() == [7.0, 5.0, 5.0, 7.0]
+
+
+def test_slices_of_an_earlier_attempt_do_not_add_up_with_a_later_one() -> None:
+    flight = in_flight(2, num_slices=2)
+    old = flight.attempt
+    assert flight.accept(piece(0, 2, slice_index=0, attempt=old), rows(2, 100.0)) == 2
+    flight.ask_again(np.arange(2), np.full(2, 3))
+    assert flight.missing == 6
+    assert flight.accept(piece(0, 2, slice_index=1, attempt=old), rows(2, 100.0)) == 0
+    for index in (2, 0, 1):
+        assert flight.accept(piece(0, 2, slice_index=index, attempt=flight.attempt), rows(2, 1.0 + index)) == 2
+    assert flight.result()[:, 0].tolist() == [6.0, 6.0]
+
+
+def test_what_is_unanswered_is_what_is_asked_again() -> None:
+    flight = in_flight(4)
+    flight.pieces = {1: piece(0, 4)}
+    assert flight.unanswered(piece(0, 4)).tolist() == [0, 1, 2, 3]
+    flight.ask_again(np.arange(2), np.ones(2, dtype=np.int64))
+    flight.accept(piece(0, 2), rows(2, 1.0))
+    assert flight.unanswered(piece(0, 4)).tolist() == [2, 3]
