@@ -1,6 +1,7 @@
 """The engine port over a whole cluster: attention workers and expert hosts as Ray actors, reached by gRPC streams."""
 
 import atexit
+import os
 import secrets
 import shutil
 import tempfile
@@ -30,7 +31,7 @@ class RayEngine:
 
     `ray_address` None starts a Ray on this machine; else the cluster there is joined, and the checkpoint must lie at
     the same path on every node. `labels` maps a role to the node labels its workers demand. `host_capacity_bytes`
-    bounds the expert weights of one host.
+    bounds the expert weights of one host. `num_threads` are an attention worker's, `expert_threads` a host's.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a cluster
@@ -75,7 +76,9 @@ class RayEngine:
         plan = ClusterPlan(
             geometry=geometry,
             experts=configs(Role.EXPERT, num_expert_hosts, expert_threads),
-            attention=configs(Role.ATTENTION, num_attention_workers, num_threads or 1),
+            attention=configs(
+                Role.ATTENTION, num_attention_workers, num_threads or default_threads(num_attention_workers)
+            ),
             num_replicas=num_replicas,
             host_capacity_bytes=host_capacity_bytes,
         )
@@ -126,6 +129,11 @@ class RayEngine:
         """End streams, workers, placement groups and, if it was started here, Ray."""
         atexit.unregister(self.close)
         self._resources.close()
+
+
+def default_threads(num_workers: int) -> int:
+    """Share this machine's cores among the attention workers: their matrices are large enough for two to eight."""
+    return max(1, min(8, os.cpu_count() or 1) // max(1, num_workers))
 
 
 def read_geometry(model_dir: Path, dtype: str) -> ExpertGeometry:

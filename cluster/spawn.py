@@ -23,8 +23,10 @@ log = logging.getLogger(__name__)
 PLACEMENT_TIMEOUT_S = 60.0
 CONCURRENT_CALLS = 4  # a worker answers progress and status while it loads
 
-# Several workers share the cores of a node: a thread that waits must sleep, not spin. Read when torch is imported.
-THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+# Several workers share the cores of a node, so a thread that waits must soon sleep; but not at once: the matrices of a
+# decode step follow each other within microseconds, and waking for each cost a tenth of the throughput
+# (benchmarks/throughput.py, GOMP_SPINCOUNT 0 against 20000). Read when torch is imported.
+THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "0"}
 
 
 class ActorHandle:
