@@ -46,7 +46,7 @@ class Dispatcher:
         self._reply_timeout_s = reply_timeout_s
         self._clock = clock
         self._step = 0
-        self._buffers = RowBuffers(width=width, dtype=dtype, device=torch.device(device))
+        self._device = torch.device(device)
         self._stats = DispatchStats()
         self._exchange = Exchange(table, {}, clock=clock, stats=self._stats, last_number=0)
         self.switch(table, links)
@@ -76,6 +76,14 @@ class Dispatcher:
             if links.get(host) is not link:
                 link.abort()
         self._exchange = self._new_exchange(table, links)
+        # Sockets read host memory; links inside the process take a GPU's rows as they are.
+        on_host = any(link.fileno() is not None for link in self._exchange.links.values())
+        self._buffers = RowBuffers(
+            width=self._width,
+            dtype=self._dtype,
+            device=torch.device("cpu") if on_host else self._device,
+            pinned=on_host and self._device.type == "cuda",
+        )
 
     def dispatch(
         self, layer: int, x_TD: Tensor, experts_TK: Tensor, scores_TK: Tensor, microbatch: int = 0
@@ -135,7 +143,7 @@ class Dispatcher:
             raise in_flight.error
         if not exchange.is_sending():
             self._buffers.give_back(in_flight.buffer_RD)  # otherwise a link still reads it
-        return in_flight.result()
+        return in_flight.result().to(self._device)
 
     def stats(self) -> DispatchStats:
         return self._stats

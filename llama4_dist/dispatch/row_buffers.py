@@ -11,10 +11,11 @@ BLOCK_BYTES = 256 * 1024  # a block is gathered and scaled while it is in the ca
 class RowBuffers:
     """Buffers for laid-out rows, reused. `pinned` makes them page-locked, for rows that leave a GPU by a socket."""
 
-    def __init__(self, *, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, *, width: int, dtype: torch.dtype, device: torch.device, pinned: bool = False) -> None:
         self._width = width
         self._dtype = dtype
         self._device = device
+        self._pinned = pinned
         self._free: list[Tensor] = []
 
     def take(self, num_rows: int) -> Tensor:
@@ -24,7 +25,8 @@ class RowBuffers:
                 return self._free.pop(index)
         self._free.clear()  # they are smaller than what is needed now: let them go
         capacity = max(64, 1 << (num_rows - 1).bit_length())
-        return torch.empty(capacity, self._width, dtype=self._dtype, device=self._device)
+        size = (capacity, self._width)
+        return torch.empty(size, dtype=self._dtype, device=self._device, pin_memory=self._pinned)
 
     def give_back(self, buffer_RD: Tensor) -> None:
         self._free.append(buffer_RD)
@@ -32,6 +34,11 @@ class RowBuffers:
 
 def gather_scaled(x_TD: Tensor, scores_TK: Tensor, order_N: Indices, out_ND: Tensor) -> None:
     """Write score x input of the copies in the order `order_N`; a copy n is slot n % K of token n // K."""
+    if out_ND.device != x_TD.device:  # a GPU's rows on their way to a socket: one copy across, already in order
+        on_device_ND = torch.empty_like(out_ND, device=x_TD.device)
+        gather_scaled(x_TD, scores_TK, order_N, on_device_ND)
+        out_ND.copy_(on_device_ND)
+        return
     num_slots = scores_TK.shape[1]
     if len(order_N) == 1:
         torch.mul(x_TD, scores_TK, out=out_ND)
