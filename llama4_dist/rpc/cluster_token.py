@@ -13,6 +13,9 @@ from typing import Any
 
 import grpc
 
+from llama4_dist.errors import UnauthenticatedError
+from llama4_dist.rpc.status import code_of
+
 TOKEN_LABEL = b"llama4_dist internal engine service v1"
 MIN_SECRET_BYTES = 16
 
@@ -30,7 +33,8 @@ def token_metadata(secret: bytes) -> tuple[tuple[str, str], ...]:
 
 
 def _refuse(_request: object, context: grpc.ServicerContext) -> Any:
-    context.abort(grpc.StatusCode.UNAUTHENTICATED, "this service takes the cluster's own token only")
+    error = UnauthenticatedError("this service takes the cluster's own token only")
+    context.abort(code_of(error), error.message)
 
 
 class ClusterTokenInterceptor(grpc.ServerInterceptor):

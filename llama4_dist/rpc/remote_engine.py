@@ -4,7 +4,6 @@
 connection ends every running request with `UnavailableError`; the requests may then be replayed on another engine.
 """
 
-import contextlib
 import logging
 import queue
 import threading
@@ -21,6 +20,7 @@ from llama4_dist.internal.v1 import engine_pb2_grpc as pb_grpc
 from llama4_dist.request import EngineLimits, EngineRequest, TokenOutput
 from llama4_dist.rpc import engine_wire as wire
 from llama4_dist.rpc.cluster_token import token_metadata
+from llama4_dist.rpc.status import from_rpc_error
 
 log = logging.getLogger(__name__)
 
@@ -163,10 +163,8 @@ class RemoteEngine:
             self._on_outputs([TokenOutput(request_id=request_id, error=error) for request_id in lost])
 
     def _translated(self, error: grpc.RpcError) -> UnavailableError | UnauthenticatedError:
-        code, details = grpc.StatusCode.UNKNOWN, ""
-        with contextlib.suppress(AttributeError):  # RpcError promises neither; every real one is a Call as well
-            code, details = error.code(), error.details() or ""
-        if code is grpc.StatusCode.UNAUTHENTICATED:
+        cause = from_rpc_error(error)
+        if isinstance(cause, UnauthenticatedError):
             return UnauthenticatedError("the attention worker belongs to another cluster: its secret differs")
-        log.warning("engine_call_failed address=%s code=%s details=%s", self.address, code.name, details)
-        return UnavailableError(f"the attention worker did not answer ({code.name})")
+        log.warning("engine_call_failed address=%s cause=%s details=%s", self.address, type(cause).__name__, cause)
+        return UnavailableError("the attention worker did not answer: it is down, or not yet up")
