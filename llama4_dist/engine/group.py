@@ -66,8 +66,17 @@ class EngineGroup:
         return self._try_each(lambda index: self._engines[index].score(token_ids, chunk_size=chunk_size))
 
     def stats(self) -> EngineStats:
-        """Return sums over the engines; the queue age is the largest."""
-        return add_stats([engine.stats() for engine in self._engines])
+        """Return sums over the engines that answer; the queue age is the largest. UnavailableError if none does."""
+        answers: list[EngineStats] = []
+        refusal: UnavailableError | None = None
+        for engine in self._engines:
+            try:
+                answers.append(engine.stats())
+            except UnavailableError as error:
+                refusal = error
+        if refusal is not None and not answers:
+            raise refusal
+        return add_stats(answers)
 
     def close(self) -> None:
         """Close every engine, also when closing one of them fails."""

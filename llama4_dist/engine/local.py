@@ -48,6 +48,7 @@ class LocalEngine:
         self._outbox: list[TokenOutput] = []
         self._refusal: tuple[str, str] | None = ("the engine has not been started", "UNAVAILABLE")  # message, reason
         self._stop = False
+        self._died = False
         self._num_scores = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -113,7 +114,9 @@ class LocalEngine:
         return done.result()
 
     def stats(self) -> EngineStats:
-        """Return the counters of now; gauges may be a step old."""
+        """Return the counters of now; gauges may be a step old. UnavailableError once the engine's thread has died."""
+        if self._died:
+            self._check_open()
         return snapshot(self.core)
 
     def close(self, *, drain_timeout_s: float = 0.0) -> None:
@@ -158,6 +161,7 @@ class LocalEngine:
         except BaseException:
             log.exception("engine_died")
             with self._lock:
+                self._died = True
                 self._refusal = ("the engine died; its log says why", "UNAVAILABLE")
                 self._outbox += [
                     TokenOutput(request_id=request_id, error=EngineError("the engine died in this request"))

@@ -4,6 +4,7 @@ import pytest
 
 from llama4_dist.engine.group import EngineGroup
 from llama4_dist.engine.local import LocalEngine
+from llama4_dist.engine.port import EngineStats
 from llama4_dist.errors import DuplicateRequestError, OverloadedError, UnavailableError
 from llama4_dist.request import FinishReason
 from tests.engine.collector import Collector
@@ -90,3 +91,14 @@ def test_an_id_is_unique_across_the_group_and_abort_finds_its_engine(pair: Pair)
     pair.collector.forget("b")
     pair.group.submit(request("b", PROMPT, max_tokens=1))
     pair.collector.wait_for("b")
+
+
+def test_counters_are_summed_over_the_engines_that_answer(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dead() -> EngineStats:
+        raise UnavailableError("the engine died")
+
+    monkeypatch.setattr(pair.engines[0], "stats", dead)
+    assert pair.group.stats().kv_blocks_total == 64
+    monkeypatch.setattr(pair.engines[1], "stats", dead)
+    with pytest.raises(UnavailableError, match="died"):
+        pair.group.stats()

@@ -225,6 +225,8 @@ def test_a_dead_thread_fails_what_is_live_and_refuses_the_rest(start: Start) -> 
         engine.submit(request("b"))
     with pytest.raises(UnavailableError, match="died"):
         engine.score((1, 2))
+    with pytest.raises(UnavailableError, match="died"):
+        engine.stats()
 
 
 def test_a_caller_that_raises_in_its_callback_does_not_stop_the_engine() -> None:
