@@ -1,6 +1,7 @@
 """The command line as a person or a script meets it: a real tiny checkpoint, exit codes and JSON."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -38,6 +39,16 @@ def run(*arguments: str, stdin: str = "", **changes: str) -> subprocess.Complete
 def here(*arguments: str, stdin: str = "") -> Result:
     """Run a command in this process: a new one costs seconds of imports."""
     return CliRunner().invoke(app, arguments, input=stdin)
+
+
+@pytest.fixture(autouse=True)
+def log_handlers() -> Iterator[None]:
+    """Give the root logger its handlers back: a command run here points them at a stream that ends with it."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="module")
