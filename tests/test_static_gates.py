@@ -1,6 +1,7 @@
 """What the source may not contain: unsafe decoding, input checks that vanish, paths of some machine."""
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,3 +87,30 @@ def test_no_tracked_text_names_a_path_of_some_machine() -> None:
     found = [line for line in listing.stdout.splitlines() if "test_static_gates" not in line and ":/home/" not in line]
     assert listing.returncode in (0, 1)
     assert found == []
+
+
+SHAPED = re.compile(r"^_?[a-z][a-z0-9_]*_([A-Z0-9]*[A-Z][A-Z0-9]*)$")
+
+
+def legend() -> set[str]:
+    text = (ROOT / "docs" / "design.md").read_text().split("## Shape legend")[1].split("##")[0]
+    return set(re.findall(r"`([A-Z])`", text))
+
+
+def shaped_names(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(tree):
+        name = node.arg if isinstance(node, ast.arg) else node.id if isinstance(node, ast.Name) else ""
+        if match := SHAPED.match(name):
+            yield name, match[1]
+
+
+def test_shape_suffixes_use_the_letters_of_the_legend() -> None:
+    letters = legend()
+    assert {"T", "D", "K", "V"} <= letters
+    found = {
+        (path.relative_to(ROOT).as_posix(), name, suffix)
+        for path in sources()
+        for name, suffix in shaped_names(ast.parse(path.read_text()))
+    }
+    assert len(found) > 100, "the pattern finds no shaped names any more"
+    assert {one for one in found if not set(re.sub(r"\d", "", one[2])) <= letters} == set()
