@@ -13,10 +13,11 @@ import socket
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
@@ -30,15 +31,14 @@ NAMESPACE = "llama4_dist"
 SECRET_BYTES = 32
 MAX_SECRET_FILE_BYTES = 4096
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's least; no tensor of ours goes there
-SYSTEM_CONFIG = {
-    "prestart_worker_first_driver": False,  # idle workers, one per CPU, cost seconds of start-up and are never used
-    "worker_niceness": 0,  # Ray's 15 starves workers beside any other process: every step waits for the slowest
-}
 PROBE_TIMEOUT_S = 5.0
+EXIT_TIMEOUT_S = 10.0
 LOCAL_CPUS = 4096  # a logical count: threads are bounded by each worker's own setting
 
 # Read by Ray's processes when they start.
 LOCAL_ENVIRONMENT = {
+    "RAY_prestart_worker_first_driver": "0",  # idle workers, one per CPU, cost seconds of start-up and are never used
+    "RAY_worker_niceness": "0",  # Ray's 15 starves workers beside any other process: every step waits for the slowest
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -57,8 +57,13 @@ class RaySession:
     def close(self) -> None:
         """End what `ensure_ray` began, and nothing else."""
         atexit.unregister(self.close)
+        daemons = [] if self.temp_dir is None else processes_of(self.temp_dir)
         if self.connected_here and ray.is_initialized():
             ray.shutdown()
+        # Ray does not wait for its agents; one that still writes would bring the folder back.
+        _, alive = psutil.wait_procs(daemons, timeout=EXIT_TIMEOUT_S)
+        for process in alive:
+            process.kill()
         if self.own_token:
             set_token(None)
         if self.temp_dir is not None:
@@ -106,12 +111,21 @@ def start_ray() -> RaySession:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
                 _temp_dir=str(temp_dir),
-                _system_config=SYSTEM_CONFIG,
             )
     except BaseException:
         session.close()
         raise
     return session
+
+
+def processes_of(temp_dir: Path) -> list[psutil.Process]:
+    """List the daemons of a Ray that this process started with `temp_dir`, and whatever they started."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if any(str(temp_dir) in argument for argument in child.cmdline()):
+                found += [child, *child.children(recursive=True)]
+    return found
 
 
 def set_token(token: str | None) -> None:

@@ -134,6 +134,7 @@ def test_the_status_names_every_worker(engine: RayEngine) -> None:
     assert status.keys() == {"expert-0", "expert-1", "attention-0"}
     assert all(worker.state is State.READY for worker in status.values())
     assert len({worker.pid for worker in status.values()} - {0, os.getpid()}) == 3
+    assert all(psutil.Process(worker.pid).nice() <= psutil.Process().nice() for worker in status.values())
     held = [set(status[f"expert-{index}"].experts) for index in range(2)]
     assert held[0] | held[1] == {(layer, expert) for layer in range(4) for expert in range(16)}
     assert not held[0] & held[1]
