@@ -60,7 +60,7 @@ class RaySession:
         daemons = [] if self.temp_dir is None else processes_of(self.temp_dir)
         if self.connected_here and ray.is_initialized():
             ray.shutdown()
-        # Ray does not wait for its agents; one that still writes would bring the folder back.
+        # Ray does not wait for its agents; nothing of the session may outlive it.
         _, alive = psutil.wait_procs(daemons, timeout=EXIT_TIMEOUT_S)
         for process in alive:
             process.kill()
