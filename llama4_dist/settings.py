@@ -57,9 +57,9 @@ class ServeSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> "ServeSettings":
-        split_address(self.address, "address")
+        host_and_port(self.address)
         if self.metrics_address is not None:
-            split_address(self.metrics_address, "metrics_address")
+            host_and_port(self.metrics_address)
             if self.metrics_address == self.address and not self.address.endswith(":0"):
                 raise ValueError(f"metrics_address {self.metrics_address} is the gateway's own: choose another port")
         if (self.tls_certificate is None) != (self.tls_key is None):
@@ -73,11 +73,11 @@ class ServeSettings(BaseModel):
         return self
 
 
-def split_address(address: str, field: str) -> tuple[str, int]:
-    """Split "host:port" (IPv6 in brackets); raise ValueError naming `field`."""
-    host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{field} {address!r} is not host:port with a port of 0..65535")
+def host_and_port(address: str) -> tuple[str, int]:
+    """Split "host:port", IPv6 in brackets; raise ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise ConfigError(f"address {address!r} is not host:port with a port of 0..65535")
     return host.strip("[]"), int(port)
 
 

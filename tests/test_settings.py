@@ -37,6 +37,7 @@ def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) ->
         ({"address": "127.0.0.1:-1"}, "address"),
         ({"address": ":50051"}, "address"),
         ({"metrics_address": "127.0.0.1:50051"}, "metrics_address"),
+        ({"metrics_address": "somewhere"}, "somewhere"),
         ({"max_waiting": 0}, "max_waiting"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"kv_cache_bytes": 0}, "kv_cache_bytes"),

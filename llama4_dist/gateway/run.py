@@ -19,8 +19,9 @@ from llama4_dist.gateway.health import Health
 from llama4_dist.gateway.metrics import Metrics
 from llama4_dist.gateway.server import NO_SERVICES, Services, build_server
 from llama4_dist.gateway.service import InferenceService
-from llama4_dist.gateway.settings import GatewaySettings, host_and_port
+from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.gateway.tokenizer_service import TokenizerService
+from llama4_dist.settings import host_and_port
 from llama4_dist.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

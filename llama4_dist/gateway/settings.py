@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llama4_dist.errors import ConfigError
 from llama4_dist.request import Sampling
+from llama4_dist.settings import host_and_port
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +44,6 @@ class GatewaySettings:
             )
         if self.metrics_address is not None and not is_loopback(self.metrics_address):
             raise ConfigError(f"metrics_address {self.metrics_address} must be a loopback address, e.g. 127.0.0.1:9100")
-
-
-def host_and_port(address: str) -> tuple[str, int]:
-    """Split "host:port", IPv6 in brackets; raise ConfigError."""
-    host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise ConfigError(f"address {address!r} is not host:port with a port of 0..65535")
-    return host.strip("[]"), int(port)
 
 
 def is_loopback(address: str) -> bool:
