@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from llama4_dist.dispatch.handshake import Hello
 from llama4_dist.dispatch.links.link import Link, LinkLimits
 from llama4_dist.dispatch.links.listener import Listener, Lobby
+from llama4_dist.dispatch.links.patience import Patience
 
 _SWEEP_S = 0.25  # how often timeouts are looked at
 
@@ -20,6 +21,7 @@ class Hub:
     def __init__(self, hello: Hello, limits: LinkLimits, admit: Callable[[Hello], None], closed: Counter[str]) -> None:
         self._lobby = Lobby(hello, limits, admit, closed)
         self._epoll = select.epoll()
+        self._patience = Patience()
         self._bell, self._rope = socket.socketpair()
         self._epoll.register(self._bell.fileno(), select.EPOLLIN)
         self._listeners: dict[int, Listener] = {}
@@ -63,7 +65,7 @@ class Hub:
             if not self._links and not self._listeners:
                 return self._driven, ()
             timeout_s = 0.0
-        events = self._epoll.poll(min(timeout_s, _SWEEP_S))
+        events = self._patience.wait(self._epoll.poll, min(timeout_s, _SWEEP_S))
         ready: list[Link] = self._driven[:]
         new: list[Link] = []
         for descriptor, _ in events:

@@ -4,6 +4,7 @@ import select
 from collections.abc import Mapping
 
 from llama4_dist.dispatch.links.link import Clock, Link
+from llama4_dist.dispatch.links.patience import Patience
 
 DRIVEN_POLL_S = 0.001  # how often links without a descriptor are looked at
 
@@ -14,14 +15,16 @@ class LinkWaiter:
     def __init__(self, links: Mapping[str, Link], clock: Clock) -> None:
         self._links = dict(links)
         self._clock = clock
-        self._poller = select.poll()
+        self._epoll = select.epoll()
+        self._patience = Patience()
         self._hosts: dict[int, str] = {}
         self._interest: dict[int, int] = {}
         for host, link in self._links.items():
             descriptor = link.fileno()
             if descriptor is not None:
                 self._hosts[descriptor] = host
-                self._watch(descriptor, select.POLLIN)
+                self._epoll.register(descriptor, select.EPOLLIN)
+                self._interest[descriptor] = select.EPOLLIN
         self._driven = frozenset(self._links) - frozenset(self._hosts.values())
         self.waits = not self._driven  # `wait` tells by itself who is worth polling
 
@@ -30,7 +33,7 @@ class LinkWaiter:
         self._links.pop(host, None)
         self._driven -= {host}
         for descriptor in [fd for fd, name in self._hosts.items() if name == host]:
-            self._poller.unregister(descriptor)
+            self._epoll.unregister(descriptor)
             del self._hosts[descriptor], self._interest[descriptor]
 
     def wait(self, timeout_s: float) -> frozenset[str]:
@@ -41,14 +44,11 @@ class LinkWaiter:
             self._clock.sleep(timeout_s)
             return self._driven
         for descriptor, host in self._hosts.items():
-            wanted = select.POLLIN | select.POLLOUT if self._links[host].num_unsent else select.POLLIN
+            wanted = select.EPOLLIN | select.EPOLLOUT if self._links[host].num_unsent else select.EPOLLIN
             if wanted != self._interest[descriptor]:
-                self._watch(descriptor, wanted)
-        ready = self._poller.poll(timeout_s * 1000)
+                self._epoll.modify(descriptor, wanted)
+                self._interest[descriptor] = wanted
+        ready = self._patience.wait(self._epoll.poll, timeout_s)
         if not self._driven and len(ready) == 1:
             return frozenset((self._hosts[ready[0][0]],))
         return self._driven | {self._hosts[descriptor] for descriptor, _ in ready}
-
-    def _watch(self, descriptor: int, events: int) -> None:
-        self._poller.register(descriptor, events)
-        self._interest[descriptor] = events
