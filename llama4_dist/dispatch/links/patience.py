@@ -34,6 +34,7 @@ class Patience:
             events = self._look(poll, began, began + min(self._look_s, timeout_s))
             if events or timeout_s <= self._look_s:
                 return events
+            timeout_s -= self._look_s
         events = poll(timeout_s)
         if self._clock() - began > self._look_s:
             self._num_sleeps = max(self._num_sleeps, 1)
