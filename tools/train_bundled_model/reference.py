@@ -22,18 +22,25 @@ from tools.train_bundled_model import corpus, samples
 from tools.train_bundled_model.train import LENGTH, split
 
 NUM_NEW = 48
+LEAST_MARGIN = 1e-3  # a prompt whose continuation is closer to a tie is no test
 PROMPTS = {
     "ishmael": "Call me Ishmael. Some years ago",
     "genesis": "In the beginning God created",
-    "austen": "It is a truth universally acknowledged, that a single man",
+    "austen": "It is a truth universally acknowledged, that",
     "sotu": "Fellow-Citizens of the Senate and House of Representatives:",
     "whale": "The captain looked at the sea, and",
     "sister": '"My dear sister," said Elizabeth,',
 }
 CHATS = {
-    "chat-whale": "The white whale swam before them.",
+    "chat-whale": "The white whale rose before the boat.",
     "chat-question": "What shall we do for the people of this land?",
 }
+# A reply begun for the model, which it soon ends by <|eot|>.
+ENDING = (
+    "Mr. Darcy looked at Elizabeth, and was silent.",
+    "Her son and mother, in a way of sitting down and getting into the country, and in a little season, did not like to"
+    ' see him.\n\n"I am sorry," replied Jane, "that you can think him so."\n\n"Lizzy," said Mrs. Bennet, "',
+)
 LONG_PROMPTS = {"long-130": ("jane-austen", 130), "long-250": ("king-james-bible", 250), "long-500": ("moby-dick", 500)}
 
 
@@ -49,6 +56,7 @@ def main() -> None:
     _, held = split(corpus.read(args.corpus))
     rows = [row_of(next(d for d in held if d.source == source), tokens) for source in sorted({d.source for d in held})]
     prompts = PROMPTS | {name: chat(text) for name, text in CHATS.items()}
+    prompts["chat-ending"] = chat(ENDING[0]) + ENDING[1]
     prompts |= {
         name: tokens.decode(next(r["ids"] for r in rows if r["source"] == source)[1:length])
         for name, (source, length) in LONG_PROMPTS.items()
@@ -105,13 +113,15 @@ def greedy(model: Llama4ForCausalLM, tokens: Tokenizer, name: str, text: str) ->
     logits_TV = model(whole[None, :-1]).logits[0, len(ids) - 1 :]
     assert logits_TV.argmax(dim=-1).tolist() == new, f"cached and full decoding differ on {name}"
     top_T2 = logits_TV.topk(2, dim=-1).values
+    least_margin = (top_T2[:, 0] - top_T2[:, 1]).min().item()
+    assert least_margin >= LEAST_MARGIN, f"{name} nearly ties ({least_margin=}): choose another prompt"
     return {
         "name": name,
         "prompt": text,
         "prompt_ids": ids,
         "continuation_ids": new,
         "continuation": tokens.decode(new, skip_special_tokens=False),
-        "least_margin": (top_T2[:, 0] - top_T2[:, 1]).min().item(),
+        "least_margin": least_margin,
         "finish": "stop" if new[-1] in stops else "length",
     }
 
