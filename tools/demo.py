@@ -72,7 +72,7 @@ def main() -> int:
     options = parser.parse_args()
     console = Console()
     # Drawn, not greedy: a model this small repeats itself when greedy. The seed makes it the same text everywhere.
-    sampling = Sampling(temperature=0.8, top_p=0.95, seed=4, max_tokens=options.max_tokens)
+    sampling = Sampling(temperature=0.6, top_p=0.9, seed=4, max_tokens=options.max_tokens)
     begun = time.monotonic()
     with serving(options.model, options.experts, console) as ready:
         console.print(f"ready after {time.monotonic() - begun:.1f} s: {ready['model']} at {ready['address']}\n")
