@@ -1,5 +1,6 @@
 """The commands and their flags; each command's work is in the file of its name."""
 
+import sys
 from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
@@ -9,6 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from llama4_dist.cli.backend import Backend
+
+OWN_PACKAGES = ("llama4_dist", "cluster")
 
 app = typer.Typer(
     name="llama4-dist",
@@ -193,5 +196,16 @@ def _split(options: dict[str, Any]) -> "tuple[Backend, dict[str, Any]]":
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; a command whose extra is not installed says which."""
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in OWN_PACKAGES:
+            raise
+        from llama4_dist.cli.output import EXIT_USAGE, error_console
+
+        error_console.print("[bold red]error:[/]", end=" ")
+        remedy = f"this command needs {package}, which is not installed: pip install 'llama4-dist[serve]'"
+        error_console.print(remedy, markup=False, highlight=False, soft_wrap=True)
+        sys.exit(EXIT_USAGE)

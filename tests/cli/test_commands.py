@@ -149,6 +149,18 @@ def test_a_busy_port_is_named(model: Path, served: tuple[subprocess.Popen[str], 
     assert served[1]["address"] in done.stderr
 
 
+def test_a_command_without_its_packages_says_which_to_install() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['llama4-dist', 'inspect', 'absent']\n"
+        "from llama4_dist.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "needs torch" in done.stderr
+    assert "llama4-dist[serve]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_no_color_is_honoured() -> None:
     done = run("inspect", "absent", FORCE_COLOR="1")
     plain = run("inspect", "absent", FORCE_COLOR="1", NO_COLOR="1")
