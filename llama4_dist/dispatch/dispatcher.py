@@ -5,7 +5,7 @@ plain sum.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -13,10 +13,13 @@ from torch import Tensor
 
 from llama4_dist.dispatch.exchange import Exchange
 from llama4_dist.dispatch.in_flight import InFlight, Origin
+from llama4_dist.dispatch.layout import Share
 from llama4_dist.dispatch.links.link import Clock, Link
 from llama4_dist.dispatch.routing_table import RoutingTable
 from llama4_dist.dispatch.row_buffers import RowBuffers, gather_scaled
 from llama4_dist.dispatch.stats import DispatchStats
+
+PART_BYTES = 512 * 1024  # large shares are cut into parts of about this size, between experts
 
 
 class Dispatcher:
@@ -48,7 +51,8 @@ class Dispatcher:
         self._step = 0
         self._device = torch.device(device)
         self._stats = DispatchStats()
-        self._exchange = Exchange(table, {}, clock=clock, stats=self._stats, last_number=0)
+        self._part_rows = max(1, PART_BYTES // (width * dtype.itemsize))
+        self._exchange = Exchange(table, {}, clock=clock, stats=self._stats, last_number=0, part_rows=self._part_rows)
         self.switch(table, links)
 
     @property
@@ -100,21 +104,30 @@ class Dispatcher:
                 f" scores {tuple(scores_TK.shape)} do not fit: expected [T, {self._width}] {self._dtype}, twice [T, K]"
             )
         experts_N = experts_TK.cpu().numpy().reshape(-1)
-        layout, view = self._exchange.lay_out(layer, experts_N)
-        num_copies = len(experts_N)
-        buffer_RD = self._buffers.take(num_copies)
-        rows_ND = buffer_RD[:num_copies]
-        gather_scaled(x_TD, scores_TK.to(self._dtype), layout.order_N, rows_ND)
+        exchange = self._exchange
+        layout, view = exchange.lay_out(layer, experts_N)
+        order_N = layout.order_N
         in_flight = InFlight(
             origin=Origin(self._step, microbatch, layer),
             num_tokens=num_tokens,
             experts_N=experts_N,
-            order_N=layout.order_N,
-            rows_ND=rows_ND,
-            buffer_RD=buffer_RD,
-            num_slices_N=view.num_slices_E[experts_N[layout.order_N]] if view.further else None,
+            order_N=order_N,
+            buffer=self._buffers.take(len(order_N)),
+            num_slices_N=view.num_slices_E[experts_N[order_N]] if view.further else None,
         )
-        self._exchange.send(in_flight, layout.shares)
+        if scores_TK.dtype != self._dtype:
+            scores_TK = scores_TK.to(self._dtype)
+
+        def gathered() -> Iterator[Share]:
+            """Each share when its rows are there: the first is on its way while the next is gathered."""
+            for whole in layout.shares:
+                for share in exchange.parts(whole):
+                    if share.slice_index == 0:  # further slices get the same rows
+                        rows_RD = in_flight.rows_for(share.positions)
+                        gather_scaled(x_TD, scores_TK, order_N[share.positions], rows_RD)
+                    yield share
+
+        exchange.send(in_flight, gathered())
         return in_flight
 
     def combine(self, in_flight: InFlight) -> Tensor:
@@ -142,8 +155,9 @@ class Dispatcher:
         if in_flight.error is not None:
             raise in_flight.error
         if not exchange.is_sending():
-            self._buffers.give_back(in_flight.buffer_RD)  # otherwise a link still reads it
-        return in_flight.result().to(self._device)
+            self._buffers.give_back(in_flight.buffer)  # otherwise a link still reads it
+        y_TD = in_flight.result()
+        return y_TD if y_TD.device == self._device else y_TD.to(self._device)
 
     def stats(self) -> DispatchStats:
         return self._stats
@@ -156,4 +170,11 @@ class Dispatcher:
 
     def _new_exchange(self, table: RoutingTable, links: Mapping[str, Link]) -> Exchange:
         last_number = self._exchange.last_number  # numbers go on: a late reply must not meet a new frame
-        return Exchange(table, links, clock=self._clock, stats=self._stats, last_number=last_number)
+        return Exchange(
+            table,
+            links,
+            clock=self._clock,
+            stats=self._stats,
+            last_number=last_number,
+            part_rows=self._part_rows,
+        )

@@ -11,7 +11,17 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from llama4_dist.dispatch.in_flight import InFlight, Piece
-from llama4_dist.dispatch.layout import Indices, LayerView, Layout, NoReplicaError, Share, lay_out, split, view_layer
+from llama4_dist.dispatch.layout import (
+    Indices,
+    LayerView,
+    Layout,
+    NoReplicaError,
+    Share,
+    cut,
+    lay_out,
+    split,
+    view_layer,
+)
 from llama4_dist.dispatch.links.link import Clock, Frame, FrameHeader, FrameKind, Link
 from llama4_dist.dispatch.links.wait import LinkWaiter
 from llama4_dist.dispatch.routing_table import RoutingTable
@@ -25,7 +35,13 @@ class Exchange:
     """One attention worker's frames on one set of links under one routing table."""
 
     def __init__(
-        self, table: RoutingTable, links: Mapping[str, Link], clock: Clock, stats: DispatchStats, last_number: int
+        self,
+        table: RoutingTable,
+        links: Mapping[str, Link],
+        clock: Clock,
+        stats: DispatchStats,
+        last_number: int,
+        part_rows: int,
     ) -> None:
         self.links = {host: link for host, link in links.items() if host in table.hosts}
         self.waiter = LinkWaiter(self.links, clock)
@@ -34,6 +50,7 @@ class Exchange:
         self.table = table  # as published, less the hosts lost since
         self.active: dict[int, InFlight] = {}  # frame number to the dispatch that waits for it
         self.last_number = last_number
+        self._part_rows = part_rows  # a socket's share of twice as many is cut
         self._views: dict[int, LayerView] = {}
         self._stats = stats
         self._has_orphans = False  # some active frame's host has no link any more
@@ -49,9 +66,10 @@ class Exchange:
             raise _unreachable(layer, error.expert) from None
 
     def send(self, in_flight: InFlight, shares: Iterable[Share]) -> None:
-        """Post the shares of the rows `in_flight` holds; what a dead link cannot take is sent elsewhere."""
+        """Post shares of the rows `in_flight` holds as they come; what a dead link cannot take is sent elsewhere."""
         for share in shares:
             self._post(in_flight, share)
+        in_flight.prepare()
         if self._has_orphans:
             self._resend_orphans()
 
@@ -90,34 +108,42 @@ class Exchange:
             self.active.pop(number, None)
         in_flight.pieces.clear()
 
-    def _post(self, in_flight: InFlight, share: Share) -> None:
-        """Send one host's share in as few frames as its link takes."""
+    def parts(self, share: Share) -> Iterable[Share]:
+        """Cut a large share for another process, so that one part is computed while the next is on its way."""
+        if share.num_rows < 2 * self._part_rows:
+            return (share,)
         link = self.links.get(share.host)
-        num_rows = share.num_rows
+        return (share,) if link is None or link.fileno() is None else cut(share, self._part_rows)
+
+    def _post(self, in_flight: InFlight, share: Share) -> None:
+        """Send one host's share in as few frames as its link takes; keep account after that, while the host works."""
+        host, slice_index, positions, groups, num_rows = share
+        link = self.links.get(host)
         if link is not None and num_rows > link.limits.max_rows:
             for part in split(share, link.limits.max_rows):
                 self._post(in_flight, part)
             return
         self.last_number = number = self.last_number + 1
-        positions = share.positions
-        in_flight.pieces[number] = Piece(
-            share.host, share.slice_index, positions, share.groups, num_rows, in_flight.attempt
-        )
-        self.active[number] = in_flight
+        lost = ""
         if link is None:
             self._has_orphans = True
-            return
-        rows_ND = in_flight.rows_for(positions)
-        header = FrameHeader(FrameKind.ROWS, number, *in_flight.origin, num_rows, share.groups)
-        try:
-            link.post(header, rows_ND)
-        except LinkDownError as error:
-            self._drop_link(share.host, error.reason)
-            return
-        stats = self._stats
-        stats.rows_out[share.host] += num_rows
-        stats.frames_out[share.host] += 1
-        stats.bytes_out[share.host] += rows_ND.nbytes
+        else:
+            try:
+                link.post(
+                    FrameHeader(FrameKind.ROWS, number, *in_flight.origin, num_rows, groups),
+                    in_flight.rows_for(positions),
+                )
+            except LinkDownError as error:
+                lost = error.reason
+        in_flight.pieces[number] = Piece(host, slice_index, positions, groups, num_rows, in_flight.attempt)
+        self.active[number] = in_flight
+        if lost:
+            self._drop_link(host, lost)
+        elif link is not None:
+            stats = self._stats
+            stats.rows_out[host] += num_rows
+            stats.frames_out[host] += 1
+            stats.bytes_out[host] += num_rows * in_flight.row_bytes
 
     def _drop_link(self, host: str, reason: str) -> None:
         link = self.links.pop(host, None)

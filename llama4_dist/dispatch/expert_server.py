@@ -7,12 +7,11 @@ behind `ExpertCompute`.
 import logging
 import threading
 import time
-from collections import deque
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from llama4_dist.dispatch.computation import Computation, Job
 from llama4_dist.dispatch.expert_compute import ExpertCompute
 from llama4_dist.dispatch.handshake import Hello, HostIdentity, Role
 from llama4_dist.dispatch.layout import Groups
@@ -20,8 +19,8 @@ from llama4_dist.dispatch.links.hub import Hub
 from llama4_dist.dispatch.links.inproc import inproc_pair
 from llama4_dist.dispatch.links.link import Frame, FrameHeader, FrameKind, Link, LinkLimits, dtype_name
 from llama4_dist.dispatch.links.listener import Listener
-from llama4_dist.dispatch.pool import gather, plan_pool, scatter
 from llama4_dist.dispatch.stats import HostStats
+from llama4_dist.dispatch.worker_link import WorkerLink
 from llama4_dist.errors import FrameError, HandshakeError, LinkDownError
 
 log = logging.getLogger(__name__)
@@ -29,51 +28,14 @@ log = logging.getLogger(__name__)
 _IDLE_S = 1.0
 
 
-class _Worker:
-    """One attention worker's link, and the memory its replies lie in until they are sent."""
-
-    def __init__(self, link: Link, width: int, dtype: torch.dtype) -> None:
-        self.link = link
-        self._shape = (link.limits.max_rows, width)
-        self._dtype = dtype
-        self._free: deque[Tensor] = deque()
-        self._lent: deque[Tensor] = deque()  # oldest first, as they are sent
-        self._num_buffers = 0
-
-    def reclaim(self) -> None:
-        """Take back the memory of replies that are sent; call when every buffer lent has been posted."""
-        unsent = self.link.num_unsent
-        while len(self._lent) > unsent:
-            self._free.append(self._lent.popleft())
-
-    def reply_buffer(self, num_rows: int, device: torch.device) -> Tensor:
-        """Return memory for a reply; LinkDownError when the worker leaves more replies unread than allowed."""
-        if not self._free:
-            if self._num_buffers == 2 * self.link.limits.credit:
-                raise LinkDownError(f"worker {self.link.peer!r} does not read its replies", reason="REPLIES_UNREAD")
-            self._num_buffers += 1
-            # Memory of this size is mapped on first touch: what is never used costs nothing.
-            self._free.append(torch.empty(self._shape, dtype=self._dtype, device=device))
-        buffer_RD = self._free.pop()
-        self._lent.append(buffer_RD)
-        return buffer_RD[:num_rows]
-
-
-class _Job(NamedTuple):
-    """One frame of a computation. A named tuple because one is made per frame."""
-
-    worker: _Worker
-    frame: Frame
-    x_RD: Tensor
-    y_RD: Tensor
-
-
 class _Layer:
     """The queue of one layer: frames waiting to be computed together, and until when."""
 
+    __slots__ = ("due", "frames")
+
     def __init__(self, due: float) -> None:
         self.due = due
-        self.frames: list[tuple[_Worker, Frame]] = []
+        self.frames: list[tuple[WorkerLink, Frame]] = []
 
 
 class ExpertServer:
@@ -99,11 +61,10 @@ class ExpertServer:
         self._width = width
         self._dtype = dtype
         self._pool_window_s = pool_window_s
-        self._workers: dict[str, _Worker] = {}  # by worker id
+        self._workers: dict[str, WorkerLink] = {}  # by worker id
         self._layers: dict[int, _Layer] = {}  # in the order of their first frame
-        self._pool_x_RD = torch.empty(0, width, dtype=dtype)
-        self._pool_y_RD = torch.empty(0, width, dtype=dtype)
         self._stats = HostStats()
+        self._computation = Computation(compute, width, dtype, limits.max_rows, self._stats)
         hello = Hello(
             role=Role.EXPERT,
             id=identity.host,
@@ -122,7 +83,7 @@ class ExpertServer:
 
     def attach(self, link: Link) -> None:
         """Serve a link whose peer is known."""
-        self._workers[link.peer] = _Worker(link, self._width, self._dtype)
+        self._workers[link.peer] = WorkerLink(link, self._width, self._dtype)
         self._hub.add(link)
         self._stats.links += 1
 
@@ -188,14 +149,14 @@ class ExpertServer:
         else:
             self._drop(present, LinkDownError("a newer incarnation is here", reason="SUPERSEDED"))
 
-    def _read(self, worker: _Worker) -> None:
+    def _read(self, worker: WorkerLink) -> None:
         try:
             for frame in worker.link.poll(0.0):
                 self._enqueue(worker, frame)
         except LinkDownError as error:
             self._drop(worker, error)
 
-    def _enqueue(self, worker: _Worker, frame: Frame) -> None:
+    def _enqueue(self, worker: WorkerLink, frame: Frame) -> None:
         header = frame.header
         self._stats.frames_in += 1
         if header.kind != FrameKind.ROWS:
@@ -227,12 +188,12 @@ class ExpertServer:
             return True
         return time.monotonic() >= layer.due
 
-    def _compute_layer(self, layer: int, frames: list[tuple[_Worker, Frame]]) -> None:
+    def _compute_layer(self, layer: int, frames: list[tuple[WorkerLink, Frame]]) -> None:
         """Compute one layer's frames, pooling as many as `max_rows` allows at a time."""
         if len(frames) == 1:
             self._compute_batch(layer, frames)
             return
-        batch: list[tuple[_Worker, Frame]] = []
+        batch: list[tuple[WorkerLink, Frame]] = []
         num_rows = 0
         for entry in frames:
             rows = entry[1].header.num_rows
@@ -243,40 +204,22 @@ class ExpertServer:
             num_rows += rows
         self._compute_batch(layer, batch)
 
-    def _compute_batch(self, layer: int, batch: list[tuple[_Worker, Frame]]) -> None:
-        jobs = self._take_reply_buffers(batch)
+    def _compute_batch(self, layer: int, batch: list[tuple[WorkerLink, Frame]]) -> None:
+        """Compute frames together and post the replies; keep account after that, while the workers read them."""
+        jobs = self._take_reply_memory(batch)
         if not jobs:
             return
-        started = time.perf_counter()
-        try:
-            if len(jobs) == 1:  # straight from the receive slot into the reply
-                self._compute(layer, jobs[0].frame.header.groups, jobs[0].x_RD, jobs[0].y_RD)
-            else:
-                self._compute_pooled(layer, jobs)
-        except RuntimeError:
-            # Torch reports exhausted memory and device faults so; the rows are well formed: another host may succeed.
-            log.exception("compute_failed layer=%d", layer)
+        if not self._computation.run(layer, jobs):
             for job in jobs:
                 self._refuse(job.worker, job.frame, "COMPUTE_FAILED", job.frame.header.groups)
             return
-        self._stats.compute_seconds += time.perf_counter() - started
-        self._stats.computations += 1
+        for worker, frame, _, y_RD in jobs:
+            _, number, step, microbatch, layer, num_rows, _, _ = frame.header
+            self._post(worker, FrameHeader(FrameKind.REPLY, number, step, microbatch, layer, num_rows), y_RD)
         for job in jobs:
-            self._reply(job)
+            self._account(job)
 
-    def _compute_pooled(self, layer: int, jobs: list[_Job]) -> None:
-        plan = plan_pool([job.frame.header.groups for job in jobs])
-        if len(self._pool_x_RD) < plan.num_rows:
-            size = (max(plan.num_rows, self.limits.max_rows), self._width)
-            self._pool_x_RD = torch.empty(size, dtype=self._dtype, device=jobs[0].x_RD.device)
-            self._pool_y_RD = torch.empty_like(self._pool_x_RD)
-        x_RD, y_RD = self._pool_x_RD[: plan.num_rows], self._pool_y_RD[: plan.num_rows]
-        gather(plan, [job.x_RD for job in jobs], x_RD)
-        self._compute(layer, plan.groups, x_RD, y_RD)
-        scatter(plan, y_RD, [job.y_RD for job in jobs])
-        self._stats.pooled_frames += len(jobs)
-
-    def _take_reply_buffers(self, batch: list[tuple[_Worker, Frame]]) -> list[_Job]:
+    def _take_reply_memory(self, batch: list[tuple[WorkerLink, Frame]]) -> list[Job]:
         jobs = []
         for worker, _ in batch:
             worker.reclaim()
@@ -286,36 +229,37 @@ class ExpertServer:
             rows_RD = frame.rows_RD
             assert rows_RD is not None, "links refuse ROWS frames without rows"
             try:
-                y_RD = worker.reply_buffer(frame.header.num_rows, rows_RD.device)
+                y_RD = worker.reply_rows(frame.header.num_rows, rows_RD.device)
             except LinkDownError as error:
                 self._drop(worker, error)
                 continue
-            jobs.append(_Job(worker, frame, rows_RD, y_RD))
+            jobs.append(Job(worker, frame, rows_RD, y_RD))
         return jobs
 
-    def _reply(self, job: _Job) -> None:
-        header = job.frame.header
-        stats, layer, rows_by_expert = self._stats, header.layer, self._stats.rows_by_expert
+    def _account(self, job: Job) -> None:
+        """Release an answered frame and count it."""
+        header, stats = job.frame.header, self._stats
+        job.frame.release()
+        layer, rows_by_expert = header.layer, stats.rows_by_expert
         for expert, count in header.groups:
             rows_by_expert[layer, expert] += count
         stats.rows_by_worker[job.worker.link.peer] += header.num_rows
-        job.frame.release()
-        self._post(job.worker, FrameHeader(FrameKind.REPLY, *header[1:6]), job.y_RD)
         stats.replies += 1
 
-    def _refuse(self, worker: _Worker, frame: Frame, reason: str, groups: Groups) -> None:
+    def _refuse(self, worker: WorkerLink, frame: Frame, reason: str, groups: Groups) -> None:
         self._stats.refusals[reason] += 1
         frame.release()
         self._post(worker, frame.header._replace(kind=FrameKind.NACK, groups=groups, reason=reason), None)
 
-    def _post(self, worker: _Worker, header: FrameHeader, rows_RD: Tensor | None) -> None:
+    def _post(self, worker: WorkerLink, header: FrameHeader, rows_RD: Tensor | None) -> None:
         try:
             worker.link.post(header, rows_RD)
-            self._hub.watch_sending(worker.link)
+            if worker.link.num_unsent:
+                self._hub.watch_sending(worker.link)
         except LinkDownError as error:
             self._drop(worker, error)
 
-    def _drop(self, worker: _Worker, error: LinkDownError) -> None:
+    def _drop(self, worker: WorkerLink, error: LinkDownError) -> None:
         """Close one worker's link; the others notice nothing."""
         if self._workers.get(worker.link.peer) is not worker:
             return

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama4_dist.dispatch.layout import Groups, Indices
+from llama4_dist.dispatch.row_buffers import RowBuffer, put_rows
 from llama4_dist.errors import Llama4Error
 
 
@@ -44,24 +45,23 @@ class InFlight:
         num_tokens: int,
         experts_N: Indices,
         order_N: Indices,
-        rows_ND: Tensor,
-        buffer_RD: Tensor,
-        num_slices_N: Indices | None,
+        buffer: RowBuffer,
+        num_slices_N: Indices | None = None,
     ) -> None:
         num_copies = len(order_N)
         self.origin = origin
         self.num_tokens = num_tokens
         self.order_N = order_N
-        self.rows_ND = rows_ND
-        self.buffer_RD = buffer_RD  # the preallocated memory `rows_ND` lies in
+        self.rows_ND = buffer.rows(num_copies)
+        self.row_bytes = self.rows_ND.shape[1] * self.rows_ND.itemsize
+        self.buffer = buffer  # the preallocated memory `rows_ND` lies in
         self.pieces: dict[int, Piece] = {}  # frame number to what it asks for; answered frames are taken out
         self.excluded: set[tuple[str, int]] = set()  # (host, expert) that refused these rows
         self.error: Llama4Error | None = None
         self.missing = num_copies  # (slice, position) pairs without an accepted reply
         self.attempt = 0
         self._experts_N = experts_N
-        self._y_ND: Tensor | None = None  # in the caller's order
-        self._outputs: list[Tensor | None] = [None]  # per slice, in the laid-out order
+        self._outputs: list[Tensor | None] = [None]  # per slice, in the caller's order
         self._books: _Books | None = None  # kept once a row may be answered twice, or is cut into slices
         if num_slices_N is not None:
             self._cut(slice(None), num_slices_N)
@@ -80,10 +80,10 @@ class InFlight:
             rows_RD = rows_RD[torch.from_numpy(wanted_R)]
             self._books.answered[piece.slice_index][positions] = True
         self.missing -= num_rows
-        if num_rows == len(self.order_N) and self._books is None:
-            self._y_ND = self._restore(rows_RD)  # one host had everything: straight out of its receive slot
+        if len(self.order_N) == 1 and self._books is None:
+            self._outputs[0] = rows_RD.clone()  # decode of one sequence: nothing to put in order
         else:
-            self._write(piece.slice_index, positions, rows_RD)
+            put_rows(self._output(piece.slice_index), self.order_N[positions], rows_RD)
         return num_rows
 
     def unanswered(self, piece: Piece) -> Indices:
@@ -116,11 +116,9 @@ class InFlight:
     def result(self) -> Tensor:
         """Return the sum over each token's copies, in slot order: [T, D]. Call when nothing is missing."""
         assert self.missing == 0, "result asked for while rows are missing"
-        if len(self.order_N) == 0:
-            return self.rows_ND.clone()
-        y_ND = self._restore(self._sum_slices()) if self._y_ND is None else self._y_ND
-        num_slots = len(self.order_N) // self.num_tokens
-        if num_slots == 1:
+        y_ND = self._sum_slices()
+        num_slots = len(self.order_N) // max(self.num_tokens, 1)
+        if num_slots <= 1:
             return y_ND
         y_TKD = y_ND.view(self.num_tokens, num_slots, -1)
         total_TD = y_TKD[:, 0]
@@ -128,30 +126,25 @@ class InFlight:
             total_TD = total_TD + y_TKD[:, slot]
         return total_TD
 
-    def _restore(self, rows_ND: Tensor) -> Tensor:
-        """Undo the laid-out order; always a new tensor."""
-        if len(self.order_N) == 1:
-            return rows_ND.clone()
-        inverse_N = np.empty_like(self.order_N)
-        inverse_N[self.order_N] = np.arange(len(self.order_N))
-        return rows_ND.index_select(0, torch.from_numpy(inverse_N).to(rows_ND.device))
+    def prepare(self) -> None:
+        """Allocate what replies are written to; call while the hosts compute."""
+        if len(self.order_N) > 1:
+            self._output(0)
 
-    def _write(self, slice_index: int, positions: slice | Indices, rows_RD: Tensor) -> None:
-        output = self._outputs[slice_index]
-        if output is None:
-            output = self._outputs[slice_index] = torch.empty_like(self.rows_ND)
-        if isinstance(positions, slice):
-            output[positions] = rows_RD
-        else:
-            output[torch.from_numpy(positions).to(output.device)] = rows_RD.to(output.device)
+    def _output(self, slice_index: int) -> Tensor:
+        """Return where replies of this slice go: [N, D] in the caller's order, allocated on first use."""
+        output_ND = self._outputs[slice_index]
+        if output_ND is None:
+            output_ND = self._outputs[slice_index] = torch.empty_like(self.rows_ND)
+        return output_ND
 
     def _sum_slices(self) -> Tensor:
         """Add the partial outputs of cut experts in slice order."""
-        total_ND = self._outputs[0]
-        assert total_ND is not None, "no reply was ever written"
+        total_ND = self._output(0)
         for slice_index, output_ND in enumerate(self._outputs[1:], start=1):
             if output_ND is not None and self._books is not None:
-                cut = torch.from_numpy((self._books.num_slices_N > slice_index).nonzero()[0]).to(total_ND.device)
+                copies = self.order_N[self._books.num_slices_N > slice_index]
+                cut = torch.from_numpy(copies).to(total_ND.device)
                 total_ND[cut] = total_ND[cut] + output_ND[cut]
         return total_ND
 

@@ -102,14 +102,16 @@ def lay_out(view: LayerView, experts_N: Indices) -> Layout:
     shares: list[Share] = []
     host, host_start, stop = "", 0, 0
     groups: list[tuple[int, int]] = []
+    destinations = view.destinations
     for key, count in counts:
-        destination, expert = view.destinations[key]
+        destination, expert = destinations[key]
         if destination != host:
             if groups:
                 shares.append(Share(host, 0, slice(host_start, stop), tuple(groups), stop - host_start))
             host, host_start, groups = destination, stop, []
         groups.append((expert, count))
-        runs[expert] = (stop, stop + count)
+        if view.further:
+            runs[expert] = (stop, stop + count)
         stop += count
     if groups:
         shares.append(Share(host, 0, slice(host_start, stop), tuple(groups), stop - host_start))
@@ -135,6 +137,20 @@ def split(share: Share, max_rows: int) -> Iterator[Share]:
         yield _part(share, start, tuple(groups), filled)
 
 
+def cut(share: Share, part_rows: int) -> Iterator[Share]:
+    """Cut a share between experts into parts of about `part_rows` rows: no expert is computed in two parts."""
+    num_parts = share.num_rows // part_rows
+    start = filled = done = 0
+    groups: list[tuple[int, int]] = []
+    for group in share.groups:
+        groups.append(group)
+        filled += group[1]
+        if (start + filled) * num_parts >= (done + 1) * share.num_rows:
+            yield _part(share, start, tuple(groups), filled)
+            start, filled, groups = start + filled, 0, []
+            done = start * num_parts // share.num_rows
+
+
 def _destination(view: LayerView, expert: int) -> tuple[str, int]:
     if not 0 <= expert < len(view.key_E):
         raise ValueError(f"expert {expert} is outside [0, {len(view.key_E)})")
@@ -146,7 +162,8 @@ def _destination(view: LayerView, expert: int) -> tuple[str, int]:
 
 def _sort(view: LayerView, experts_N: Indices) -> tuple[Indices, list[tuple[int, int]]]:
     """Return the stable order by key, and (key, number of copies) for every key that occurs, ascending."""
-    if experts_N.size and not 0 <= experts_N.min() <= experts_N.max() < len(view.key_E):
+    # As unsigned numbers, negative ones are the largest: one pass finds both kinds of outsiders.
+    if experts_N.size and experts_N.view(np.uint64).max() >= len(view.key_E):
         raise ValueError(f"experts {experts_N.min()} to {experts_N.max()}: some are outside [0, {len(view.key_E)})")
     keys_N = view.key_E.take(experts_N)
     order_N = keys_N.argsort(kind="stable")  # radix sort: 16-bit keys

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from llama4_dist.dispatch.in_flight import InFlight, Origin, Piece
+from llama4_dist.dispatch.row_buffers import RowBuffer
 
 WIDTH = 4
 
@@ -15,8 +16,7 @@ def in_flight(num_rows: int, *, num_slices: int = 1) -> InFlight:
         num_tokens=num_rows,
         experts_N=np.zeros(num_rows, dtype=np.int64),
         order_N=np.arange(num_rows),
-        rows_ND=torch.zeros(num_rows, WIDTH),
-        buffer_RD=torch.zeros(num_rows, WIDTH),
+        buffer=RowBuffer(num_rows, WIDTH, torch.float32, torch.device("cpu")),
         num_slices_N=None if num_slices == 1 else np.full(num_rows, num_slices),
     )
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama4_dist.dispatch.layout import Layout, NoReplicaError, Share, lay_out, split, view_layer
+from llama4_dist.dispatch.layout import cut as cut_share
 from llama4_dist.dispatch.routing_table import Replica
 from tests.dispatch.fakes import cut, whole
 
@@ -80,6 +81,32 @@ def test_split_keeps_rows_and_experts_and_bounds_every_frame(case, max_rows: int
         for part in parts:
             experts = experts_N[layout.order_N[positions_of(part, layout)]].tolist()
             assert experts == [expert for expert, count in part.groups for _ in range(count)]
+
+
+@given(layers_and_experts(), st.integers(1, 7))
+def test_a_cut_keeps_rows_in_order_and_no_expert_in_two_parts(case, part_rows: int) -> None:
+    replicas, experts_N = case
+    for share in lay_out(view_layer(replicas), experts_N).shares:
+        if share.num_rows < 2 * part_rows:
+            continue
+        parts = list(cut_share(share, part_rows))
+        groups = tuple(group for part in parts for group in part.groups)
+        assert groups == share.groups
+        assert all(part.num_rows == sum(count for _, count in part.groups) > 0 for part in parts)
+        assert np.array_equal(
+            np.concatenate([np.arange(len(experts_N))[part.positions] for part in parts]),
+            np.arange(len(experts_N))[share.positions],
+        )
+
+
+def test_a_cut_makes_parts_of_about_the_size_asked() -> None:
+    groups = tuple((expert, 16) for expert in range(16))
+    share = Share("a", 0, slice(0, 256), groups, 256)
+    assert [part.num_rows for part in cut_share(share, 128)] == [128, 128]
+    assert [part.num_rows for part in cut_share(share, 100)] == [128, 128]
+    assert [part.num_rows for part in cut_share(share, 60)] == [64] * 4
+    one_expert = Share("a", 0, slice(0, 256), ((3, 256),), 256)
+    assert list(cut_share(one_expert, 64)) == [one_expert]
 
 
 @pytest.mark.parametrize("experts", [[0, 1, -1], [2], [-1], [0, 7]])

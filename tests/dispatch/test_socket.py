@@ -37,6 +37,23 @@ def test_combine_undoes_dispatch(num_hosts: int, dtype: torch.dtype, transport: 
         worker.close()
 
 
+def test_a_large_share_leaves_in_parts_and_no_expert_is_computed_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama4_dist.dispatch.dispatcher.PART_BYTES", 8 * WIDTH * 4)
+    table = random_table(1)
+    with serve(table, tmp_path) as servers:
+        worker = dispatcher(table, servers)
+        batch = random_batch(24, 2)
+        assert torch.equal(worker.combine(worker.dispatch(1, *batch)), direct(1, *batch))
+        assert 4 <= worker.stats().frames_out["host-0"] <= 6
+        assert sum(worker.stats().rows_out.values()) == 48
+        calls = servers["host-0"].server._computation.compute.calls
+        computed = [expert for _, groups in calls for expert, _ in groups]
+        assert len(computed) == len(set(computed))
+        worker.close()
+
+
 def test_a_host_killed_between_dispatch_and_combine_costs_nothing(tmp_path: Path) -> None:
     table = random_table(3, num_replicas=2)
     with serve(table, tmp_path) as servers:

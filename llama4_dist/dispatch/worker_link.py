@@ -1,0 +1,40 @@
+"""An expert host's view of one attention worker: its link, and the memory its replies lie in until they are sent."""
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from llama4_dist.dispatch.links.link import Link
+from llama4_dist.dispatch.row_buffers import RowBuffer
+from llama4_dist.errors import LinkDownError
+
+
+class WorkerLink:
+    """One attention worker's link and reply buffers."""
+
+    def __init__(self, link: Link, width: int, dtype: torch.dtype) -> None:
+        self.link = link
+        self._width = width
+        self._dtype = dtype
+        self._free: list[RowBuffer] = []
+        self._lent: deque[RowBuffer] = deque()  # oldest first, as they are sent
+        self._num_buffers = 0
+
+    def reclaim(self) -> None:
+        """Take back the memory of replies that are sent; call when every buffer lent has been posted."""
+        unsent = self.link.num_unsent
+        while len(self._lent) > unsent:
+            self._free.append(self._lent.popleft())
+
+    def reply_rows(self, num_rows: int, device: torch.device) -> Tensor:
+        """Return memory for a reply; LinkDownError when the worker leaves more replies unread than allowed."""
+        limits = self.link.limits
+        if not self._free:
+            if self._num_buffers == 2 * limits.credit:
+                raise LinkDownError(f"worker {self.link.peer!r} does not read its replies", reason="REPLIES_UNREAD")
+            self._num_buffers += 1
+            self._free.append(RowBuffer(limits.max_rows, self._width, self._dtype, device))
+        buffer = self._free.pop()
+        self._lent.append(buffer)
+        return buffer.rows(num_rows)
