@@ -13,10 +13,10 @@ from torch import Tensor
 
 from llama4_dist.dispatch.exchange import Exchange
 from llama4_dist.dispatch.in_flight import InFlight, Origin
-from llama4_dist.dispatch.layout import Share
+from llama4_dist.dispatch.layout import Layout, Share
 from llama4_dist.dispatch.links.link import Clock, Link
 from llama4_dist.dispatch.routing_table import RoutingTable
-from llama4_dist.dispatch.row_buffers import RowBuffers, gather_scaled
+from llama4_dist.dispatch.row_buffers import RowBuffer, RowBuffers, scale
 from llama4_dist.dispatch.stats import DispatchStats
 
 PART_BYTES = 512 * 1024  # large shares are cut into parts of about this size, between experts
@@ -88,6 +88,7 @@ class Dispatcher:
             device=torch.device("cpu") if on_host else self._device,
             pinned=on_host and self._device.type == "cuda",
         )
+        self._scaled = RowBuffers(width=self._width, dtype=self._dtype, device=self._device)  # in the caller's order
 
     def dispatch(
         self, layer: int, x_TD: Tensor, experts_TK: Tensor, scores_TK: Tensor, microbatch: int = 0
@@ -107,28 +108,37 @@ class Dispatcher:
         exchange = self._exchange
         layout, view = exchange.lay_out(layer, experts_N)
         order_N = layout.order_N
+        num_copies = len(order_N)
+        buffer = self._buffers.take(num_copies)
         in_flight = InFlight(
             origin=Origin(self._step, microbatch, layer),
             num_tokens=num_tokens,
             experts_N=experts_N,
             order_N=order_N,
-            buffer=self._buffers.take(len(order_N)),
+            buffer=buffer,
             num_slices_N=view.num_slices_E[experts_N[order_N]] if view.further else None,
         )
         if scores_TK.dtype != self._dtype:
             scores_TK = scores_TK.to(self._dtype)
-
-        def gathered() -> Iterator[Share]:
-            """Each share when its rows are there: the first is on its way while the next is gathered."""
-            for whole in layout.shares:
-                for share in exchange.parts(whole):
-                    if share.slice_index == 0:  # further slices get the same rows
-                        rows_RD = in_flight.rows_for(share.positions)
-                        gather_scaled(x_TD, scores_TK, order_N[share.positions], rows_RD)
-                    yield share
-
-        exchange.send(in_flight, gathered())
+        if num_copies == 1 and x_TD.device == in_flight.rows_ND.device:  # nothing to bring in order
+            scale(x_TD, scores_TK, in_flight.rows_ND)
+            exchange.send(in_flight, layout.shares)
+        else:
+            exchange.send(in_flight, self._in_order(x_TD, scores_TK, layout, buffer))
         return in_flight
+
+    def _in_order(self, x_TD: Tensor, scores_TK: Tensor, layout: Layout, buffer: RowBuffer) -> Iterator[Share]:
+        """Yield each share when its rows are there: the first is on its way while the next is brought in order."""
+        order_N, shares = layout
+        scaled = self._scaled.take(len(order_N))
+        scale(x_TD, scores_TK, scaled.rows(len(order_N)))
+        for whole in shares:
+            for share in self._exchange.parts(whole):
+                positions = share.positions
+                if isinstance(positions, slice):  # further slices of an expert get the same rows
+                    buffer.take(positions, scaled, order_N[positions])
+                yield share
+        self._scaled.give_back(scaled)
 
     def combine(self, in_flight: InFlight) -> Tensor:
         """Wait for the replies and return each token's sum over its K copies, in slot order: [T, D].
@@ -141,7 +151,7 @@ class Dispatcher:
         ready: AbstractSet[str] = frozenset() if exchange.waiter.waits else in_flight.owing()
         while in_flight.missing and in_flight.error is None:
             if exchange.take_replies(ready):
-                deadline, ready = 0.0, in_flight.owing()
+                deadline, ready = 0.0, in_flight.owing() if in_flight.missing else ready
                 continue
             now = self._clock.monotonic()
             deadline = deadline or now + self._reply_timeout_s

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama4_dist.dispatch.layout import Groups, Indices
-from llama4_dist.dispatch.row_buffers import RowBuffer, put_rows
+from llama4_dist.dispatch.row_buffers import RowBuffer
 from llama4_dist.errors import Llama4Error
 
 
@@ -61,7 +61,8 @@ class InFlight:
         self.missing = num_copies  # (slice, position) pairs without an accepted reply
         self.attempt = 0
         self._experts_N = experts_N
-        self._outputs: list[Tensor | None] = [None]  # per slice, in the caller's order
+        self._outputs: list[RowBuffer | None] = [None]  # per slice, in the caller's order
+        self._y_1D: Tensor | None = None  # the only reply, where there is one copy
         self._books: _Books | None = None  # kept once a row may be answered twice, or is cut into slices
         if num_slices_N is not None:
             self._cut(slice(None), num_slices_N)
@@ -81,9 +82,9 @@ class InFlight:
             self._books.answered[piece.slice_index][positions] = True
         self.missing -= num_rows
         if len(self.order_N) == 1 and self._books is None:
-            self._outputs[0] = rows_RD.clone()  # decode of one sequence: nothing to put in order
+            self._y_1D = rows_RD.clone()  # decode of one sequence: nothing to put in order
         else:
-            put_rows(self._output(piece.slice_index), self.order_N[positions], rows_RD)
+            self._output(piece.slice_index).put(self.order_N[positions], rows_RD)
         return num_rows
 
     def unanswered(self, piece: Piece) -> Indices:
@@ -116,7 +117,7 @@ class InFlight:
     def result(self) -> Tensor:
         """Return the sum over each token's copies, in slot order: [T, D]. Call when nothing is missing."""
         assert self.missing == 0, "result asked for while rows are missing"
-        y_ND = self._sum_slices()
+        y_ND = self._sum_slices() if self._y_1D is None else self._y_1D
         num_slots = len(self.order_N) // max(self.num_tokens, 1)
         if num_slots <= 1:
             return y_ND
@@ -131,21 +132,24 @@ class InFlight:
         if len(self.order_N) > 1:
             self._output(0)
 
-    def _output(self, slice_index: int) -> Tensor:
-        """Return where replies of this slice go: [N, D] in the caller's order, allocated on first use."""
-        output_ND = self._outputs[slice_index]
-        if output_ND is None:
-            output_ND = self._outputs[slice_index] = torch.empty_like(self.rows_ND)
-        return output_ND
+    def _output(self, slice_index: int) -> RowBuffer:
+        """Return where replies of this slice go: N rows in the caller's order, allocated on first use."""
+        output = self._outputs[slice_index]
+        if output is None:
+            rows_ND = self.rows_ND
+            output = RowBuffer(len(rows_ND), rows_ND.shape[1], rows_ND.dtype, rows_ND.device)
+            self._outputs[slice_index] = output
+        return output
 
     def _sum_slices(self) -> Tensor:
         """Add the partial outputs of cut experts in slice order."""
-        total_ND = self._output(0)
-        for slice_index, output_ND in enumerate(self._outputs[1:], start=1):
-            if output_ND is not None and self._books is not None:
+        num_copies = len(self.order_N)
+        total_ND = self._output(0).rows(num_copies)
+        for slice_index, output in enumerate(self._outputs[1:], start=1):
+            if output is not None and self._books is not None:
                 copies = self.order_N[self._books.num_slices_N > slice_index]
                 cut = torch.from_numpy(copies).to(total_ND.device)
-                total_ND[cut] = total_ND[cut] + output_ND[cut]
+                total_ND[cut] = total_ND[cut] + output.rows(num_copies)[cut]
         return total_ND
 
     def _open_books(self) -> "_Books":

@@ -1,4 +1,7 @@
-"""Preallocated memory for rows, and the passes that fill it and that empty it. Knows neither hosts nor links."""
+"""Preallocated memory for rows, and the passes that bring rows in order and back. Knows neither hosts nor links.
+
+On a CPU, rows change places as opaque NumPy records, bit for bit: torch's indexed copy takes four times as long.
+"""
 
 import numpy as np
 import torch
@@ -7,7 +10,6 @@ from torch import Tensor
 
 from llama4_dist.dispatch.layout import Indices
 
-BLOCK_BYTES = 256 * 1024  # a block is gathered and scaled while it is in the cache: memory is passed over once
 _MAX_VIEWS = 64
 
 
@@ -19,7 +21,8 @@ class RowBuffer:
     ) -> None:
         self.capacity = capacity
         self._all_RD = torch.empty((capacity, width), dtype=dtype, device=device, pin_memory=pinned)
-        self._views: dict[int, Tensor] = {}
+        self._records = _records(self._all_RD) if self._all_RD.is_cpu else None
+        self._views: dict[int, Tensor] = {capacity: self._all_RD}
 
     def rows(self, num_rows: int) -> Tensor:
         """Return the first `num_rows` rows; the same view again where a number repeats, as in decode."""
@@ -29,6 +32,22 @@ class RowBuffer:
                 self._views.clear()
             rows_RD = self._views[num_rows] = self._all_RD[:num_rows]
         return rows_RD
+
+    def take(self, positions: slice, source: "RowBuffer", order_R: Indices) -> None:
+        """Write row `order_R[i]` of `source` to the i-th of `positions`."""
+        if self._records is not None and source._records is not None:
+            source._records.take(order_R, out=self._records[positions], mode="clip")  # "raise" would copy first
+        else:
+            order = torch.from_numpy(order_R).to(source._all_RD.device)
+            self._all_RD[positions].copy_(source._all_RD.index_select(0, order))
+
+    def put(self, targets_R: Indices, rows_RD: Tensor) -> None:
+        """Write row i of `rows_RD` to row `targets_R[i]`."""
+        if self._records is not None and rows_RD.is_cpu and rows_RD.is_contiguous():
+            self._records[targets_R] = _records(rows_RD)
+        else:
+            device = self._all_RD.device
+            self._all_RD[torch.from_numpy(targets_R).to(device)] = rows_RD.to(device)
 
 
 class RowBuffers:
@@ -54,44 +73,13 @@ class RowBuffers:
         self._free.append(buffer)
 
 
-def gather_scaled(x_TD: Tensor, scores_TK: Tensor, order_N: Indices, out_ND: Tensor) -> None:
-    """Write score x input of the copies `order_N`, in that order; a copy n is slot n % K of token n // K."""
-    if out_ND.device != x_TD.device:  # a GPU's rows on their way to a socket: one copy across, already in order
-        on_device_ND = torch.empty_like(out_ND, device=x_TD.device)
-        gather_scaled(x_TD, scores_TK, order_N, on_device_ND)
-        out_ND.copy_(on_device_ND)
-        return
+def scale(x_TD: Tensor, scores_TK: Tensor, out_ND: Tensor) -> None:
+    """Write score x input of every copy; copy n is slot n % K of token n // K."""
     num_tokens, num_slots = scores_TK.shape
-    if num_tokens * num_slots == 1:
+    if num_slots == 1:
         torch.mul(x_TD, scores_TK, out=out_ND)
-        return
-    on_cpu = x_TD.is_cpu
-    copies_N = torch.from_numpy(order_N)
-    tokens_N = copies_N if num_slots == 1 else torch.from_numpy(order_N // num_slots)
-    if not on_cpu:
-        copies_N, tokens_N = copies_N.to(x_TD.device), tokens_N.to(x_TD.device)
-    scores_N1 = scores_TK.reshape(-1, 1).index_select(0, copies_N)
-    num_rows = len(order_N)
-    block = max(1, BLOCK_BYTES // (x_TD.shape[1] * x_TD.itemsize)) if on_cpu else num_rows
-    if num_rows <= block:
-        torch.index_select(x_TD, 0, tokens_N, out=out_ND)
-        out_ND.mul_(scores_N1)
-        return
-    for start in range(0, num_rows, block):
-        part_ND = out_ND[start : start + block]
-        torch.index_select(x_TD, 0, tokens_N[start : start + block], out=part_ND)
-        part_ND.mul_(scores_N1[start : start + block])
-
-
-def put_rows(out_ND: Tensor, targets_R: Indices, rows_RD: Tensor) -> None:
-    """Write row i of `rows_RD` to row `targets_R[i]`, bit for bit.
-
-    On a CPU, rows go as opaque records through NumPy: torch's indexed copy takes four times as long.
-    """
-    if out_ND.is_cpu and rows_RD.is_cpu and rows_RD.is_contiguous():
-        _records(out_ND)[targets_R] = _records(rows_RD)
     else:
-        out_ND[torch.from_numpy(targets_R).to(out_ND.device)] = rows_RD.to(out_ND.device)
+        torch.mul(x_TD.unsqueeze(1), scores_TK.unsqueeze(2), out=out_ND.view(num_tokens, num_slots, x_TD.shape[1]))
 
 
 def _records(rows_RD: Tensor) -> NDArray[np.void]:
