@@ -11,42 +11,20 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from llama4_dist.dispatch.frame import PREFIX_BYTES, Prefix, decode, decode_prefix, encode, payload_of
+from llama4_dist.dispatch.frame import encode, payload_of
 from llama4_dist.dispatch.handshake import Agreement, Hello, WorkerHandshake, check_secret
 from llama4_dist.dispatch.links.address import parse_address
-from llama4_dist.dispatch.links.link import Frame, FrameHeader, FrameKind, LinkLimits, LinkStats
-from llama4_dist.errors import FrameError, HandshakeError, LinkDownError
+from llama4_dist.dispatch.links.link import Frame, FrameHeader, LinkLimits, LinkStats
+from llama4_dist.dispatch.links.receiver import Receiver
+from llama4_dist.errors import HandshakeError, LinkDownError
 
 MAX_QUEUED_FRAMES = 1024
-_FIRST_READ_BYTES = 256 * 1024  # before a frame's length is known; what belongs to the next frame is copied over
-_MAX_VIEWS = 64
 _BUFFER_BYTES = 4 * 1024 * 1024  # asked of the kernel, which may give less
 
 
 _NOTHING = memoryview(b"")
-
-
-class _Slot:
-    """Memory for one received frame, untouched until used. Rows start on a 64-byte boundary of it."""
-
-    def __init__(self, num_bytes: int, dtype: torch.dtype) -> None:
-        memory = torch.empty(-(-num_bytes // 64) * 64, dtype=torch.uint8)
-        self.view = payload_of(memory)
-        self._values = memory.view(dtype)
-        self._rows: dict[tuple[int, int, int], Tensor] = {}
-
-    def rows(self, num_rows: int, width: int, start: int) -> Tensor:
-        """Return [num_rows, width] from element `start` on; the same view again where a shape repeats, as in decode."""
-        rows_RD = self._rows.get((num_rows, width, start))
-        if rows_RD is None:
-            if len(self._rows) >= _MAX_VIEWS:
-                self._rows.clear()
-            rows_RD = self._values.as_strided((num_rows, width), (width, 1), start)
-            self._rows[num_rows, width, start] = rows_RD
-        return rows_RD
 
 
 class _Outgoing(NamedTuple):
@@ -76,13 +54,7 @@ class SocketLink:
         self._held_back: deque[_Outgoing] = deque()  # beyond the peer's credit
         self._unanswered = 0
         self._next_out = 0
-        self._next_in = 0
-        self._slots = [_Slot(self._rules.max_frame_bytes, self._rules.dtype) for _ in range(self.limits.credit)]
-        self._free = deque(range(1, self.limits.credit))
-        self._current: int | None = 0  # the slot being filled
-        self._filled = 0
-        self._prefix: Prefix | None = None
-        self._started = 0.0  # when the frame being received began
+        self._receiver = Receiver(connection, self.peer, self._rules, self.limits, self._stats)
 
     @property
     def num_unsent(self) -> int:
@@ -139,19 +111,13 @@ class SocketLink:
     def stats(self) -> LinkStats:
         return self._stats
 
-    def release_slot(self, slot: int) -> None:
-        if self._current is None:
-            self._current = slot
-        else:
-            self._free.append(slot)
-
     def _exchange(self, frames: list[Frame]) -> None:
         """Send what is queued as far as the kernel takes it, receive what has arrived."""
         if self._down is not None:
             raise self._down
         if self._outgoing:
             self._flush()
-        self._receive(frames)
+        self._receiver.receive(frames)
         if self._initiator and frames:
             self._unanswered = max(self._unanswered - len(frames), 0)
             while self._held_back and self._unanswered < self.limits.credit:
@@ -176,89 +142,6 @@ class SocketLink:
             return 0
         except OSError as error:
             raise self._fail(LinkDownError(f"{self.peer!r} is gone: {error.strerror}")) from None
-
-    def _receive(self, frames: list[Frame]) -> None:
-        """Read into the current slot until the kernel has no more, or a frame ended just where the bytes did."""
-        while self._current is not None:
-            view = self._slots[self._current].view
-            end = _FIRST_READ_BYTES if self._prefix is None else self._prefix.frame_len
-            window = view[self._filled : end]
-            try:
-                received = self._connection.recv_into(window)
-            except BlockingIOError:
-                break
-            except OSError as error:
-                raise LinkDownError(f"{self.peer!r} is gone: {error.strerror}") from None
-            if received == 0:
-                raise self._end_of_stream()
-            self._filled += received
-            self._stats.bytes_in += received
-            self._take_frames(frames)
-            if not self._filled or received < len(window):
-                break
-        else:
-            self._check_credit()
-        if self._filled:
-            self._check_progress()
-        else:
-            self._started = 0.0
-
-    def _take_frames(self, frames: list[Frame]) -> None:
-        """Take complete frames off the current slot; bytes of a further frame move on to the next slot."""
-        while self._current is not None and self._filled >= PREFIX_BYTES:
-            slot = self._slots[self._current]
-            if self._prefix is None:
-                self._prefix = decode_prefix(slot.view, self._rules)
-            prefix = self._prefix
-            if self._filled < prefix.frame_len:
-                return
-            header = decode(slot.view[: prefix.frame_len], prefix, self._next_in, self._rules)
-            frames.append(Frame(header, self._rows(slot, header, prefix), self, self._current))
-            self._next_in += 1
-            self._stats.frames_in += 1
-            surplus = slot.view[prefix.frame_len : self._filled]
-            self._current, self._filled, self._prefix, self._started = None, 0, None, 0.0
-            if self._free:
-                self._current = self._free.pop()
-                self._filled = len(surplus)
-                self._slots[self._current].view[: self._filled] = surplus
-            elif len(surplus):
-                raise self._credit_exceeded()
-
-    def _rows(self, slot: _Slot, header: FrameHeader, prefix: Prefix) -> Tensor | None:
-        if header.kind is FrameKind.NACK:
-            return None
-        return slot.rows(header.num_rows, self._rules.width, prefix.payload_start // self._rules.dtype.itemsize)
-
-    def _check_credit(self) -> None:
-        """All slots are in use: any further byte is beyond the credit."""
-        try:
-            if self._connection.recv(1, socket.MSG_PEEK):
-                raise self._credit_exceeded()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            raise LinkDownError(f"{self.peer!r} is gone: {error.strerror}") from None
-        raise self._end_of_stream()
-
-    def _check_progress(self) -> None:
-        """Refuse a frame that arrives drop by drop: it holds a slot."""
-        now = time.monotonic()
-        self._started = self._started or now
-        if now - self._started > self.limits.frame_timeout_s:
-            raise FrameError(
-                f"{self.peer!r} did not finish a frame in {self.limits.frame_timeout_s} s", reason="FRAME_TIMEOUT"
-            )
-
-    def _end_of_stream(self) -> LinkDownError:
-        if self._filled:
-            return FrameError(f"{self.peer!r} closed in the middle of a frame", reason="FRAME_TRUNCATED")
-        return LinkDownError(f"{self.peer!r} closed the connection")
-
-    def _credit_exceeded(self) -> FrameError:
-        return FrameError(
-            f"{self.peer!r} sent more than {self.limits.credit} unanswered frames", reason="CREDIT_EXCEEDED"
-        )
 
     def _fail(self, error: LinkDownError) -> LinkDownError:
         """Remember the first reason the link went down."""
