@@ -6,13 +6,13 @@ behind `ExpertCompute`.
 
 import logging
 import threading
-import time
 
 import torch
 from torch import Tensor
 
 from llama4_dist.dispatch.computation import Computation, Job
 from llama4_dist.dispatch.expert_compute import ExpertCompute
+from llama4_dist.dispatch.frame_queue import FrameQueue
 from llama4_dist.dispatch.handshake import Hello, HostIdentity, Role
 from llama4_dist.dispatch.layout import Groups
 from llama4_dist.dispatch.links.hub import Hub
@@ -26,16 +26,6 @@ from llama4_dist.errors import FrameError, HandshakeError, LinkDownError
 log = logging.getLogger(__name__)
 
 _IDLE_S = 1.0
-
-
-class _Layer:
-    """The queue of one layer: frames waiting to be computed together, and until when."""
-
-    __slots__ = ("due", "frames")
-
-    def __init__(self, due: float) -> None:
-        self.due = due
-        self.frames: list[tuple[WorkerLink, Frame]] = []
 
 
 class ExpertServer:
@@ -60,9 +50,8 @@ class ExpertServer:
         self._compute = compute
         self._width = width
         self._dtype = dtype
-        self._pool_window_s = pool_window_s
         self._workers: dict[str, WorkerLink] = {}  # by worker id
-        self._layers: dict[int, _Layer] = {}  # in the order of their first frame
+        self._queue = FrameQueue(pool_window_s)
         self._stats = HostStats()
         self._computation = Computation(compute, width, dtype, limits.max_rows, self._stats)
         hello = Hello(
@@ -111,9 +100,8 @@ class ExpertServer:
 
     def poll(self, timeout_s: float) -> int:
         """Take what has arrived, compute what is due, send replies; return the number of frames answered."""
-        if self._layers:  # they wait for their window
-            now = time.monotonic()
-            timeout_s = max(0.0, min(timeout_s, min(layer.due for layer in self._layers.values()) - now))
+        if self._queue.layers:  # they wait for their window
+            timeout_s = self._queue.shorten(timeout_s)
         ready, new = self._hub.wait(timeout_s)
         for link in new:
             self.attach(link)
@@ -121,7 +109,7 @@ class ExpertServer:
             worker = self._workers.get(link.peer)
             if worker is not None and worker.link is link:  # it may have been dropped a moment ago
                 self._read(worker)
-        return self._compute_due() if self._layers else 0
+        return self._compute_due() if self._queue.layers else 0
 
     def close(self) -> None:
         """Close every link and listener; workers see their links go down."""
@@ -130,7 +118,7 @@ class ExpertServer:
         self._hub.close()
 
     def stats(self) -> HostStats:
-        self._stats.queue_depth = sum(len(layer.frames) for layer in self._layers.values())
+        self._stats.queue_depth = self._queue.num_frames
         return self._stats
 
     def _admit(self, peer: Hello) -> None:
@@ -167,26 +155,14 @@ class ExpertServer:
                 missing = tuple(group for group in header.groups if (number, group[0]) not in holds)
                 self._refuse(worker, frame, "WRONG_OWNER", missing)
                 return
-        layer = self._layers.get(number)
-        if layer is None:
-            due = time.monotonic() + self._pool_window_s if self._pool_window_s else 0.0
-            layer = self._layers[number] = _Layer(due)
-        layer.frames.append((worker, frame))
+        self._queue.add(worker, frame)
 
     def _compute_due(self) -> int:
         answered = 0
-        for number, layer in list(self._layers.items()):
-            if self._is_due(layer):
-                del self._layers[number]
-                answered += len(layer.frames)
-                self._compute_layer(number, layer.frames)
+        for layer, frames in self._queue.take_due(len(self._workers)):
+            answered += len(frames)
+            self._compute_layer(layer, frames)
         return answered
-
-    def _is_due(self, layer: _Layer) -> bool:
-        """A layer waits only for workers that have no frame in it yet, and only as long as the window."""
-        if self._pool_window_s == 0.0 or len({id(worker) for worker, _ in layer.frames}) == len(self._workers):
-            return True
-        return time.monotonic() >= layer.due
 
     def _compute_layer(self, layer: int, frames: list[tuple[WorkerLink, Frame]]) -> None:
         """Compute one layer's frames, pooling as many as `max_rows` allows at a time."""

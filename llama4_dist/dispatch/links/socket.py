@@ -22,8 +22,6 @@ from llama4_dist.errors import HandshakeError, LinkDownError
 
 MAX_QUEUED_FRAMES = 1024
 _BUFFER_BYTES = 4 * 1024 * 1024  # asked of the kernel, which may give less
-
-
 _NOTHING = memoryview(b"")
 
 
@@ -54,6 +52,7 @@ class SocketLink:
         self._held_back: deque[_Outgoing] = deque()  # beyond the peer's credit
         self._unanswered = 0
         self._next_out = 0
+        self._last_payload: tuple[Tensor, memoryview] | None = None
         self._receiver = Receiver(connection, self.peer, self._rules, self.limits, self._stats)
 
     @property
@@ -67,7 +66,7 @@ class SocketLink:
             raise self._fail(
                 LinkDownError(f"{self.peer!r} leaves {MAX_QUEUED_FRAMES} frames queued", reason="QUEUE_FULL")
             )
-        payload = _NOTHING if rows_ND is None else payload_of(rows_ND)
+        payload = _NOTHING if rows_ND is None else self._payload_of(rows_ND)
         head = encode(header, payload, self._next_out, self._rules)
         num_bytes = len(head) + len(payload)
         self._next_out += 1
@@ -106,10 +105,18 @@ class SocketLink:
         self._fail(LinkDownError(f"the link to {self.peer!r} was closed here"))
         self._outgoing.clear()
         self._held_back.clear()
+        self._last_payload = None
         self._connection.close()
 
     def stats(self) -> LinkStats:
         return self._stats
+
+    def _payload_of(self, rows_ND: Tensor) -> memoryview:
+        """Return the rows' bytes; buffers are used again and again, so the last tensor is often the same."""
+        last = self._last_payload
+        if last is None or last[0] is not rows_ND:
+            last = self._last_payload = (rows_ND, payload_of(rows_ND))
+        return last[1]
 
     def _exchange(self, frames: list[Frame]) -> None:
         """Send what is queued as far as the kernel takes it, receive what has arrived."""

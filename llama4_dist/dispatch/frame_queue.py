@@ -1,0 +1,55 @@
+"""Frames of all workers that wait to be computed, by layer, and until when. Computes nothing, knows no sockets."""
+
+import time
+
+from llama4_dist.dispatch.links.link import Frame
+from llama4_dist.dispatch.worker_link import WorkerLink
+
+QueuedFrames = list[tuple[WorkerLink, Frame]]
+
+
+class _Layer:
+    """Frames of one layer, to be computed together at `due`."""
+
+    __slots__ = ("due", "frames")
+
+    def __init__(self, due: float) -> None:
+        self.due = due
+        self.frames: QueuedFrames = []
+
+
+class FrameQueue:
+    """Collects frames per layer for at most `pool_window_s`."""
+
+    def __init__(self, pool_window_s: float) -> None:
+        self._pool_window_s = pool_window_s
+        self.layers: dict[int, _Layer] = {}  # in the order of their first frame
+
+    @property
+    def num_frames(self) -> int:
+        return sum(len(layer.frames) for layer in self.layers.values())
+
+    def add(self, worker: WorkerLink, frame: Frame) -> None:
+        number = frame.header.layer
+        layer = self.layers.get(number)
+        if layer is None:
+            due = time.monotonic() + self._pool_window_s if self._pool_window_s else 0.0
+            layer = self.layers[number] = _Layer(due)
+        layer.frames.append((worker, frame))
+
+    def shorten(self, timeout_s: float) -> float:
+        """Return how long to wait for more: not beyond the first layer's window. Call when some frame is queued."""
+        first_due = min(layer.due for layer in self.layers.values())
+        return max(0.0, min(timeout_s, first_due - time.monotonic()))
+
+    def take_due(self, num_workers: int) -> list[tuple[int, QueuedFrames]]:
+        """Take the layers that have a frame of every worker, or have waited for their window."""
+        due = [(number, layer.frames) for number, layer in self.layers.items() if self._is_due(layer, num_workers)]
+        for number, _ in due:
+            del self.layers[number]
+        return due
+
+    def _is_due(self, layer: _Layer, num_workers: int) -> bool:
+        if self._pool_window_s == 0.0 or len({id(worker) for worker, _ in layer.frames}) == num_workers:
+            return True
+        return time.monotonic() >= layer.due
