@@ -103,7 +103,9 @@ def lay_out(view: LayerView, experts_N: Indices) -> Layout:
     host, host_start, stop = "", 0, 0
     groups: list[tuple[int, int]] = []
     destinations = view.destinations
-    for key, count in counts:
+    for key, count in enumerate(counts):
+        if not count:
+            continue
         destination, expert = destinations[key]
         if destination != host:
             if groups:
@@ -160,8 +162,8 @@ def _destination(view: LayerView, expert: int) -> tuple[str, int]:
     return view.destinations[key]
 
 
-def _sort(view: LayerView, experts_N: Indices) -> tuple[Indices, list[tuple[int, int]]]:
-    """Return the stable order by key, and (key, number of copies) for every key that occurs, ascending."""
+def _sort(view: LayerView, experts_N: Indices) -> tuple[Indices, list[int]]:
+    """Return the stable order by key, and the number of copies of each key."""
     # As unsigned numbers, negative ones are the largest: one pass finds both kinds of outsiders.
     if experts_N.size and experts_N.view(np.uint64).max() >= len(view.key_E):
         raise ValueError(f"experts {experts_N.min()} to {experts_N.max()}: some are outside [0, {len(view.key_E)})")
@@ -170,7 +172,7 @@ def _sort(view: LayerView, experts_N: Indices) -> tuple[Indices, list[tuple[int,
     counts = np.bincount(keys_N, minlength=1)
     if len(counts) > NOWHERE:
         raise NoReplicaError(int(experts_N[keys_N == NOWHERE][0]))
-    return order_N, [(key, count) for key, count in enumerate(counts.tolist()) if count]
+    return order_N, counts.tolist()
 
 
 def _further_shares(view: LayerView, runs: Mapping[int, tuple[int, int]]) -> Iterator[Share]:

@@ -3,6 +3,8 @@
 On a CPU, rows change places as opaque NumPy records, bit for bit: torch's indexed copy takes four times as long.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,7 +23,8 @@ class RowBuffer:
     ) -> None:
         self.capacity = capacity
         self._all_RD = torch.empty((capacity, width), dtype=dtype, device=device, pin_memory=pinned)
-        self._records = _records(self._all_RD) if self._all_RD.is_cpu else None
+        record = np.dtype((np.void, width * dtype.itemsize))
+        self._records = _bits(self._all_RD).view(record)[:, 0] if self._all_RD.is_cpu else None
         self._views: dict[int, Tensor] = {capacity: self._all_RD}
 
     def rows(self, num_rows: int) -> Tensor:
@@ -44,7 +47,7 @@ class RowBuffer:
     def put(self, targets_R: Indices, rows_RD: Tensor) -> None:
         """Write row i of `rows_RD` to row `targets_R[i]`."""
         if self._records is not None and rows_RD.is_cpu and rows_RD.is_contiguous():
-            self._records[targets_R] = _records(rows_RD)
+            self._records[targets_R] = _bits(rows_RD).view(self._records.dtype)[:, 0]
         else:
             device = self._all_RD.device
             self._all_RD[torch.from_numpy(targets_R).to(device)] = rows_RD.to(device)
@@ -82,7 +85,6 @@ def scale(x_TD: Tensor, scores_TK: Tensor, out_ND: Tensor) -> None:
         torch.mul(x_TD.unsqueeze(1), scores_TK.unsqueeze(2), out=out_ND.view(num_tokens, num_slots, x_TD.shape[1]))
 
 
-def _records(rows_RD: Tensor) -> NDArray[np.void]:
-    """View contiguous rows as one record each. NumPy has no bfloat16: its bits are taken as int16."""
-    rows = rows_RD.view(torch.int16) if rows_RD.dtype == torch.bfloat16 else rows_RD
-    return rows.numpy().view(f"V{rows_RD.shape[1] * rows_RD.itemsize}")[:, 0]
+def _bits(rows_RD: Tensor) -> NDArray[Any]:
+    """Return rows as an array of the same bits: NumPy has no bfloat16."""
+    return (rows_RD.view(torch.int16) if rows_RD.dtype == torch.bfloat16 else rows_RD).numpy()
