@@ -1,44 +1,28 @@
-"""Brings a cluster up and knows its workers: plans the placement, starts workers, publishes the topology.
+"""Brings a cluster up and knows its workers: plans the placement, lets them load, publishes the topology.
 
-Knows no Ray: workers come from a `Spawner` and are spoken to through `Handle.call`. Nothing here is on the path of a
-token; a controller that dies costs the cluster its ability to change, not its tokens.
+Knows neither Ray nor torch: workers are spoken to through `Handle.call`, and belong to the driver. Nothing here is on
+the path of a token; a controller that dies costs the cluster its ability to change, not its tokens.
 """
 
 import logging
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from collections.abc import Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import psutil
+
+from cluster.handle import PROGRESS_INTERVAL_S, Handle, results, settled
 from cluster.placement import ExpertGeometry, HostSlot, Placement, place
 from cluster.worker import HostAddress, LoadProgress, Location, Role, State, Topology, WorkerConfig, WorkerStatus
-from llama4_dist.errors import ConfigError, UnavailableError
+from llama4_dist.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+CONTROLLER = "controller"  # its worker id
 STATUS_TIMEOUT_S = 5.0
-CLOSE_TIMEOUT_S = 5.0
-PROGRESS_INTERVAL_S = 0.25
-
-OnProgress = Callable[[LoadProgress], None]
-
-
-class Handle(Protocol):
-    """A worker, wherever it runs."""
-
-    worker: str
-    role: Role
-
-    def call(self, method: str, *arguments: object) -> Future[Any]: ...
-    def kill(self) -> None: ...
-
-
-class Spawner(Protocol):
-    """Where workers come from."""
-
-    def spawn(self, configs: Sequence[WorkerConfig]) -> Sequence[Handle]: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,58 +44,59 @@ class ClusterPlan:
 
 
 class Controller:
-    """The workers of one cluster. `start` returns when every attention worker serves, or raises and leaves nothing."""
+    """The workers of one cluster. `start` returns when every attention worker serves; it ends none that fail."""
 
-    def __init__(self, plan: ClusterPlan, spawner: Spawner, *, progress: OnProgress | None = None) -> None:
+    def __init__(self, plan: ClusterPlan, workers: Sequence[Handle], location: Location) -> None:
         self._plan = plan
-        self._spawner = spawner
-        self._progress = progress or (lambda event: None)
-        self._handles: dict[str, Handle] = {}
+        self._location = location
+        self._experts = [worker for worker in workers if worker.role is Role.EXPERT]
+        self._attention = [worker for worker in workers if worker.role is Role.ATTENTION]
+        self.incarnation = time.time_ns() // 1_000_000
+        self._state = State.NEW
         self._epoch = 0
-        self.engine_addresses: tuple[str, ...] = ()
+        self._progress: dict[str, LoadProgress] = {}
 
-    def start(self, *, timeout_s: float) -> None:
-        """Spawn, load, publish epoch 1 and open the engine services, within `timeout_s`."""
+    def start(self, timeout_s: float) -> tuple[str, ...]:
+        """Place, load, publish epoch 1 and open the engine services, within `timeout_s`; return their addresses."""
         deadline = time.monotonic() + timeout_s
-        try:
-            experts, attention = self._spawn(self._plan.experts), self._spawn(self._plan.attention)
-            places: Mapping[str, Location] = self._ask(experts, "location", deadline=deadline)
-            placement = self._place(places)
-            hosts = self._load(experts, attention, placement, deadline)
-            self._publish(attention, placement, hosts, deadline)
-            self.engine_addresses = tuple(self._ask(attention, "serve", deadline=deadline).values())
-            for event in self._ask([*experts, *attention], "progress", deadline=deadline).values():
-                self._progress(event)
-        except BaseException:
-            self.close()
-            raise
+        self._state = State.LOADING
+        placement = self._place(self._ask(self._experts, "location", deadline=deadline))
+        hosts = self._load(placement, deadline)
+        self._publish(placement, hosts, deadline)
+        addresses = tuple(self._ask(self._attention, "serve", deadline=deadline).values())
+        self._progress |= self._ask([*self._experts, *self._attention], "progress", deadline=deadline)
+        self._state = State.READY
+        return addresses
+
+    def progress(self) -> tuple[LoadProgress, ...]:
+        """Say how far each worker was when last asked; may be called while `start` runs."""
+        return tuple(self._progress.values())
 
     def status(self) -> tuple[WorkerStatus, ...]:
-        """Ask every worker how it is; one that does not answer is LOST."""
-        answers = {handle: handle.call("status") for handle in self._handles.values()}
+        """Describe the controller and every worker; one that does not answer is LOST."""
+        answers = {worker: worker.call("status") for worker in (*self._experts, *self._attention)}
         wait(answers.values(), timeout=STATUS_TIMEOUT_S)
-        return tuple(
-            answer.result()
-            if answer.done() and answer.exception() is None
-            else WorkerStatus(worker=handle.worker, role=handle.role, state=State.LOST)
-            for handle, answer in answers.items()
+        return (
+            self._own_status(),
+            *(
+                answer.result()
+                if answer.done() and answer.exception() is None
+                else WorkerStatus(worker=worker.worker, role=worker.role, state=State.LOST)
+                for worker, answer in answers.items()
+            ),
         )
 
-    def close(self) -> None:
-        """Stop every worker, attention first: politely, then by force."""
-        for role in (Role.ATTENTION, Role.EXPERT):
-            wait([h.call("close") for h in self._handles.values() if h.role is role], timeout=CLOSE_TIMEOUT_S)
-        for handle in self._handles.values():
-            handle.kill()
-        self._handles.clear()
-        self._spawner.close()
-
-    def _spawn(self, configs: Sequence[WorkerConfig]) -> list[Handle]:
-        handles = list(self._spawner.spawn(configs))
-        for handle in handles:
-            self._handles[handle.worker] = handle
-            self._progress(LoadProgress(worker=handle.worker, role=handle.role, state=State.NEW))
-        return handles
+    def _own_status(self) -> WorkerStatus:
+        return WorkerStatus(
+            worker=CONTROLLER,
+            role=Role.CONTROLLER,
+            state=self._state,
+            incarnation=self.incarnation,
+            pid=os.getpid(),
+            node=self._location.node,
+            epoch=self._epoch,
+            memory_bytes=psutil.Process().memory_info().rss,
+        )
 
     def _place(self, places: Mapping[str, Location]) -> Placement:
         capacity = self._plan.host_capacity_bytes
@@ -123,46 +108,23 @@ class Controller:
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
-    def _load(
-        self, experts: Sequence[Handle], attention: Sequence[Handle], placement: Placement, deadline: float
-    ) -> dict[str, HostAddress]:
-        """Let all workers load at once and report how far they are meanwhile."""
-        loads = {handle: handle.call("load") for handle in attention}
-        loads |= {handle: handle.call("load", placement.held_by(handle.worker)) for handle in experts}
+    def _load(self, placement: Placement, deadline: float) -> dict[str, HostAddress]:
+        """Let all workers load at once and note how far they are meanwhile."""
+        loads = {worker: worker.call("load") for worker in self._attention}
+        loads |= {worker: worker.call("load", placement.held_by(worker.worker)) for worker in self._experts}
         while not settled(loads, PROGRESS_INTERVAL_S) and time.monotonic() < deadline:
-            asked = [handle.call("progress") for handle, load in loads.items() if not load.done()]
+            asked = [worker.call("progress") for worker, load in loads.items() if not load.done()]
             for answer in wait(asked, timeout=PROGRESS_INTERVAL_S).done:
                 if answer.exception() is None:
-                    self._progress(answer.result())
+                    self._progress[answer.result().worker] = answer.result()
         addresses = results(loads, deadline, doing="load")
-        return {handle.worker: addresses[handle.worker] for handle in experts}
+        return {worker.worker: addresses[worker.worker] for worker in self._experts}
 
-    def _publish(
-        self, attention: Sequence[Handle], placement: Placement, hosts: Mapping[str, HostAddress], deadline: float
-    ) -> None:
+    def _publish(self, placement: Placement, hosts: Mapping[str, HostAddress], deadline: float) -> None:
         self._epoch += 1
         topology = Topology(epoch=self._epoch, placement=placement, hosts=hosts)
-        self._ask(attention, "publish", topology, deadline=deadline)
+        self._ask(self._attention, "publish", topology, deadline=deadline)
         log.info("topology_published epoch=%d hosts=%d", self._epoch, len(hosts))
 
-    def _ask(self, handles: Sequence[Handle], method: str, *arguments: object, deadline: float) -> dict[str, Any]:
-        return results({handle: handle.call(method, *arguments) for handle in handles}, deadline, doing=method)
-
-
-def settled(calls: Mapping[Handle, Future[Any]], timeout_s: float) -> bool:
-    """Wait a little; say whether all calls are done or one failed."""
-    done, pending = wait(calls.values(), timeout=timeout_s, return_when=FIRST_EXCEPTION)
-    return not pending or any(call.exception() for call in done)
-
-
-def results(calls: Mapping[Handle, Future[Any]], deadline: float, *, doing: str) -> dict[str, Any]:
-    """Return the answers by worker, or raise the first failure as soon as it happens."""
-    timeout_s = max(0.0, deadline - time.monotonic())
-    done, pending = wait(calls.values(), timeout=timeout_s, return_when=FIRST_EXCEPTION)
-    for call in done:
-        if (error := call.exception()) is not None:
-            raise error
-    if pending:
-        late = sorted(handle.worker for handle, call in calls.items() if call in pending)
-        raise UnavailableError(f"workers {', '.join(late)} did not {doing} in time: see their logs")
-    return {handle.worker: call.result() for handle, call in calls.items()}
+    def _ask(self, workers: Sequence[Handle], method: str, *arguments: object, deadline: float) -> dict[str, Any]:
+        return results({worker: worker.call(method, *arguments) for worker in workers}, deadline, doing=method)

@@ -1,4 +1,4 @@
-"""The engine port over a whole cluster: attention workers and expert hosts as Ray actors, reached by gRPC streams."""
+"""The engine port over a whole cluster of Ray actors: a controller, expert hosts, attention workers on gRPC streams."""
 
 import atexit
 import os
@@ -11,9 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cluster.controller import ClusterPlan, Controller, OnProgress
+from cluster.controller import ClusterPlan
 from cluster.launch import cluster_secret, ensure_ray
 from cluster.placement import ExpertGeometry
+from cluster.processes import ClusterProcesses, OnProgress
 from cluster.spawn import RaySpawner
 from cluster.worker import Role, WorkerConfig, WorkerStatus
 from llama4_dist.checkpoint.reader import Checkpoint
@@ -85,11 +86,11 @@ class RayEngine:
         with ExitStack() as resources:
             resources.callback(ensure_ray(ray_address).close)
             resources.callback(shutil.rmtree, run_dir, ignore_errors=True)
-            self._controller = Controller(plan, RaySpawner(run_id=run_id, labels=labels), progress=progress)
-            resources.callback(self._controller.close)
-            self._controller.start(timeout_s=start_timeout_s)
+            spawner = RaySpawner(run_id=run_id, labels=labels)
+            self._processes = ClusterProcesses(plan, spawner, progress=progress)
+            resources.callback(self._processes.close)
             engines = []
-            for address in self._controller.engine_addresses:
+            for address in self._processes.start(timeout_s=start_timeout_s):
                 engines.append(RemoteEngine(address, secret=secret))
                 resources.callback(engines[-1].close)
             self._group = EngineGroup(engines)
@@ -122,11 +123,11 @@ class RayEngine:
         return self._group.stats()
 
     def status(self) -> tuple[WorkerStatus, ...]:
-        """Describe every worker of the cluster."""
-        return self._controller.status()
+        """Describe the controller and every worker; UnavailableError when the controller is gone."""
+        return self._processes.status()
 
     def close(self) -> None:
-        """End streams, workers, placement groups and, if it was started here, Ray."""
+        """End streams, controller, workers, placement groups and, if it was started here, Ray."""
         atexit.unregister(self.close)
         self._resources.close()
 

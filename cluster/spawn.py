@@ -1,4 +1,4 @@
-"""Turns worker classes into Ray actors: the only file with `ray.remote`. Decides nothing about experts or routing.
+"""Turns plain classes into Ray actors: the only file with `ray.remote`. Decides nothing about experts or routing.
 
 Ray carries calls that start, ask and stop workers; no tensor of the token loop passes through it.
 """
@@ -11,17 +11,17 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from cluster.attention_worker import AttentionWorker
-from cluster.expert_host import ExpertHost
+from cluster.controller import CONTROLLER, ClusterPlan, Controller
+from cluster.handle import Handle
 from cluster.worker import Location, Role, WorkerConfig
 from llama4_dist.errors import EngineError, Llama4Error, UnavailableError
 
 log = logging.getLogger(__name__)
 
 PLACEMENT_TIMEOUT_S = 60.0
-CONCURRENT_CALLS = 4  # a worker answers progress and status while it loads
+CONCURRENT_CALLS = 4  # a worker answers progress and status while it loads, the controller while it starts them
 
 # Several workers share the cores of a node, so a thread that waits must soon sleep; but not at once: the matrices of a
 # decode step follow each other within microseconds, and waking for each cost a tenth of the throughput
@@ -30,15 +30,15 @@ THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000", "
 
 
 class ActorHandle:
-    """One worker as the controller sees it."""
+    """One actor as driver and controller see it. The driver's copy owns the actor, the controller's does not."""
 
-    def __init__(self, config: WorkerConfig, actor: Any) -> None:
-        self.worker = config.worker
-        self.role = config.role
+    def __init__(self, worker: str, role: Role, actor: Any) -> None:
+        self.worker = worker
+        self.role = role
         self._actor = actor
 
     def call(self, method: str, *arguments: object) -> Future[Any]:
-        """Call a method of the worker; the future fails with one of our errors."""
+        """Call a method of the actor; the future fails with one of our errors."""
         answer: Future[Any] = Future()
 
         def copy(remote: Future[Any]) -> None:
@@ -48,7 +48,7 @@ class ActorHandle:
             else:
                 answer.set_exception(self._translated(error))
 
-        getattr(self._actor, method).remote(*arguments).future().add_done_callback(copy)
+        self._actor.call.remote(method, *arguments).future().add_done_callback(copy)
         return answer
 
     def kill(self) -> None:
@@ -56,20 +56,20 @@ class ActorHandle:
         ray.kill(self._actor, no_restart=True)
 
     def _translated(self, error: BaseException) -> BaseException:
-        if isinstance(error, RayTaskError):  # raised by the worker's own code
+        if isinstance(error, RayTaskError):  # raised by the actor's own code
             cause = error.cause
             if isinstance(cause, Llama4Error | ValueError):
                 return cause
             log.error("worker_failed worker=%s\n%s", self.worker, error)
-            return EngineError(f"{self.role} worker {self.worker} failed: {type(cause).__name__}; its log says why")
+            return EngineError(f"{self.worker} failed: {type(cause).__name__}; its log says why")
         if isinstance(error, RayError):
             log.warning("worker_lost worker=%s cause=%s", self.worker, str(error).splitlines()[0])
-            return UnavailableError(f"the process of {self.role} worker {self.worker} died", reason="WORKER_LOST")
+            return UnavailableError(f"the process of {self.worker} died", reason="WORKER_LOST")
         return error
 
 
 class RaySpawner:
-    """Creates workers in placement groups and removes both.
+    """Creates workers in placement groups, and a controller beside the driver; `close` removes the groups.
 
     On nodes that offer the custom resource `llama4_expert` or `llama4_attention`, workers of that role go there only.
     `labels` maps a role to the node labels it demands.
@@ -102,6 +102,21 @@ class RaySpawner:
             ) from None
         return [self._spawn_one(config, bundle, group, index) for index, config in enumerate(configs)]
 
+    def spawn_controller(self, plan: ClusterPlan, workers: Sequence[Handle]) -> ActorHandle:
+        """Start the controller on the driver's node, where it takes no CPU of Ray's; return before it is up."""
+        actor = (
+            ACTORS[Role.CONTROLLER]
+            .options(
+                name=f"{self._run_id}-{CONTROLLER}",
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(this_node().node, soft=True),
+                max_restarts=0,
+                max_concurrency=CONCURRENT_CALLS,
+            )
+            .remote(plan, workers)
+        )
+        return ActorHandle(CONTROLLER, Role.CONTROLLER, actor)
+
     def close(self) -> None:
         """Remove the placement groups, and with them any actor that is left."""
         while self._groups:
@@ -125,7 +140,7 @@ class RaySpawner:
             )
             .remote(config)
         )
-        return ActorHandle(config, actor)
+        return ActorHandle(config.worker, config.role, actor)
 
 
 def worker_bundle(config: WorkerConfig, cluster_resources: Mapping[str, float]) -> dict[str, float]:
@@ -153,22 +168,53 @@ def log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 
 
+class Actor:
+    """A plain class in a process of its own.
+
+    Its module is imported when it is built. Ray loads the actor's class wherever a handle to it arrives, and with the
+    plain class would come torch: the controller's process does without.
+    """
+
+    plain: Any
+
+    def call(self, method: str, *arguments: object) -> Any:
+        """Call a method of the plain class."""
+        return getattr(self.plain, method)(*arguments)
+
+
 @ray.remote
-class ExpertHostActor(ExpertHost):
+class ExpertHostActor(Actor):
     """An expert host in a Ray actor."""
 
     def __init__(self, config: WorkerConfig) -> None:
+        from cluster.expert_host import ExpertHost
+
         log_to_stderr()
-        super().__init__(config, this_node())
+        self.plain = ExpertHost(config, this_node())
 
 
 @ray.remote
-class AttentionWorkerActor(AttentionWorker):
+class AttentionWorkerActor(Actor):
     """An attention worker in a Ray actor."""
 
     def __init__(self, config: WorkerConfig) -> None:
+        from cluster.attention_worker import AttentionWorker
+
         log_to_stderr()
-        super().__init__(config, this_node())
+        self.plain = AttentionWorker(config, this_node())
 
 
-ACTORS: Mapping[Role, Any] = {Role.EXPERT: ExpertHostActor, Role.ATTENTION: AttentionWorkerActor}
+@ray.remote
+class ControllerActor(Actor):
+    """The controller in a Ray actor."""
+
+    def __init__(self, plan: ClusterPlan, workers: Sequence[Handle]) -> None:
+        log_to_stderr()
+        self.plain = Controller(plan, workers, this_node())
+
+
+ACTORS: Mapping[Role, Any] = {
+    Role.EXPERT: ExpertHostActor,
+    Role.ATTENTION: AttentionWorkerActor,
+    Role.CONTROLLER: ControllerActor,
+}

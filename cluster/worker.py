@@ -15,10 +15,11 @@ def url_host(address: str) -> str:
 
 
 class Role(StrEnum):
-    """The two kinds of worker."""
+    """What a process of the cluster does; an expert host and an attention worker are its workers."""
 
     EXPERT = "expert"
     ATTENTION = "attention"
+    CONTROLLER = "controller"
 
 
 class State(StrEnum):
@@ -93,7 +94,7 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
-    """A worker as it is now. `memory_bytes` is resident memory, shared pages of the checkpoint included."""
+    """A worker or the controller now. `memory_bytes` is resident memory, shared pages of the checkpoint included."""
 
     worker: str
     role: Role

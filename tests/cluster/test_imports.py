@@ -26,5 +26,5 @@ def test_only_launch_and_spawn_know_ray() -> None:
 
 def test_only_spawn_makes_actors() -> None:
     (folder,) = cluster.__path__
-    making = {path.name for path in Path(folder).glob("*.py") if "@ray.remote" in path.read_text()}
+    making = {path.name for path in Path(folder).glob("*.py") if "ray.remote" in path.read_text()}
     assert making == {"spawn.py"}

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -131,15 +132,27 @@ def test_an_abort_reaches_the_attention_worker(engine: RayEngine, collector: Col
 
 def test_the_status_names_every_worker(engine: RayEngine) -> None:
     status = {worker.worker: worker for worker in engine.status()}
-    assert status.keys() == {"expert-0", "expert-1", "attention-0"}
+    assert status.keys() == {"controller", "expert-0", "expert-1", "attention-0"}
+    assert {worker.role for worker in status.values()} == set(Role)
     assert all(worker.state is State.READY for worker in status.values())
-    assert len({worker.pid for worker in status.values()} - {0, os.getpid()}) == 3
+    assert len({worker.pid for worker in status.values()} - {0, os.getpid()}) == 4
     assert all(psutil.Process(worker.pid).nice() <= psutil.Process().nice() for worker in status.values())
     held = [set(status[f"expert-{index}"].experts) for index in range(2)]
     assert held[0] | held[1] == {(layer, expert) for layer in range(4) for expert in range(16)}
     assert not held[0] & held[1]
-    assert status["attention-0"].epoch == 1
+    assert status["attention-0"].epoch == status["controller"].epoch == 1
+    assert {worker.node for worker in status.values()} == {status["controller"].node} != {""}
+    assert all(time.time() * 1000 - worker.incarnation < 600_000 for worker in status.values())
     assert all(worker.memory_bytes > 50e6 for worker in status.values())
+
+
+def test_the_controllers_process_does_without_torch(engine: RayEngine) -> None:
+    with_torch = {
+        worker.role
+        for worker in engine.status()
+        if any("libtorch" in mapped.path for mapped in psutil.Process(worker.pid).memory_maps())
+    }
+    assert with_torch == {Role.EXPERT, Role.ATTENTION}
 
 
 def test_every_port_of_a_worker_is_bound_to_loopback(engine: RayEngine) -> None:
@@ -159,7 +172,7 @@ def test_two_attention_workers_share_four_hosts_and_closing_leaves_nothing(model
         assert len(run_dirs() - dirs) == 1
         assert collector.run(engine, requests) == reference(model_dir, requests)
         pids = [worker.pid for worker in engine.status()]
-        assert len(set(pids)) == 6
+        assert len(set(pids)) == 7
         assert engine.stats().host_rows.keys() == {f"expert-{index}" for index in range(4)}
     finally:
         engine.close()
@@ -168,6 +181,61 @@ def test_two_attention_workers_share_four_hosts_and_closing_leaves_nothing(model
     wait_until(lambda: sorted(live_actors()) == actors)
     assert sorted(live_groups()) == groups
     assert run_dirs() == dirs
+
+
+def test_a_cluster_whose_controller_was_killed_serves_on_and_still_closes_clean(model_dir: Path) -> None:
+    actors, groups, dirs = sorted(live_actors()), sorted(live_groups()), run_dirs()
+    running, later = some_requests("running", max_tokens=60), some_requests("later")
+    collector = Collector()
+    engine = RayEngine(model_dir, num_expert_hosts=2, options=OPTIONS)
+    try:
+        engine.start(collector.collect)
+        pids = {worker.worker: worker.pid for worker in engine.status()}
+        for request in running:
+            engine.submit(request)
+        collector.wait_for_tokens("running0", 2)
+        assert "running0" not in collector.last
+        os.kill(pids["controller"], signal.SIGKILL)
+        wait_until(lambda: not psutil.pid_exists(pids["controller"]))
+        with pytest.raises(UnavailableError, match="controller died") as caught:
+            engine.status()
+        assert caught.value.reason == "WORKER_LOST"
+        # Ray has noticed by now, and whatever it ends with a controller would be ending.
+        got = collector.run(engine, later)
+        collector.wait_for([request.request_id for request in running])
+        got |= {request.request_id: tuple(collector.tokens[request.request_id]) for request in running}
+        assert got == reference(model_dir, [*running, *later])
+        assert all(psutil.pid_exists(pid) for worker, pid in pids.items() if worker != "controller")
+    finally:
+        engine.close()
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids.values()))
+    wait_until(lambda: sorted(live_actors()) == actors)
+    assert sorted(live_groups()) == groups
+    assert run_dirs() == dirs
+
+
+def test_a_controller_that_dies_while_it_starts_the_cluster_ends_the_start(model_dir: Path) -> None:
+    actors, groups = sorted(live_actors()), sorted(live_groups())
+    before, killers = descendants(), []
+
+    def kill() -> None:
+        wait_until(lambda: any("ControllerActor" in process.name() for process in descendants() - before))
+        (controller,) = [process for process in descendants() - before if "ControllerActor" in process.name()]
+        controller.kill()
+
+    def hold_a_worker_and_kill_the_controller(event: LoadProgress) -> None:
+        if event.role is Role.ATTENTION and not killers:
+            wait_until(lambda: descendants() - before)
+            (descendants() - before).pop().suspend()  # so that the cluster cannot be ready first
+            killers.append(threading.Thread(target=kill))
+            killers[0].start()
+
+    with pytest.raises(UnavailableError, match="process of controller died"):
+        RayEngine(model_dir, num_expert_hosts=1, options=OPTIONS, progress=hold_a_worker_and_kill_the_controller)
+    killers[0].join()
+    wait_until(lambda: sorted(live_actors()) == actors)
+    assert sorted(live_groups()) == groups
+    wait_until(lambda: not any(p.is_running() for p in descendants() - before))
 
 
 def test_a_damaged_checkpoint_ends_the_start_with_its_file_and_leaves_nothing(tmp_path: Path) -> None:
@@ -224,7 +292,7 @@ def test_workers_die_with_their_driver(model_dir: Path) -> None:
     try:
         assert driver.stdout is not None
         pids = [int(pid) for pid in driver.stdout.readline().split()]
-        assert len(pids) == 2
+        assert len(pids) == 3  # controller, expert host, attention worker
         family = psutil.Process(driver.pid).children(recursive=True)
         assert set(pids) <= {process.pid for process in family}
         # Ray's two agents look for their raylet, then try for a minute to report its death; they hold nothing of ours.
