@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 from ray.util import list_named_actors
 from ray.util.placement_group import placement_group_table
@@ -214,14 +215,18 @@ def test_a_cluster_whose_controller_was_killed_serves_on_and_still_closes_clean(
     assert run_dirs() == dirs
 
 
-def test_a_controller_that_dies_while_it_starts_the_cluster_ends_the_start(model_dir: Path) -> None:
+def test_a_controller_answers_while_it_starts_the_cluster_and_its_death_ends_the_start(model_dir: Path) -> None:
     actors, groups = sorted(live_actors()), sorted(live_groups())
-    before, killers = descendants(), []
+    before, killers, answers = descendants(), [], []
 
     def kill() -> None:
         wait_until(lambda: any("ControllerActor" in process.name() for process in descendants() - before))
         (controller,) = [process for process in descendants() - before if "ControllerActor" in process.name()]
-        controller.kill()
+        (name,) = [name for name in live_actors() if name.endswith("-controller") and name not in actors]
+        try:
+            answers.append(ray.get(ray.get_actor(name).call.remote("progress"), timeout=10))
+        finally:
+            controller.kill()
 
     def hold_a_worker_and_kill_the_controller(event: LoadProgress) -> None:
         if event.role is Role.ATTENTION and not killers:
@@ -233,6 +238,7 @@ def test_a_controller_that_dies_while_it_starts_the_cluster_ends_the_start(model
     with pytest.raises(UnavailableError, match="process of controller died"):
         RayEngine(model_dir, num_expert_hosts=1, options=OPTIONS, progress=hold_a_worker_and_kill_the_controller)
     killers[0].join()
+    assert answers == [()], "the controller answers while it waits for workers to come up"
     wait_until(lambda: sorted(live_actors()) == actors)
     assert sorted(live_groups()) == groups
     wait_until(lambda: not any(p.is_running() for p in descendants() - before))
