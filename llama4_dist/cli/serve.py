@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +12,7 @@ from llama4_dist.checkpoint.describe import CheckpointSummary
 from llama4_dist.cli.inspect import summary_rows
 from llama4_dist.cli.local import engine_of, open_text
 from llama4_dist.cli.logs import configure_logging
-from llama4_dist.cli.output import print_json, print_pairs, reporting
+from llama4_dist.cli.output import human_bytes, print_json, print_pairs, print_rows, reporting
 from llama4_dist.engine.port import Engine
 from llama4_dist.gateway.run import Gateway, serve
 from llama4_dist.gateway.settings import GatewaySettings
@@ -33,9 +34,11 @@ def run_serve(flags: Mapping[str, Any], file: Path | None, as_json: bool) -> Non
 
         def on_ready(gateway: Gateway) -> None:
             if as_json:
-                print_json(ready_event(settings, gateway, engine))
-            else:
-                print_pairs("llama4_dist is serving", start_table(settings, text.summary, engine, gateway))
+                print_json({**ready_event(settings, gateway, engine), "workers": workers_of(engine)})
+                return
+            print_pairs("llama4_dist is serving", start_table(settings, text.summary, engine, gateway))
+            if workers := workers_of(engine):
+                print_rows("Workers", list(workers[0]), [list(worker.values()) for worker in workers])
 
         asyncio.run(serve(engine, text.tokenizer, gateway_settings, on_ready=on_ready))
 
@@ -56,6 +59,27 @@ def settings_of_gateway(settings: ServeSettings, sampling: Sampling) -> GatewayS
         drain_timeout_s=settings.drain_timeout_s,
         sampling=sampling,
     )
+
+
+def workers_of(engine: Engine) -> list[dict[str, object]]:
+    """Describe the processes of a cluster; none when everything runs in this one."""
+    if "cluster.ray_engine" not in sys.modules:
+        return []
+    from cluster.ray_engine import RayEngine
+
+    if not isinstance(engine, RayEngine):
+        return []
+    return [
+        {
+            "worker": status.worker,
+            "pid": str(status.pid),
+            "node": status.node[:8],
+            "state": str(status.state),
+            "experts": len(status.experts),  # one of one layer counts as one
+            "memory": human_bytes(status.memory_bytes),
+        }
+        for status in engine.status()
+    ]
 
 
 def ready_event(settings: ServeSettings, gateway: Gateway, engine: Engine) -> dict[str, object]:
