@@ -3,6 +3,7 @@
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -46,6 +47,13 @@ def test_a_missing_secret_file_and_a_device_are_refused(tmp_path: Path) -> None:
         cluster_secret({SECRET_FILE_VARIABLE: str(tmp_path / "fifo")})
 
 
+def connections(process: psutil.Process) -> list[Any]:
+    try:
+        return process.net_connections("tcp")
+    except psutil.NoSuchProcess:  # it ended between being listed and being asked
+        return []
+
+
 @pytest.mark.ray
 def test_a_ray_of_ours_is_closed_to_others_and_leaves_nothing() -> None:
     before = {process.pid for process in psutil.Process().children(recursive=True)}
@@ -55,7 +63,7 @@ def test_a_ray_of_ours_is_closed_to_others_and_leaves_nothing() -> None:
         assert session.temp_dir is not None
         assert os.environ["RAY_AUTH_MODE"] == "token"
         ours = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
-        listening = [c for p in (*ours, psutil.Process()) for c in p.net_connections("tcp") if c.status == "LISTEN"]
+        listening = [c for p in (*ours, psutil.Process()) for c in connections(p) if c.status == "LISTEN"]
         assert listening
         assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
         second = ensure_ray()

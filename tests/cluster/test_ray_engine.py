@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -61,7 +61,12 @@ def collector(engine: RayEngine) -> Collector:
 
 
 def descendants() -> set[psutil.Process]:
-    return {p for p in psutil.Process().children(recursive=True) if "Worker" in p.name() or "Actor" in p.name()}
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it may end between being listed and being asked
+            if "Worker" in process.name() or "Actor" in process.name():
+                found.add(process)
+    return found
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 20) -> None:
