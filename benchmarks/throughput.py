@@ -7,12 +7,14 @@ Acceptance: cluster >= 0.8 x one process, one process >= 3 x transformers.
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -92,19 +94,45 @@ def decode_rate(events: Sequence[tuple[float, TokenOutput]]) -> float:
 
 
 class TransformersDecoder:
-    """Decodes a batch with the reference implementation, greedily, with its own cache."""
+    """Decodes with the reference implementation in a process of its own: its OpenMP team would slow the engine's."""
 
-    def __init__(self, model_dir: Path, dtype: torch.dtype) -> None:
-        self._model = Llama4ForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
+    def __init__(self, model_dir: Path, dtype: str, num_threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, child_end = context.Pipe()
+        self._process = context.Process(
+            target=serve_transformers, args=(child_end, model_dir, dtype, num_threads), daemon=True
+        )
+        self._process.start()
+        self._connection.recv()  # loaded
 
-    @torch.inference_mode()
     def __call__(self, prompts: Prompts, num_tokens: int) -> float:
-        output = self._model(input_ids=torch.tensor(prompts), use_cache=True)
-        started = time.perf_counter()
-        for _ in range(num_tokens - 1):
-            next_ids_B1 = output.logits[:, -1:].argmax(-1)
-            output = self._model(input_ids=next_ids_B1, past_key_values=output.past_key_values, use_cache=True)
-        return len(prompts) * (num_tokens - 1) / (time.perf_counter() - started)
+        self._connection.send((prompts, num_tokens))
+        return float(self._connection.recv())
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def serve_transformers(connection: Connection, model_dir: Path, dtype: str, num_threads: int) -> None:
+    """Answer each (prompts, tokens) with tokens per second."""
+    torch.set_num_threads(num_threads)
+    model = Llama4ForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype)).eval()
+    connection.send("loaded")
+    while True:
+        prompts, num_tokens = connection.recv()
+        connection.send(transformers_rate(model, prompts, num_tokens))
+
+
+@torch.inference_mode()
+def transformers_rate(model: Llama4ForCausalLM, prompts: Prompts, num_tokens: int) -> float:
+    """Decode greedily with the model's own cache; the prefill is left out."""
+    output = model(input_ids=torch.tensor(prompts), use_cache=True)
+    started = time.perf_counter()
+    for _ in range(num_tokens - 1):
+        next_ids_B1 = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=next_ids_B1, past_key_values=output.past_key_values, use_cache=True)
+    return len(prompts) * (num_tokens - 1) / (time.perf_counter() - started)
 
 
 def measure(contenders: dict[str, Decode], *, batch: int, num_tokens: int, rounds: int) -> dict[str, list[float]]:
@@ -123,7 +151,6 @@ def measure(contenders: dict[str, Decode], *, batch: int, num_tokens: int, round
 def start(arguments: argparse.Namespace, model_dir: Path, resources: ExitStack) -> dict[str, Decode]:
     """Load every contender."""
     options = EngineOptions(num_blocks=512, max_num_seqs=max(16, arguments.batch))
-    torch.set_num_threads(arguments.threads)
     single = build_single_process(model_dir, options=options, num_threads=arguments.threads)
     resources.callback(single.close)
     cluster = RayEngine(
@@ -136,7 +163,9 @@ def start(arguments: argparse.Namespace, model_dir: Path, resources: ExitStack) 
     resources.callback(cluster.close)
     contenders: dict[str, Decode] = {SINGLE: EngineDecoder(single), CLUSTER: EngineDecoder(cluster)}
     if not arguments.without_transformers:
-        contenders[TRANSFORMERS] = TransformersDecoder(model_dir, getattr(torch, arguments.dtype))
+        reference = TransformersDecoder(model_dir, arguments.dtype, arguments.threads)
+        resources.callback(reference.close)
+        contenders[TRANSFORMERS] = reference
     return contenders
 
 
@@ -172,6 +201,7 @@ def main() -> None:
     parser.add_argument("--without-transformers", action="store_true")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # this thread only prepares; the engine's has its own setting
     with ExitStack() as resources:
         folder = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="llama4-bench-")))
         model_dir = make_checkpoint(folder, "scout", dtype=getattr(torch, arguments.dtype), **GEOMETRY)

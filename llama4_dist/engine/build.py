@@ -11,6 +11,7 @@ import torch
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.engine import kv_sizing
+from llama4_dist.engine.apart import apart
 from llama4_dist.engine.engine import EngineCore
 from llama4_dist.engine.inproc_hosts import start_inproc_hosts
 from llama4_dist.engine.local import LocalEngine
@@ -32,6 +33,7 @@ def resolve_dtype(name: str, stored: str) -> torch.dtype:
     return _DTYPES[resolved]
 
 
+@apart
 def build_engine(
     checkpoint: Checkpoint,
     dispatcher: Dispatcher,
@@ -64,6 +66,7 @@ def build_engine(
     return LocalEngine(core, on_close=on_close)
 
 
+@apart
 def build_single_process(
     model_dir: Path,
     *,
