@@ -23,9 +23,10 @@ log = logging.getLogger(__name__)
 PLACEMENT_TIMEOUT_S = 60.0
 CONCURRENT_CALLS = 4  # a worker answers progress and status while it loads, the controller while it starts them
 
-# Several workers share the cores of a node, so a thread that waits must soon sleep; but not at once, since the matrices
-# of a decode step follow each other within microseconds. With 20000 the attention worker's threads keep expert hosts off
-# the cores (benchmarks/throughput.py on 2 cores: 240 tokens/s, 255 to 275 with 100 to 2000). Read when torch is imported.
+# Several workers share the cores of a node, so a thread that waits must soon sleep; but not at once, since the
+# matrices of a decode step follow each other within microseconds. With 20000 the attention worker's threads keep
+# expert hosts off the cores (benchmarks/throughput.py, 2 cores: 240 tokens/s; 255 to 275 with 100 to 2000).
+# Read when torch is imported.
 THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
 
 
