@@ -18,6 +18,7 @@ from llama4_dist.gateway.service import InferenceService
 from llama4_dist.gateway.settings import GatewaySettings, is_loopback
 from llama4_dist.gateway.tls import server_credentials
 from llama4_dist.gateway.tokenizer_service import TokenizerService
+from llama4_dist.gateway.transport_log import quieten_lost_statuses
 from llama4_dist.v1 import inference_pb2, tokenizer_pb2
 
 # A service and the object whose coroutines have the names of its methods (gateway.handlers).
@@ -61,6 +62,7 @@ def build_server(
 ) -> tuple[grpc.aio.Server, int]:
     """Build the server and bind its port; return both. `extra_services` are the caller's."""
     refuse_slow_protobuf()
+    quieten_lost_statuses()
     server = grpc.aio.server(
         interceptors=[auth_interceptor(settings, metrics)],
         options=server_options(settings),
