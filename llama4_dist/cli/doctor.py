@@ -108,6 +108,16 @@ def _gpus() -> Check:
     return Check(name="gpu", state="ok", found=", ".join(names))
 
 
+def _native_passes() -> Check:
+    from llama4_dist.native.library import library
+
+    path = library()
+    if path is None:
+        remedy = "install g++ (or set CXX) for faster experts and dispatch"
+        return Check(name="native passes", state="warning", found="not compiled", remedy=remedy)
+    return Check(name="native passes", state="ok", found=str(path))
+
+
 def _loopback() -> Check:
     try:
         with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 1):
@@ -136,6 +146,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     _memory,
     _shared_memory,
     _gpus,
+    _native_passes,
     _open_files,
     _loopback,
 )

@@ -1,6 +1,6 @@
 """The routed experts of one host: a stateless function of (layer, expert, rows)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.model.activation import swiglu
-from llama4_dist.model.few_rows import project
+from llama4_dist.model.few_rows import MAX_ROWS, project_groups
 
 
 class Experts:
@@ -35,22 +35,46 @@ class Experts:
 
         Rows come already multiplied by the router's score: Llama 4 scales what an expert reads.
         """
+        covered = sum([num_rows for _, num_rows in groups])
+        assert covered == len(x_RD) == len(out_RD), "groups do not cover the rows"
         start = 0
-        for expert, num_rows in groups:
-            stop = start + num_rows
-            if num_rows:
-                out_RD[start:stop] = apply_expert(x_RD[start:stop], self._weights[layer, expert])
+        for run in runs(groups):
+            nums_rows = [num_rows for _, num_rows in run]
+            stop = start + sum(nums_rows)
+            weights = [self._weights[layer, expert] for expert, _ in run]
+            apply_experts(x_RD[start:stop], nums_rows, weights, out_RD[start:stop])
             start = stop
-        assert start == len(x_RD) == len(out_RD), "groups do not cover the rows"
 
 
-def apply_expert(x_RD: Tensor, weights: ExpertWeights) -> Tensor:
-    """Return down(silu(gate x) · up x)."""
-    if weights.gate_up_D2F is None:
-        gate_RF, up_RF = project(x_RD, weights.gate_DF), project(x_RD, weights.up_DF)
+def runs(groups: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Cut groups into runs to be computed in one go: neighbours of few rows together, a larger group alone.
+
+    Groups without rows are left out.
+    """
+    together: list[tuple[int, int]] = []
+    for group in groups:
+        if group[1] > MAX_ROWS:
+            if together:
+                yield together
+                together = []
+            yield [group]
+        elif group[1]:
+            together.append(group)
+    if together:
+        yield together
+
+
+def apply_experts(x_RD: Tensor, nums_rows: Sequence[int], weights: Sequence[ExpertWeights], out_RD: Tensor) -> None:
+    """Write down(silu(gate x) · up x) of each expert's rows."""
+    hidden_R2F = x_RD.new_empty(len(x_RD), 2 * weights[0].down_FD.shape[0])
+    gate_RF, up_RF = hidden_R2F.chunk(2, dim=-1)
+    fused = [expert.gate_up_D2F for expert in weights if expert.gate_up_D2F is not None]
+    if len(fused) == len(weights):
+        project_groups(x_RD, nums_rows, fused, hidden_R2F)
     else:
-        gate_RF, up_RF = project(x_RD, weights.gate_up_D2F).chunk(2, dim=-1)
-    return project(swiglu(gate_RF, up_RF), weights.down_FD)
+        project_groups(x_RD, nums_rows, [expert.gate_DF for expert in weights], gate_RF)
+        project_groups(x_RD, nums_rows, [expert.up_DF for expert in weights], up_RF)
+    project_groups(swiglu(gate_RF, up_RF), nums_rows, [expert.down_FD for expert in weights], out_RD)
 
 
 def _moved(weights: ExpertWeights, dtype: torch.dtype, device: torch.device | str) -> ExpertWeights:

@@ -1,57 +1,123 @@
-"""Multiplies a few rows by an input-major weight at the speed of reading it, with the bits that `linear` gives.
+"""Multiplies groups of rows by input-major weights, each group by its own, with the bits that `linear` gives.
 
-A row of x @ W is a sum of W's rows weighted by x, which is what an embedding bag computes: it streams W once, where a
-matrix product copies it into another layout first. Measured from memory on a [1024, 1024] float32 weight: 126 us for
-one row, 250 for four; `linear` takes 360 to 390 for one to four.
+The native pass reads weights where they lie, all of them in one call; a matrix product of the library copies each one
+into another layout first. Measured from memory on [768, 2048] float32 weights, two threads: 165 us for one to six
+rows, 240 for sixteen, 530 for 64, where `linear` takes 305 to 330, 380 and 670.
 """
 
+import ctypes
+from collections.abc import Sequence
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llama4_dist.model.linear import linear
+from llama4_dist.native.library import library
 
-MAX_ROWS = 4
-SUMMED_TOGETHER = 512  # oneDNN sums this many products one by one, and then adds up the sums
-NUM_CHECKED_COLUMNS = 512
+MAX_ROWS = 64  # of one weight; `linear` takes more, and is as fast from some hundred rows on
+SUMS = (512, 1024)  # how many products oneDNN adds up one by one, by width, before it adds up the sums
+NUM_CHECKED_ROWS, NUM_CHECKED_COLUMNS = 8, 256
 
 
-def project(x_RD: Tensor, weight_DF: Tensor) -> Tensor:
-    """Return x_RD @ weight_DF as [R, F]; a row's bits do not depend on the number of rows."""
+def project_groups(x_RD: Tensor, nums_rows: Sequence[int], weights_DF: Sequence[Tensor], out_RF: Tensor) -> None:
+    """Write each group's rows times its weight into `out_RF`; a row's bits do not depend on the number of rows.
+
+    `nums_rows` are the groups' sizes, one group after the other; all weights have one shape and layout.
+    """
+    first_DF = weights_DF[0]
+    assert (x_RD.shape[1], out_RF.shape[1]) == first_DF.shape, "rows and weight do not fit"
+    summed_together = products_summed_together(x_RD, first_DF, out_RF)
+    first_rows: list[int] = []
+    few: list[int] = []
+    pointers: list[int] = []
+    start = 0
+    for num_rows, weight_DF in zip(nums_rows, weights_DF, strict=True):
+        stop = start + num_rows
+        if summed_together and num_rows <= MAX_ROWS:
+            first_rows.append(start)
+            few.append(num_rows)
+            assert weight_DF.shape == first_DF.shape, "weights differ in shape"
+            assert weight_DF.stride() == first_DF.stride(), "weights differ in layout"
+            pointers.append(weight_DF.data_ptr())
+        else:
+            out_RF[start:stop] = linear(x_RD[start:stop], weight_DF.T)
+        start = stop
+    assert start == len(x_RD) == len(out_RF), "groups do not cover the rows"
+    if few:
+        multiply_few_rows(x_RD, first_rows, few, first_DF, pointers, out_RF, summed_together)
+
+
+def multiply_few_rows(
+    x_RD: Tensor,
+    first_rows: Sequence[int],
+    nums_rows: Sequence[int],
+    weight_DF: Tensor,
+    pointers: Sequence[int],
+    out_RF: Tensor,
+    summed_together: int,
+) -> None:
+    """Run the native pass over groups of rows; `weight_DF` stands for the shape of the weights at `pointers`."""
+    native = passes()
+    assert native is not None, "asked for without a library"
+    num_groups = len(pointers)
+    native.l4d_multiply_few_rows(
+        x_RD.data_ptr(),
+        x_RD.stride(0),
+        out_RF.data_ptr(),
+        out_RF.stride(0),
+        *weight_DF.shape,
+        num_groups,
+        (ctypes.c_int64 * num_groups)(*first_rows),
+        (ctypes.c_int64 * num_groups)(*nums_rows),
+        (ctypes.c_void_p * num_groups)(*pointers),
+        weight_DF.stride(0),
+        summed_together,
+        torch.get_num_threads(),
+    )
+
+
+def products_summed_together(x_RD: Tensor, weight_DF: Tensor, out_RF: Tensor) -> int:
+    """Return how the native pass has to sum to give `linear`'s bits for these tensors; 0 where it cannot."""
     # bfloat16 stays out: its rounding would hide from a trial most sums that differ, not all.
-    is_possible = x_RD.device.type == "cpu" and x_RD.dtype == torch.float32 and weight_DF.is_contiguous()
-    if is_possible and len(x_RD) <= MAX_ROWS and is_exact(*weight_DF.shape):
-        return sum_of_rows(x_RD, weight_DF)
-    return linear(x_RD, weight_DF.T)
-
-
-def sum_of_rows(x_RD: Tensor, weight_DF: Tensor) -> Tensor:
-    """Return x_RD @ weight_DF as a weighted sum of the weight's rows."""
-    indices_N, starts_N = _bags(*x_RD.shape)
-    parts_NF = F.embedding_bag(indices_N, weight_DF, starts_N, mode="sum", per_sample_weights=x_RD.reshape(-1))
-    first_RF, *others = parts_NF.view(len(x_RD), -1, weight_DF.shape[1]).unbind(1)
-    for part_RF in others:
-        first_RF = first_RF + part_RF
-    return first_RF
+    if x_RD.dtype != torch.float32 or not x_RD.is_cpu or passes() is None:
+        return 0
+    if not x_RD.stride(1) == weight_DF.stride(1) == out_RF.stride(1) == 1:
+        return 0
+    return exact_sums(weight_DF.shape[0])
 
 
 @cache
-def is_exact(width: int, num_columns: int) -> bool:
-    """Tell, by trying, whether float32 sums of rows have the bits of `linear` on this machine.
+def passes() -> ctypes.CDLL | None:
+    """Return the native passes; a call lets other Python threads run."""
+    path = library()
+    if path is None:
+        return None
+    loaded = ctypes.CDLL(str(path))
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    loaded.l4d_multiply_few_rows.argtypes = (
+        *(pointer, size, pointer, size),  # x, y, each with its stride
+        *(size, size),  # width, columns
+        *(size, pointer, pointer, pointer, size),  # groups: number, first rows, numbers of rows, weights, their stride
+        *(size, ctypes.c_int),  # products summed together, threads
+    )
+    loaded.l4d_multiply_few_rows.restype = None
+    return loaded
 
-    Up to a width of 1024 they do where oneDNN is used; above, it adds up its sums in another order.
+
+@cache
+def exact_sums(width: int) -> int:
+    """Find, by trying, the order of summation that `linear` has on this machine for this width; 0 if none of ours.
+
+    Seen with oneDNN: sums of 512 products up to a width of 1024, of 1024 above.
     """
     generator = torch.Generator().manual_seed(0)
-    weight_DF = torch.randn(width, min(num_columns, NUM_CHECKED_COLUMNS), generator=generator)
-    x_RD = torch.randn(MAX_ROWS, width, generator=generator)
-    return torch.equal(sum_of_rows(x_RD, weight_DF), linear(x_RD, weight_DF.T))
-
-
-@cache
-def _bags(num_rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return the weight's row numbers, once per row of x, and where each bag of SUMMED_TOGETHER starts."""
-    starts_R1 = torch.arange(num_rows)[:, None] * width
-    starts_RN = starts_R1 + torch.arange(0, width, SUMMED_TOGETHER)
-    return torch.arange(width).repeat(num_rows), starts_RN.flatten()
+    weight_DF = torch.randn(width, NUM_CHECKED_COLUMNS, generator=generator)
+    x_RD = torch.randn(NUM_CHECKED_ROWS, width, generator=generator)
+    out_RF = torch.empty(NUM_CHECKED_ROWS, NUM_CHECKED_COLUMNS)
+    expected_RF = linear(x_RD, weight_DF.T)
+    for summed_together in SUMS:
+        multiply_few_rows(x_RD, [0], [len(x_RD)], weight_DF, [weight_DF.data_ptr()], out_RF, summed_together)
+        if torch.equal(out_RF, expected_RF):
+            return summed_together
+    return 0

@@ -1,5 +1,6 @@
 """Routed experts: layouts, slices and groups give one answer; experts without rows are not touched."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -49,16 +50,26 @@ def test_a_wider_compute_dtype_is_cast_once_when_held(checkpoint: Checkpoint) ->
 
 
 def test_experts_without_rows_are_never_computed(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[int] = []
-    honest = expert_module.apply_expert
+    rows: list[list[int]] = []
+    honest = expert_module.apply_experts
 
-    def counting(x_RD: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-        rows.append(len(x_RD))
-        return honest(x_RD, weights)
+    def counting(
+        x_RD: torch.Tensor, nums_rows: Sequence[int], weights: Sequence[ExpertWeights], out_RD: torch.Tensor
+    ) -> None:
+        rows.append(list(nums_rows))
+        honest(x_RD, nums_rows, weights, out_RD)
 
-    monkeypatch.setattr(expert_module, "apply_expert", counting)
+    monkeypatch.setattr(expert_module, "apply_experts", counting)
     run(checkpoint)
-    assert rows == [1, 6, 2]
+    assert rows == [[1, 6, 2]]
+
+
+@pytest.mark.parametrize(
+    ("nums_rows", "expected"),
+    [([1, 2, 3], [[1, 2, 3]]), ([1, 900, 0, 2, 3], [[1], [900], [2, 3]]), ([0, 0], []), ([900, 901], [[900], [901]])],
+)
+def test_neighbours_of_few_rows_are_computed_together(nums_rows: list[int], expected: list[list[int]]) -> None:
+    assert [[rows for _, rows in run] for run in expert_module.runs(list(enumerate(nums_rows)))] == expected
 
 
 def test_weights_of_the_compute_dtype_are_not_copied(checkpoint: Checkpoint) -> None:
