@@ -1,6 +1,6 @@
 """Root-mean-square normalisation, with a learned weight or without one."""
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -9,6 +9,5 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
 
     Source: transformers `Llama4TextRMSNorm`; without a weight it is `Llama4TextL2Norm`, the QK-norm.
     """
-    x_float = x_TD.float()
-    normed_TD = (x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + eps)).to(x_TD.dtype)
+    normed_TD = F.rms_norm(x_TD, x_TD.shape[-1:], None, eps)
     return normed_TD if weight_D is None else normed_TD * weight_D
