@@ -16,7 +16,8 @@ from llama4_dist.dispatch.in_flight import InFlight, Origin
 from llama4_dist.dispatch.layout import Layout, Share
 from llama4_dist.dispatch.links.link import Clock, Link
 from llama4_dist.dispatch.routing_table import RoutingTable
-from llama4_dist.dispatch.row_buffers import RowBuffer, RowBuffers, scale
+from llama4_dist.dispatch.row_buffers import RowBuffers
+from llama4_dist.dispatch.row_passes import row_passes
 from llama4_dist.dispatch.stats import DispatchStats
 
 PART_BYTES = 512 * 1024  # large shares are cut into parts of about this size, between experts
@@ -82,13 +83,11 @@ class Dispatcher:
         self._exchange = self._new_exchange(table, links)
         # Sockets read host memory; links inside the process take a GPU's rows as they are.
         on_host = any(link.fileno() is not None for link in self._exchange.links.values())
+        device = torch.device("cpu") if on_host else self._device
         self._buffers = RowBuffers(
-            width=self._width,
-            dtype=self._dtype,
-            device=torch.device("cpu") if on_host else self._device,
-            pinned=on_host and self._device.type == "cuda",
+            width=self._width, dtype=self._dtype, device=device, pinned=on_host and self._device.type == "cuda"
         )
-        self._scaled = RowBuffers(width=self._width, dtype=self._dtype, device=self._device)  # in the caller's order
+        self._passes = row_passes(self._dtype, self._device)
 
     def dispatch(
         self, layer: int, x_TD: Tensor, experts_TK: Tensor, scores_TK: Tensor, microbatch: int = 0
@@ -116,29 +115,27 @@ class Dispatcher:
             experts_N=experts_N,
             order_N=order_N,
             buffer=buffer,
+            passes=self._passes,
             num_slices_N=view.num_slices_E[experts_N[order_N]] if view.further else None,
         )
         if scores_TK.dtype != self._dtype:
             scores_TK = scores_TK.to(self._dtype)
-        if num_copies == 1 and x_TD.device == in_flight.rows_ND.device:  # nothing to bring in order
-            scale(x_TD, scores_TK, in_flight.rows_ND)
+        if num_copies == 1:  # decode of one sequence: one share, nothing to cut
+            self._passes.scale_in_order(x_TD, scores_TK, order_N, slice(0, 1), in_flight.rows_ND)
             exchange.send(in_flight, layout.shares)
         else:
-            exchange.send(in_flight, self._in_order(x_TD, scores_TK, layout, buffer))
+            exchange.send(in_flight, self._in_order(x_TD, scores_TK, layout, in_flight.rows_ND))
         return in_flight
 
-    def _in_order(self, x_TD: Tensor, scores_TK: Tensor, layout: Layout, buffer: RowBuffer) -> Iterator[Share]:
+    def _in_order(self, x_TD: Tensor, scores_TK: Tensor, layout: Layout, rows_ND: Tensor) -> Iterator[Share]:
         """Yield each share when its rows are there: the first is on its way while the next is brought in order."""
         order_N, shares = layout
-        scaled = self._scaled.take(len(order_N))
-        scale(x_TD, scores_TK, scaled.rows(len(order_N)))
         for whole in shares:
             for share in self._exchange.parts(whole):
                 positions = share.positions
                 if isinstance(positions, slice):  # further slices of an expert get the same rows
-                    buffer.take(positions, scaled, order_N[positions])
+                    self._passes.scale_in_order(x_TD, scores_TK, order_N, positions, rows_ND)
                 yield share
-        self._scaled.give_back(scaled)
 
     def combine(self, in_flight: InFlight) -> Tensor:
         """Wait for the replies and return each token's sum over its K copies, in slot order: [T, D].

@@ -5,10 +5,7 @@ ones are dropped. Rows owed by a lost host, or refused by one, go to another rep
 """
 
 import logging
-import math
 from collections.abc import Iterable, Mapping
-
-import torch
 
 from llama4_dist.dispatch.in_flight import InFlight, Piece
 from llama4_dist.dispatch.layout import (
@@ -25,6 +22,7 @@ from llama4_dist.dispatch.layout import (
 from llama4_dist.dispatch.links.link import Clock, Frame, FrameHeader, FrameKind, Link
 from llama4_dist.dispatch.links.wait import LinkWaiter
 from llama4_dist.dispatch.routing_table import RoutingTable
+from llama4_dist.dispatch.row_passes import all_finite
 from llama4_dist.dispatch.stats import DispatchStats
 from llama4_dist.errors import EngineError, FrameError, LinkDownError, UnavailableError
 
@@ -208,15 +206,15 @@ class Exchange:
         rows_RD = frame.rows_RD
         if header.kind != FrameKind.REPLY or rows_RD is None:
             raise FrameError(f"host {host!r} sent a {header.kind.name} frame to a worker", reason="KIND_UNEXPECTED")
-        if not _all_finite(rows_RD):
-            if not _all_finite(in_flight.rows_for(piece.positions)):
+        taken = in_flight.accept(piece, rows_RD)
+        if taken is None:
+            if not all_finite(in_flight.rows_for(piece.positions)):
                 in_flight.error = EngineError(
                     f"layer {header.layer}: rows were not finite before they were sent", reason="ROWS_NOT_FINITE"
                 )
             self._refused(in_flight, header, "REPLY_NOT_FINITE", [expert for expert, _ in piece.groups])
             return
         del in_flight.pieces[number], self.active[number]
-        taken = in_flight.accept(piece, rows_RD)
         self._stats.late_replies += taken == 0
         self._stats.rows_in[host] += taken
         self._stats.bytes_in[host] += rows_RD.nbytes
@@ -232,11 +230,6 @@ class Exchange:
         in_flight.excluded |= {(piece.host, expert) for expert in barred}
         self._resend(in_flight, header.number)
         self._resend_orphans()
-
-
-def _all_finite(rows_RD: torch.Tensor) -> bool:
-    """Tell whether no value is NaN or infinite; a finite sum proves it in one pass, any other is looked into."""
-    return bool(math.isfinite(rows_RD.sum().item())) or bool(torch.isfinite(rows_RD).all())
 
 
 def _unreachable(layer: int, expert: int) -> UnavailableError:

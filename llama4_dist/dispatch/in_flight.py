@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llama4_dist.dispatch.layout import Groups, Indices
 from llama4_dist.dispatch.row_buffers import RowBuffer
+from llama4_dist.dispatch.row_passes import RowPasses, all_finite
 from llama4_dist.errors import Llama4Error
 
 
@@ -46,6 +47,7 @@ class InFlight:
         experts_N: Indices,
         order_N: Indices,
         buffer: RowBuffer,
+        passes: RowPasses,
         num_slices_N: Indices | None = None,
     ) -> None:
         num_copies = len(order_N)
@@ -61,8 +63,8 @@ class InFlight:
         self.missing = num_copies  # (slice, position) pairs without an accepted reply
         self.attempt = 0
         self._experts_N = experts_N
-        self._outputs: list[RowBuffer | None] = [None]  # per slice, in the caller's order
-        self._y_1D: Tensor | None = None  # the only reply, where there is one copy
+        self._passes = passes
+        self._outputs: list[Tensor | None] = [None]  # per slice, in the caller's order
         self._books: _Books | None = None  # kept once a row may be answered twice, or is cut into slices
         if num_slices_N is not None:
             self._cut(slice(None), num_slices_N)
@@ -71,21 +73,28 @@ class InFlight:
         """Return the hosts that owe a reply."""
         return {piece.host for piece in self.pieces.values()}
 
-    def accept(self, piece: Piece, rows_RD: Tensor) -> int:
-        """Keep those rows of a reply that nobody answered before; return how many that were."""
-        positions, num_rows = piece.positions, piece.num_rows
-        if self._books is not None:
-            wanted_R = self._books.wanted(piece)
-            positions = _as_indices(positions)[wanted_R]
-            num_rows = len(positions)
-            rows_RD = rows_RD[torch.from_numpy(wanted_R)]
-            self._books.answered[piece.slice_index][positions] = True
-        self.missing -= num_rows
-        if len(self.order_N) == 1 and self._books is None:
-            self._y_1D = rows_RD.clone()  # decode of one sequence: nothing to put in order
-        else:
-            self._output(piece.slice_index).put(self.order_N[positions], rows_RD)
-        return num_rows
+    def accept(self, piece: Piece, rows_RD: Tensor) -> int | None:
+        """Keep those rows of a reply that nobody answered before; return how many that were.
+
+        None, and nothing counts as answered, where a value of the reply is not finite.
+        """
+        positions = piece.positions
+        output_ND = self._output(piece.slice_index)
+        if self._books is None and isinstance(positions, slice):
+            if not self._passes.put_if_finite(rows_RD, self.order_N, positions, output_ND):
+                return None
+            self.missing -= piece.num_rows
+            return piece.num_rows
+        if not all_finite(rows_RD):
+            return None
+        books = self._open_books()
+        wanted_R = books.wanted(piece)
+        wanted = _as_indices(positions)[wanted_R]
+        order_R = self.order_N[wanted]
+        self._passes.put_if_finite(rows_RD[torch.from_numpy(wanted_R)], order_R, slice(0, len(wanted)), output_ND)
+        books.answered[piece.slice_index][wanted] = True
+        self.missing -= len(wanted)
+        return len(wanted)
 
     def unanswered(self, piece: Piece) -> Indices:
         """Return the positions of a piece that no reply covers yet."""
@@ -117,7 +126,7 @@ class InFlight:
     def result(self) -> Tensor:
         """Return the sum over each token's copies, in slot order: [T, D]. Call when nothing is missing."""
         assert self.missing == 0, "result asked for while rows are missing"
-        y_ND = self._sum_slices() if self._y_1D is None else self._y_1D
+        y_ND = self._sum_slices()
         num_slots = len(self.order_N) // max(self.num_tokens, 1)
         if num_slots <= 1:
             return y_ND
@@ -129,27 +138,23 @@ class InFlight:
 
     def prepare(self) -> None:
         """Allocate what replies are written to; call while the hosts compute."""
-        if len(self.order_N) > 1:
-            self._output(0)
+        self._output(0)
 
-    def _output(self, slice_index: int) -> RowBuffer:
+    def _output(self, slice_index: int) -> Tensor:
         """Return where replies of this slice go: N rows in the caller's order, allocated on first use."""
-        output = self._outputs[slice_index]
-        if output is None:
-            rows_ND = self.rows_ND
-            output = RowBuffer(len(rows_ND), rows_ND.shape[1], rows_ND.dtype, rows_ND.device)
-            self._outputs[slice_index] = output
-        return output
+        output_ND = self._outputs[slice_index]
+        if output_ND is None:
+            output_ND = self._outputs[slice_index] = torch.empty_like(self.rows_ND)
+        return output_ND
 
     def _sum_slices(self) -> Tensor:
         """Add the partial outputs of cut experts in slice order."""
-        num_copies = len(self.order_N)
-        total_ND = self._output(0).rows(num_copies)
-        for slice_index, output in enumerate(self._outputs[1:], start=1):
-            if output is not None and self._books is not None:
+        total_ND = self._output(0)
+        for slice_index, output_ND in enumerate(self._outputs[1:], start=1):
+            if output_ND is not None and self._books is not None:
                 copies = self.order_N[self._books.num_slices_N > slice_index]
                 cut = torch.from_numpy(copies).to(total_ND.device)
-                total_ND[cut] = total_ND[cut] + output.rows(num_copies)[cut]
+                total_ND[cut] = total_ND[cut] + output_ND[cut]
         return total_ND
 
     def _open_books(self) -> "_Books":

@@ -43,6 +43,7 @@ class LayerView:
     """
 
     destinations: tuple[tuple[str, int], ...]
+    missing: tuple[int, ...]  # experts without a replica
     key_E: NDArray[np.uint16]
     further: Mapping[int, tuple[tuple[int, str], ...]]
     num_slices_E: NDArray[np.int64]
@@ -89,7 +90,10 @@ def view_layer(
         for expert, replica in chosen.items()
         if len(replica.slices) > 1
     }
-    return LayerView(destinations=destinations, key_E=key_E, further=further, num_slices_E=num_slices_E)
+    missing = tuple(expert for expert in range(num_experts) if expert not in chosen)
+    return LayerView(
+        destinations=destinations, missing=missing, key_E=key_E, further=further, num_slices_E=num_slices_E
+    )
 
 
 def lay_out(view: LayerView, experts_N: Indices) -> Layout:
@@ -97,16 +101,15 @@ def lay_out(view: LayerView, experts_N: Indices) -> Layout:
     if experts_N.size == 1 and not view.further:  # decode of one sequence: nothing to sort
         host, expert = _destination(view, int(experts_N[0]))
         return Layout(_FIRST, [Share(host, 0, slice(0, 1), ((expert, 1),), 1)])
-    order_N, counts = _sort(view, experts_N)
+    order_N, counts_E = _sort(view, experts_N)
     runs: dict[int, tuple[int, int]] = {}  # expert to its positions; only sliced experts need them later
     shares: list[Share] = []
     host, host_start, stop = "", 0, 0
     groups: list[tuple[int, int]] = []
-    destinations = view.destinations
-    for key, count in enumerate(counts):
+    for destination, expert in view.destinations:
+        count = counts_E[expert]
         if not count:
             continue
-        destination, expert = destinations[key]
         if destination != host:
             if groups:
                 shares.append(Share(host, 0, slice(host_start, stop), tuple(groups), stop - host_start))
@@ -163,16 +166,18 @@ def _destination(view: LayerView, expert: int) -> tuple[str, int]:
 
 
 def _sort(view: LayerView, experts_N: Indices) -> tuple[Indices, list[int]]:
-    """Return the stable order by key, and the number of copies of each key."""
-    # As unsigned numbers, negative ones are the largest: one pass finds both kinds of outsiders.
-    if experts_N.size and experts_N.view(np.uint64).max() >= len(view.key_E):
-        raise ValueError(f"experts {experts_N.min()} to {experts_N.max()}: some are outside [0, {len(view.key_E)})")
-    keys_N = view.key_E.take(experts_N)
+    """Return the stable order by key, and the number of copies of each expert."""
+    try:
+        keys_N = view.key_E.take(experts_N)  # refuses what is too large
+        counts_E = np.bincount(experts_N, minlength=len(view.key_E))  # refuses what is negative
+    except (IndexError, ValueError):
+        found = f"experts {experts_N.min()} to {experts_N.max()}"
+        raise ValueError(f"{found}: some are outside [0, {len(view.key_E)})") from None
+    for expert in view.missing:
+        if counts_E[expert]:
+            raise NoReplicaError(expert)
     order_N = keys_N.argsort(kind="stable")  # radix sort: 16-bit keys
-    counts = np.bincount(keys_N, minlength=1)
-    if len(counts) > NOWHERE:
-        raise NoReplicaError(int(experts_N[keys_N == NOWHERE][0]))
-    return order_N, counts.tolist()
+    return order_N, counts_E.tolist()
 
 
 def _further_shares(view: LayerView, runs: Mapping[int, tuple[int, int]]) -> Iterator[Share]:

@@ -1,16 +1,7 @@
-"""Preallocated memory for rows, and the passes that bring rows in order and back. Knows neither hosts nor links.
+"""Preallocated memory for rows, used again and again. Knows neither hosts nor links."""
 
-On a CPU, rows change places as opaque NumPy records, bit for bit: torch's indexed copy takes four times as long.
-"""
-
-from typing import Any
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-
-from llama4_dist.dispatch.layout import Indices
 
 _MAX_VIEWS = 64
 
@@ -23,8 +14,6 @@ class RowBuffer:
     ) -> None:
         self.capacity = capacity
         self._all_RD = torch.empty((capacity, width), dtype=dtype, device=device, pin_memory=pinned)
-        record = np.dtype((np.void, width * dtype.itemsize))
-        self._records = _bits(self._all_RD).view(record)[:, 0] if self._all_RD.is_cpu else None
         self._views: dict[int, Tensor] = {capacity: self._all_RD}
 
     def rows(self, num_rows: int) -> Tensor:
@@ -35,22 +24,6 @@ class RowBuffer:
                 self._views.clear()
             rows_RD = self._views[num_rows] = self._all_RD[:num_rows]
         return rows_RD
-
-    def take(self, positions: slice, source: "RowBuffer", order_R: Indices) -> None:
-        """Write row `order_R[i]` of `source` to the i-th of `positions`."""
-        if self._records is not None and source._records is not None:
-            source._records.take(order_R, out=self._records[positions], mode="clip")  # "raise" would copy first
-        else:
-            order = torch.from_numpy(order_R).to(source._all_RD.device)
-            self._all_RD[positions].copy_(source._all_RD.index_select(0, order))
-
-    def put(self, targets_R: Indices, rows_RD: Tensor) -> None:
-        """Write row i of `rows_RD` to row `targets_R[i]`."""
-        if self._records is not None and rows_RD.is_cpu and rows_RD.is_contiguous():
-            self._records[targets_R] = _bits(rows_RD).view(self._records.dtype)[:, 0]
-        else:
-            device = self._all_RD.device
-            self._all_RD[torch.from_numpy(targets_R).to(device)] = rows_RD.to(device)
 
 
 class RowBuffers:
@@ -74,17 +47,3 @@ class RowBuffers:
 
     def give_back(self, buffer: RowBuffer) -> None:
         self._free.append(buffer)
-
-
-def scale(x_TD: Tensor, scores_TK: Tensor, out_ND: Tensor) -> None:
-    """Write score x input of every copy; copy n is slot n % K of token n // K."""
-    num_tokens, num_slots = scores_TK.shape
-    if num_slots == 1:
-        torch.mul(x_TD, scores_TK, out=out_ND)
-    else:
-        torch.mul(x_TD.unsqueeze(1), scores_TK.unsqueeze(2), out=out_ND.view(num_tokens, num_slots, x_TD.shape[1]))
-
-
-def _bits(rows_RD: Tensor) -> NDArray[Any]:
-    """Return rows as an array of the same bits: NumPy has no bfloat16."""
-    return (rows_RD.view(torch.int16) if rows_RD.dtype == torch.bfloat16 else rows_RD).numpy()

@@ -5,6 +5,7 @@ import torch
 
 from llama4_dist.dispatch.in_flight import InFlight, Origin, Piece
 from llama4_dist.dispatch.row_buffers import RowBuffer
+from llama4_dist.dispatch.row_passes import TorchRowPasses
 
 WIDTH = 4
 
@@ -17,6 +18,7 @@ def in_flight(num_rows: int, *, num_slices: int = 1) -> InFlight:
         experts_N=np.zeros(num_rows, dtype=np.int64),
         order_N=np.arange(num_rows),
         buffer=RowBuffer(num_rows, WIDTH, torch.float32, torch.device("cpu")),
+        passes=TorchRowPasses(),
         num_slices_N=None if num_slices == 1 else np.full(num_rows, num_slices),
     )
 
