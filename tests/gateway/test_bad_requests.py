@@ -3,14 +3,17 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
 
+from llama4_dist.request import Sampling
 from tests.gateway.corpus import INFERENCE, Case, all_cases, generate
-from tests.gateway.replay import PRIVATE, replay, send
+from tests.gateway.replay import CHANNEL, PRIVATE, replay, send
 from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
 from tests.gateway.serving import Served, byte_tokenizer, eventually, serving
+from tests.gateway.serving_process import serving_process
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,23 @@ def test_the_same_holds_without_asserts() -> None:
         [sys.executable, "-O", "-m", "tests.gateway.replay"], capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_a_bomb_is_not_inflated() -> None:  # R07
+    """The server's own peak of memory; this process holds the 48 MiB before they are packed."""
+    bomb = next(case for case in all_cases() if "bomb" in case.name)
+    with serving_process(0.01) as (running, client, address):
+        assert client.generate([1], Sampling(max_tokens=1)).token_ids
+        before = peak_bytes(running.pid)
+        with grpc.insecure_channel(address, CHANNEL) as channel:
+            assert {send(channel, bomb)[0] for _ in range(3)} <= bomb.codes
+        assert peak_bytes(running.pid) - before < 16 * 1024 * 1024
+
+
+def peak_bytes(pid: int) -> int:
+    """Return the most memory a process ever had resident."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def test_two_thousand_refusals_leave_nothing_behind(served: Served, engine: ScriptedEngine) -> None:

@@ -2,33 +2,16 @@
 
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
-from llama4_dist.client import Client, ConnectOptions
+from llama4_dist.client import Client
 from llama4_dist.errors import UnavailableError
 from llama4_dist.request import Sampling
 from tests.gateway.scripted_engine import expected_tokens
 from tests.gateway.serving import eventually
-
-
-@contextmanager
-def process(step_s: float) -> Iterator[tuple["subprocess.Popen[str]", Client]]:
-    """A serving process and a client of it."""
-    command = [sys.executable, "-m", "tests.gateway.serve_scripted", str(step_s)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
-        try:
-            assert running.stdout is not None
-            port = int(running.stdout.readline())
-            with Client(f"127.0.0.1:{port}", ConnectOptions(max_attempts=1)) as client:
-                client.wait_ready(10)
-                yield running, client
-        finally:
-            running.kill()
+from tests.gateway.serving_process import serving_process
 
 
 def said(running: "subprocess.Popen[str]") -> str:
@@ -46,7 +29,7 @@ def is_draining(client: Client) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_lets_running_requests_finish(number: signal.Signals) -> None:
-    with process(0.01) as (running, client):
+    with serving_process(0.01) as (running, client, _):
         deltas = iter(client.stream_generate([5], Sampling(max_tokens=100)))
         received = list(next(deltas).token_ids)
         running.send_signal(number)
@@ -58,7 +41,7 @@ def test_the_first_signal_lets_running_requests_finish(number: signal.Signals) -
 
 
 def test_the_second_signal_stops_at_once() -> None:
-    with process(0.05) as (running, client):
+    with serving_process(0.05) as (running, client, _):
         deltas = iter(client.stream_generate([5], Sampling(max_tokens=500)))
         next(deltas)
         running.send_signal(signal.SIGTERM)
