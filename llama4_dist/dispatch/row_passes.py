@@ -68,8 +68,9 @@ class NativeRowPasses:
         )
 
     def put_if_finite(self, rows_RD: Tensor, order_N: Indices, positions: slice, out_ND: Tensor) -> bool:
-        num_rows, width = rows_RD.shape
-        assert num_rows == positions.stop - positions.start, "a reply of another size"
+        num_rows, width = positions.stop - positions.start, out_ND.shape[1]
+        assert rows_RD.shape == (num_rows, width), "a reply of another size"
+        assert rows_RD.dtype == out_ND.dtype, "a reply of another dtype"
         if not rows_RD.is_contiguous():
             rows_RD = rows_RD.contiguous()
         targets = _address(order_N) + positions.start * _INDEX_BYTES

@@ -5,6 +5,7 @@ kept in the user's cache under a name that hashes sources, compiler, flags and p
 machines of different kinds serves all of them. Without a compiler everything works, with library calls instead.
 """
 
+import atexit
 import hashlib
 import logging
 import os
@@ -53,12 +54,14 @@ def library() -> Path | None:
 
 def cache_folder() -> Path:
     """Return a folder that only this user can write: code is loaded from it."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "llama4_dist" / "native"
     try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base) / "llama4_dist" / "native"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="llama4_dist_native_"))  # a read-only home: compiled again by every process
+    except (OSError, RuntimeError):  # a read-only home, or none: every process compiles for itself
+        folder = Path(tempfile.mkdtemp(prefix="llama4_dist_native_"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
     found = folder.stat()
     if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(f"{folder} can be written by others; `chmod 700` it")

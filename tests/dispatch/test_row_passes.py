@@ -99,11 +99,20 @@ def test_a_product_that_is_not_a_number_stays_one(passes: RowPasses, dtype: torc
     assert out_ND.isnan().tolist() == [[True, True, False]]
 
 
-def test_a_reply_of_another_size_is_our_own_bug() -> None:
+@pytest.mark.parametrize(
+    ("y_RD", "message"),
+    [
+        (torch.zeros(3, 4), "size"),
+        (torch.zeros(2, 5), "size"),
+        (torch.zeros(2, 4, dtype=torch.bfloat16), "dtype"),
+    ],
+)
+def test_a_reply_of_another_size_is_our_own_bug(y_RD: Tensor, message: str) -> None:
+    """Links check what peers send; memory is never read beyond a tensor all the same."""
     if shutil.which("g++") is None:
         pytest.skip("no g++: this machine computes without the native passes")
-    with pytest.raises(AssertionError, match="another size"):
-        row_passes(torch.float32, CPU).put_if_finite(torch.zeros(3, 4), np.arange(9), slice(0, 2), torch.zeros(9, 4))
+    with pytest.raises(AssertionError, match=message):
+        row_passes(torch.float32, CPU).put_if_finite(y_RD, np.arange(9), slice(0, 2), torch.zeros(9, 4))
 
 
 def test_without_a_compiler_or_for_other_dtypes_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:

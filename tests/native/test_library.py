@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -110,16 +111,32 @@ def test_code_is_not_loaded_from_a_folder_that_others_can_write(
     assert "chmod 700" in caplog.text
 
 
-def test_a_cache_that_cannot_be_made_is_replaced_for_this_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("home", ["a file where the folder should be", "no home at all"])
+def test_a_cache_that_cannot_be_made_is_replaced_for_this_process(tmp_path: Path, home: str) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
-    path = library()
-    assert path is not None
-    assert path.parent.parent == tmp_path
-    assert path.parent.stat().st_mode & 0o077 == 0
+    (tmp_path / "temporary").mkdir()
+    code = """if True:
+        import ctypes, pathlib, sys
+        from llama4_dist.native.library import library
+
+        def no_home():
+            raise RuntimeError("Could not determine home directory.")
+
+        if sys.argv[1] == "no home at all":
+            pathlib.Path.home = no_home
+        path = library()
+        ctypes.CDLL(str(path))
+        print(oct(path.parent.stat().st_mode & 0o777), path.parent.parent)
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
+    environment["TMPDIR"] = str(tmp_path / "temporary")
+    if home != "no home at all":
+        environment["XDG_CACHE_HOME"] = str(tmp_path / "file")
+    done = subprocess.run(
+        [sys.executable, "-c", code, home], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.stdout.split() == ["0o700", str(tmp_path / "temporary")], done.stderr
+    assert list((tmp_path / "temporary").iterdir()) == []  # and taken away with it
 
 
 def test_a_compiler_that_hangs_is_done_without(
