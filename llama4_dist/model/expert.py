@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.model.activation import swiglu
-from llama4_dist.model.few_rows import MAX_ROWS, project_groups
+from llama4_dist.model.few_rows import MAX_ROWS, project_groups, warm_up
 
 
 class Experts:
@@ -28,6 +28,7 @@ class Experts:
         self.width = width
         self._weights = {key: _moved(value, dtype, device) for key, value in weights.items()}
         self.holds = frozenset(self._weights)
+        warm_up({width, *(held.down_FD.shape[0] for held in self._weights.values())}, dtype, torch.device(device))
 
     @torch.inference_mode()
     def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None:

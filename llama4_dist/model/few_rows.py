@@ -6,7 +6,7 @@ rows, 240 for sixteen, 530 for 64, where `linear` takes 305 to 330, 380 and 670.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import torch
@@ -46,6 +46,13 @@ def project_groups(x_RD: Tensor, nums_rows: Sequence[int], weights_DF: Sequence[
     assert start == len(x_RD) == len(out_RF), "groups do not cover the rows"
     if few:
         multiply_few_rows(x_RD, first_rows, few, first_DF, pointers, out_RF, summed_together)
+
+
+def warm_up(widths: Iterable[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Compile the native pass and try its sums for weights of these widths, before the first row waits for it."""
+    if dtype == torch.float32 and device.type == "cpu" and passes() is not None:
+        for width in widths:
+            exact_sums(width)
 
 
 def multiply_few_rows(

@@ -1,7 +1,5 @@
 """Rows come in order, scaled, and back, bit for bit the same by either implementation."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ from torch import Tensor
 
 from llama4_dist.dispatch import row_passes as module
 from llama4_dist.dispatch.row_passes import NativeRowPasses, RowPasses, TorchRowPasses, row_passes
+from tests.native.compiler import needs_compiler
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -20,12 +19,10 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(params=["native", "torch"])
+@pytest.fixture(params=[pytest.param("native", marks=needs_compiler), "torch"])
 def passes(request: pytest.FixtureRequest, dtype: torch.dtype) -> RowPasses:
     if request.param == "torch":
         return TorchRowPasses()
-    if shutil.which("g++") is None:
-        pytest.skip("no g++: this machine computes without the native passes")
     found = row_passes(dtype, CPU)
     assert isinstance(found, NativeRowPasses)
     return found
@@ -107,10 +104,9 @@ def test_a_product_that_is_not_a_number_stays_one(passes: RowPasses, dtype: torc
         (torch.zeros(2, 4, dtype=torch.bfloat16), "dtype"),
     ],
 )
+@needs_compiler
 def test_a_reply_of_another_size_is_our_own_bug(y_RD: Tensor, message: str) -> None:
     """Links check what peers send; memory is never read beyond a tensor all the same."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++: this machine computes without the native passes")
     with pytest.raises(AssertionError, match=message):
         row_passes(torch.float32, CPU).put_if_finite(y_RD, np.arange(9), slice(0, 2), torch.zeros(9, 4))
 

@@ -9,8 +9,10 @@ import torch
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.model import expert as expert_module
+from llama4_dist.model import few_rows
 from llama4_dist.model.expert import Experts
 from tests.checkpoints import make_checkpoint
+from tests.native.compiler import needs_compiler
 
 D, F = 64, 96
 GROUPS = [(3, 1), (0, 0), (7, 6), (5, 0), (1, 2)]
@@ -70,6 +72,15 @@ def test_experts_without_rows_are_never_computed(checkpoint: Checkpoint, monkeyp
 )
 def test_neighbours_of_few_rows_are_computed_together(nums_rows: list[int], expected: list[list[int]]) -> None:
     assert [[rows for _, rows in run] for run in expert_module.runs(list(enumerate(nums_rows)))] == expected
+
+
+@needs_compiler
+def test_the_first_rows_wait_for_no_compiler_and_no_trial(checkpoint: Checkpoint) -> None:
+    few_rows.exact_sums.cache_clear()
+    experts = Experts({(1, 0): checkpoint.expert(1, 0)}, width=D, dtype=torch.float32, device="cpu")
+    assert few_rows.exact_sums.cache_info().misses == 2  # D and F
+    experts(1, [(0, 3)], torch.zeros(3, D), torch.zeros(3, D))
+    assert few_rows.exact_sums.cache_info().misses == 2
 
 
 def test_weights_of_the_compute_dtype_are_not_copied(checkpoint: Checkpoint) -> None:

@@ -1,6 +1,5 @@
 """Few rows through input-major weights give the bits that many rows give, with and without the native pass."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -10,6 +9,9 @@ from torch import Tensor
 from llama4_dist.model import few_rows
 from llama4_dist.model.few_rows import MAX_ROWS, SUMS, exact_sums, multiply_few_rows, passes, project_groups
 from llama4_dist.model.linear import linear
+from tests.native.compiler import needs_compiler
+
+pytestmark = needs_compiler
 
 SHAPES = [(64, 192), (200, 320), (512, 97), (700, 1024), (1024, 1023), (1600, 64), (5120, 80)]
 NUMS_ROWS = [1, 2, 3, 4, 5, 6, 7, 9, 12, 13, MAX_ROWS, MAX_ROWS + 1]
@@ -51,11 +53,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def native_passes() -> None:
+def test_a_compiler_gives_the_native_pass() -> None:
     """Else the tests below would compare the library with itself."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++: this machine computes without the native passes")
     assert passes() is not None
 
 

@@ -3,7 +3,6 @@
 import ctypes
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,9 +12,9 @@ import pytest
 
 from llama4_dist.native import library as module
 from llama4_dist.native.library import library
+from tests.native.compiler import needs_compiler
 
-if shutil.which("g++") is None:
-    pytest.skip("no g++: this machine computes without the native passes", allow_module_level=True)
+pytestmark = needs_compiler
 
 
 @pytest.fixture(autouse=True)
