@@ -89,6 +89,17 @@ class Checkpoint:
             down_FD=self._matrix(names.expert_linear_name(layer, expert, "down"), columns=cut).T,
         )
 
+    def release_expert(self, layer: int, expert: int) -> None:
+        """Give the memory of a routed expert back; views of it stay valid and read the file again when touched."""
+        parts: list[tuple[str, int | None]]
+        if self.layout is ExpertLayout.FUSED:
+            parts = [(names.gate_up_name(layer), expert), (names.down_name(layer), expert)]
+        else:
+            parts = [(names.expert_linear_name(layer, expert, part), None) for part in ("gate", "up", "down")]
+        for name, index in parts:
+            entry = self.entries[name]
+            self._shards[entry.file].release(entry, index)
+
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read every byte: manifest.sha256 if there is one, then NaN and infinities. `progress` gets bytes done, total.
 

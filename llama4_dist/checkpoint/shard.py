@@ -33,6 +33,7 @@ class Shard:
         self._identity = identity
         self._lock = threading.Lock()
         self._bytes: Tensor | None = None
+        self._mapping: mmap.mmap | None = None
 
     def matrix(
         self, entry: TensorEntry, index: int | None = None, *, rows: slice = EVERYTHING, columns: slice = EVERYTHING
@@ -53,10 +54,22 @@ class Shard:
             raw = raw.clone(memory_format=torch.contiguous_format)
         return raw.view(TORCH_DTYPES[entry.dtype])
 
+    def release(self, entry: TensorEntry, index: int | None = None) -> None:
+        """Take the pages of `entry`, or of matrix `index` of a stack, out of this process; a view reads them again."""
+        start, stop = entry.start, entry.stop
+        if index is not None:
+            matrix_bytes = entry.num_bytes // entry.shape[0]
+            start += index * matrix_bytes
+            stop = start + matrix_bytes
+        start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        with self._lock:
+            if self._mapping is not None and stop > start:
+                self._mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
     def close(self) -> None:
         """Let go of the mapping; it stays until the last view of it is gone."""
         with self._lock:
-            self._bytes = None
+            self._bytes = self._mapping = None
 
     def _map(self) -> Tensor:
         """Return the whole file as one uint8 tensor."""
@@ -70,4 +83,5 @@ class Shard:
                     # torch warns that writing over a read-only buffer is undefined; nobody writes to weights.
                     warnings.filterwarnings("ignore", message="The given buffer is not writable")
                     self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
+                self._mapping = mapping
             return self._bytes

@@ -11,15 +11,20 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor
 
-from llama4_dist.dispatch.exchange import Exchange
+from llama4_dist.dispatch.cross_check import CrossCheck
+from llama4_dist.dispatch.exchange import Exchange, OnLost
 from llama4_dist.dispatch.in_flight import InFlight, Origin
 from llama4_dist.dispatch.layout import Layout, Share
 from llama4_dist.dispatch.links.link import Clock, Link
+from llama4_dist.dispatch.reply_times import Deadlines, ReplyTimes
+from llama4_dist.dispatch.routes import Routes
 from llama4_dist.dispatch.routing_table import RoutingTable
 from llama4_dist.dispatch.row_buffers import RowBuffers
 from llama4_dist.dispatch.row_passes import row_passes
 from llama4_dist.dispatch.stats import DispatchStats
+from llama4_dist.dispatch.suspects import Suspects
 
+DEFAULT_DEADLINES = Deadlines()
 PART_BYTES = 512 * 1024  # large shares are cut into parts of about this size, between experts
 
 
@@ -27,7 +32,7 @@ class Dispatcher:
     """Sends rows of one attention worker and takes replies. Not thread-safe; one thread owns it.
 
     `links` maps host ids to links of the incarnation the table names. A host of the table without a link counts as
-    lost. `reply_timeout_s` bounds how long a host may owe a reply before its link is given up.
+    lost. `on_lost` is told (host, incarnation, reason) when a link is given up. `checks` compares answers now and then.
     """
 
     def __init__(  # noqa: PLR0913 - the contract of docs/design.md
@@ -40,31 +45,46 @@ class Dispatcher:
         width: int,
         dtype: torch.dtype,
         device: str = "cpu",
-        reply_timeout_s: float = 30.0,
+        deadlines: Deadlines = DEFAULT_DEADLINES,
+        checks: CrossCheck | None = None,
+        on_lost: OnLost = lambda host, incarnation, reason: None,
         clock: Clock = time,
     ) -> None:
         self.worker = worker
         self.incarnation = incarnation
         self._width = width
         self._dtype = dtype
-        self._reply_timeout_s = reply_timeout_s
         self._clock = clock
+        self._times = ReplyTimes(deadlines)
+        self._suspects = Suspects()
+        self._checks = checks or CrossCheck()
+        self._on_lost = on_lost
         self._step = 0
         self._device = torch.device(device)
         self._stats = DispatchStats()
         self._part_rows = max(1, PART_BYTES // (width * dtype.itemsize))
-        self._exchange = Exchange(table, {}, clock=clock, stats=self._stats, last_number=0, part_rows=self._part_rows)
+        self._exchange = self._new_exchange(table, {}, last_number=0)
         self.switch(table, links)
 
     @property
     def table(self) -> RoutingTable:
-        """The table in use: as published, less the hosts lost since."""
-        return self._exchange.table
+        """The table in use: as published, less the hosts lost since, with the experts adopted since."""
+        return self._exchange.routes.table
+
+    @property
+    def published(self) -> RoutingTable:
+        """The table as `switch` was given it."""
+        return self._exchange.routes.published
+
+    @property
+    def links(self) -> Mapping[str, Link]:
+        """The links that are up; read it between steps only."""
+        return self._exchange.links
 
     def begin_step(self, step: int) -> None:
         """Name the step that the next dispatches belong to; forget what a failed step left in flight."""
         self._step = step
-        self._exchange.active.clear()
+        self._exchange.begin_step()
 
     def switch(self, table: RoutingTable, links: Mapping[str, Link]) -> None:
         """Use another table and its links, between steps. Links of before that are not in `links` are aborted."""
@@ -80,7 +100,7 @@ class Dispatcher:
         for host, link in old.links.items():
             if links.get(host) is not link:
                 link.abort()
-        self._exchange = self._new_exchange(table, links)
+        self._exchange = self._new_exchange(table, links, last_number=old.last_number)
         # Sockets read host memory; links inside the process take a GPU's rows as they are.
         on_host = any(link.fileno() is not None for link in self._exchange.links.values())
         device = torch.device("cpu") if on_host else self._device
@@ -144,23 +164,23 @@ class Dispatcher:
         (ROWS_NOT_FINITE) when the rows themselves were not finite.
         """
         exchange = self._exchange
-        deadline = 0.0
         ready: AbstractSet[str] = frozenset() if exchange.waiter.waits else in_flight.owing()
         while in_flight.missing and in_flight.error is None:
             if exchange.take_replies(ready):
-                deadline, ready = 0.0, in_flight.owing() if in_flight.missing else ready
+                ready = in_flight.owing() if in_flight.missing else ready
                 continue
-            now = self._clock.monotonic()
-            deadline = deadline or now + self._reply_timeout_s
-            if now < deadline:
-                ready = exchange.waiter.wait(deadline - now)
-                self._stats.wait_seconds += self._clock.monotonic() - now
+            now_s = self._clock.monotonic()
+            next_s = exchange.enforce(in_flight, now_s)
+            if next_s > now_s:
+                ready = exchange.waiter.wait(next_s - now_s)
+                self._stats.wait_seconds += self._clock.monotonic() - now_s
             else:
-                exchange.lose(in_flight.owing(), "REPLY_TIMEOUT")
-                deadline, ready = 0.0, in_flight.owing()
+                ready = in_flight.owing()
         exchange.retire(in_flight)
         if in_flight.error is not None:
             raise in_flight.error
+        if self._checks.due():
+            exchange.check(in_flight)
         if not exchange.is_sending():
             self._buffers.give_back(in_flight.buffer)  # otherwise a link still reads it
         y_TD = in_flight.result()
@@ -173,15 +193,18 @@ class Dispatcher:
         """Abort every link; nothing can be sent afterwards."""
         for link in self._exchange.links.values():
             link.abort()
-        self._exchange = self._new_exchange(self.table, {})
+        self._exchange = self._new_exchange(self.published, {}, last_number=self._exchange.last_number)
 
-    def _new_exchange(self, table: RoutingTable, links: Mapping[str, Link]) -> Exchange:
-        last_number = self._exchange.last_number  # numbers go on: a late reply must not meet a new frame
+    def _new_exchange(self, table: RoutingTable, links: Mapping[str, Link], *, last_number: int) -> Exchange:
+        """Make an exchange; frame numbers go on, since a late reply must not meet a new frame."""
         return Exchange(
-            table,
+            Routes(table, links, self._suspects),
             links,
             clock=self._clock,
             stats=self._stats,
+            times=self._times,
+            checks=self._checks,
+            on_lost=self._on_lost,
             last_number=last_number,
             part_rows=self._part_rows,
         )

@@ -1,67 +1,63 @@
-"""Frames to hosts and replies from them: numbering, matching, refusals, lost hosts. Knows no tensors of the model.
+"""Frames to hosts and replies from them: numbering, matching, deadlines, refusals, lost hosts. Knows no model.
 
 A frame has a number; the exchange keeps which rows that number asked for. The first valid reply of a row counts, later
-ones are dropped. Rows owed by a lost host, or refused by one, go to another replica; without one the dispatch fails.
+ones are dropped. A host that is slow has its rows asked of a replica too (a hedge); what a lost host owes, or a host
+refused, goes elsewhere.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 
+from llama4_dist.dispatch.cross_check import CrossCheck
 from llama4_dist.dispatch.in_flight import InFlight, Piece
-from llama4_dist.dispatch.layout import (
-    Indices,
-    LayerView,
-    Layout,
-    NoReplicaError,
-    Share,
-    cut,
-    lay_out,
-    split,
-    view_layer,
-)
+from llama4_dist.dispatch.layout import Indices, LayerView, Layout, Share, cut, split
 from llama4_dist.dispatch.links.link import Clock, Frame, FrameHeader, FrameKind, Link
 from llama4_dist.dispatch.links.wait import LinkWaiter
-from llama4_dist.dispatch.routing_table import RoutingTable
+from llama4_dist.dispatch.reply_times import ReplyTimes
+from llama4_dist.dispatch.routes import Routes
 from llama4_dist.dispatch.row_passes import all_finite
 from llama4_dist.dispatch.stats import DispatchStats
 from llama4_dist.errors import EngineError, FrameError, LinkDownError, UnavailableError
 
 log = logging.getLogger(__name__)
 
+OnLost = Callable[[str, int, str], None]  # host, incarnation, reason
+
 
 class Exchange:
-    """One attention worker's frames on one set of links under one routing table."""
+    """One attention worker's frames on one set of links, along its routes."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a dispatcher keeps from one exchange to the next
         self,
-        table: RoutingTable,
+        routes: Routes,
         links: Mapping[str, Link],
+        *,
         clock: Clock,
         stats: DispatchStats,
+        times: ReplyTimes,
+        checks: CrossCheck,
+        on_lost: OnLost,
         last_number: int,
         part_rows: int,
     ) -> None:
-        self.links = {host: link for host, link in links.items() if host in table.hosts}
+        self.routes = routes
+        self.links = {host: link for host, link in links.items() if host in routes.published.hosts}
         self.waiter = LinkWaiter(self.links, clock)
-        for host in table.hosts - self.links.keys():
-            table = table.without(host)
-        self.table = table  # as published, less the hosts lost since
         self.active: dict[int, InFlight] = {}  # frame number to the dispatch that waits for it
         self.last_number = last_number
+        self._owed_since: dict[str, tuple[float, int]] = {}  # host to (time, rows) of what nobody waits for any more
         self._part_rows = part_rows  # a socket's share of twice as many is cut
-        self._views: dict[int, LayerView] = {}
+        self._clock = clock
         self._stats = stats
+        self._times = times
+        self._checks = checks
+        self._on_lost = on_lost
         self._has_orphans = False  # some active frame's host has no link any more
 
     def lay_out(self, layer: int, experts_N: Indices) -> tuple[Layout, LayerView]:
-        """Lay out copies under the table in use; UnavailableError when an expert has no live replica."""
-        view = self._views.get(layer)
-        if view is None:
-            view = self._views[layer] = view_layer(self.table.by_layer.get(layer, {}))
-        try:
-            return lay_out(view, experts_N), view
-        except NoReplicaError as error:
-            raise _unreachable(layer, error.expert) from None
+        """Lay out copies along the routes of now; UnavailableError when an expert cannot be had anywhere."""
+        return self.routes.lay_out(layer, experts_N)
 
     def send(self, in_flight: InFlight, shares: Iterable[Share]) -> None:
         """Post shares of the rows `in_flight` holds as they come; what a dead link cannot take is sent elsewhere."""
@@ -90,6 +86,40 @@ class Exchange:
                 self.lose((host,), error.reason)
         return progress
 
+    def enforce(self, in_flight: InFlight, now_s: float) -> float:
+        """Hedge what is overdue in a dispatch and give up hosts that owe too long; return when to look again."""
+        next_s = math.inf
+        late: set[str] = set()
+        for number, piece in tuple(in_flight.pieces.items()):
+            lose_s = piece.sent_at + self._times.lose_after_s(piece.num_rows)
+            hedge_s = piece.sent_at + self._times.hedge_after_s(piece.num_rows)
+            if now_s >= lose_s:
+                late.add(piece.host)
+            elif not piece.hedged and now_s >= hedge_s:
+                self._hedge(in_flight, number, now_s)
+            next_s = min(next_s, lose_s if piece.hedged or now_s >= hedge_s else hedge_s)
+        if late:
+            self.lose(late, "REPLY_TIMEOUT")
+            return now_s
+        return next_s
+
+    def begin_step(self) -> None:
+        """Forget what a failed step left in flight; see to hosts that were slow."""
+        for in_flight in set(self.active.values()):
+            self.retire(in_flight)
+        # What nobody waits for may have come meanwhile.
+        self.take_replies(self._checks.hosts | self._owed_since.keys())
+        if self._owed_since:
+            now_s = self._clock.monotonic()
+            late = {
+                host
+                for host, (since_s, num_rows) in self._owed_since.items()
+                if now_s - since_s >= self._times.lose_after_s(num_rows)
+            }
+            self.lose(late, "REPLY_TIMEOUT")
+        if self.routes.suspects.avoided:
+            self.routes.expire(self._clock.monotonic())
+
     def lose(self, hosts: Iterable[str], reason: str) -> None:
         """Give these hosts' links up and send what they owe elsewhere."""
         for host in hosts:
@@ -102,15 +132,40 @@ class Exchange:
 
     def retire(self, in_flight: InFlight) -> None:
         """Forget the frames of a finished dispatch; their replies will count as late."""
-        for number in in_flight.pieces:
+        for number, piece in in_flight.pieces.items():
             self.active.pop(number, None)
+            if piece.host in self.links:
+                self._owed_since.setdefault(piece.host, (piece.sent_at, piece.num_rows))
         in_flight.pieces.clear()
+
+    def check(self, in_flight: InFlight) -> None:
+        """Ask another host for some rows of a finished dispatch, to compare the answers when they come."""
+        sample = self._checks.sample(in_flight)
+        if sample is None:
+            return
+        found = self.routes.lay_out_elsewhere(sample.layer, sample.experts_N, {(sample.host, sample.expert)})
+        if found is None:
+            return
+        share = found[0].shares[0]
+        link = self.links.get(share.host)
+        if link is None or len(found[0].shares) > 1:
+            return
+        self.last_number += 1
+        header = FrameHeader(
+            FrameKind.ROWS, self.last_number, *in_flight.origin, share.num_rows, ((sample.expert, share.num_rows),)
+        )
+        try:
+            link.post(header, sample.x_RD)
+        except LinkDownError as error:
+            self.lose((share.host,), error.reason)
+            return
+        self._checks.await_answer(self.last_number, share.host, sample)
 
     def parts(self, share: Share) -> Iterable[Share]:
         """Cut a large share for another process, so that one part is computed while the next is on its way."""
-        if share.num_rows < 2 * self._part_rows:
-            return (share,)
         link = self.links.get(share.host)
+        if share.num_rows < 2 * self._part_rows or not isinstance(share.positions, slice):
+            return (share,)
         return (share,) if link is None or link.fileno() is None else cut(share, self._part_rows)
 
     def _post(self, in_flight: InFlight, share: Share) -> None:
@@ -122,18 +177,19 @@ class Exchange:
                 self._post(in_flight, part)
             return
         self.last_number = number = self.last_number + 1
+        layer = in_flight.origin.layer
         lost = ""
         if link is None:
             self._has_orphans = True
         else:
+            kind = FrameKind.ADOPT if self.routes.must_map(host, layer, groups) else FrameKind.ROWS
             try:
-                link.post(
-                    FrameHeader(FrameKind.ROWS, number, *in_flight.origin, num_rows, groups),
-                    in_flight.rows_for(positions),
-                )
+                link.post(FrameHeader(kind, number, *in_flight.origin, num_rows, groups), in_flight.rows_for(positions))
             except LinkDownError as error:
                 lost = error.reason
-        in_flight.pieces[number] = Piece(host, slice_index, positions, groups, num_rows, in_flight.attempt)
+        in_flight.pieces[number] = Piece(
+            host, slice_index, positions, groups, num_rows, in_flight.attempt, self._clock.monotonic(), False
+        )
         self.active[number] = in_flight
         if lost:
             self._drop_link(host, lost)
@@ -150,10 +206,11 @@ class Exchange:
         log.warning("host_lost host=%s reason=%s", host, reason)
         self.waiter.forget(host)
         link.abort()
-        self.table = self.table.without(host)
-        self._views.clear()
+        self._owed_since.pop(host, None)
+        self.routes.lose({host})
         self._has_orphans = True
         self._stats.lost_hosts[reason] += 1
+        self._on_lost(host, link.peer_incarnation, reason)
 
     def _resend_orphans(self) -> None:
         """Send rows owed by hosts without a link elsewhere, until no active frame's host is lost."""
@@ -168,20 +225,38 @@ class Exchange:
                 self._resend(in_flight, number)
 
     def _resend(self, in_flight: InFlight, number: int) -> None:
-        """Ask for what a frame has not been answered for under the table in use."""
+        """Ask for what a frame has not been answered for along the routes of now."""
         piece = in_flight.pieces.pop(number)
         del self.active[number]
-        positions = in_flight.unanswered(piece)
+        positions = in_flight.unclaimed(piece)
         if not len(positions) or in_flight.error is not None:
             return
         experts = in_flight.experts_of(positions)
-        view = view_layer(self.table.by_layer.get(in_flight.origin.layer, {}), excluded=in_flight.excluded)
         try:
-            layout = lay_out(view, experts)
-        except NoReplicaError as error:
-            in_flight.error = _unreachable(in_flight.origin.layer, error.expert)
+            layout, view = self.routes.lay_out(in_flight.origin.layer, experts, in_flight.refused)
+        except UnavailableError as error:
+            in_flight.error = error
             return
         in_flight.ask_again(positions, view.num_slices_E[experts])
+        self._send_again(in_flight, positions, layout)
+
+    def _hedge(self, in_flight: InFlight, number: int, now_s: float) -> None:
+        """Ask a replica too for what a slow host owes, and avoid that host for a while."""
+        piece = in_flight.pieces[number] = in_flight.pieces[number]._replace(hedged=True)
+        self.routes.miss(piece.host, now_s)
+        positions = in_flight.unclaimed(piece)
+        experts = in_flight.experts_of(positions)
+        refused = in_flight.refused | {(piece.host, expert) for expert, _ in piece.groups}
+        found = self.routes.lay_out_elsewhere(in_flight.origin.layer, experts, refused)
+        # Partial outputs of two different cuts do not add up, so cut experts wait until their host is given up.
+        if not len(positions) or found is None or found[1].further or in_flight.is_cut(positions):
+            return
+        log.info("rows_hedged host=%s layer=%d rows=%d", piece.host, in_flight.origin.layer, len(positions))
+        self._stats.hedged_rows += len(positions)
+        in_flight.expect_twice()
+        self._send_again(in_flight, positions, found[0])
+
+    def _send_again(self, in_flight: InFlight, positions: Indices, layout: Layout) -> None:
         positions = positions[layout.order_N]
         self._stats.resent_rows += len(positions)
         for share in layout.shares:
@@ -191,15 +266,16 @@ class Exchange:
         """Match one frame to what it answers; FrameError when it answers nothing we ever asked this host."""
         header = frame.header
         number = header.number
+        if self._owed_since:
+            self._owed_since.pop(host, None)
         in_flight = self.active.get(number)
         if in_flight is None:
-            if number > self.last_number:
-                raise FrameError(f"host {host!r} answered unsent frame {number}", reason="UNKNOWN_FRAME")
-            self._stats.late_replies += 1
+            self._take_unawaited(host, frame)
             return
         piece = in_flight.pieces[number]
         if piece.host != host or in_flight.origin != header[2:5] or piece.num_rows != header.num_rows:
             raise FrameError(f"host {host!r} answered frame {number} with {header}", reason="REPLY_MISMATCH")
+        self._times.observe(host, piece.num_rows, self._clock.monotonic() - piece.sent_at)
         if header.kind == FrameKind.NACK:
             self._refused(in_flight, header, header.reason, [expert for expert, _ in header.groups])
             return
@@ -215,9 +291,27 @@ class Exchange:
             self._refused(in_flight, header, "REPLY_NOT_FINITE", [expert for expert, _ in piece.groups])
             return
         del in_flight.pieces[number], self.active[number]
+        self.routes.confirm(host, header.layer, piece.groups)
         self._stats.late_replies += taken == 0
         self._stats.rows_in[host] += taken
         self._stats.bytes_in[host] += rows_RD.nbytes
+
+    def _take_unawaited(self, host: str, frame: Frame) -> None:
+        """Take the answer to a check, or drop one that came too late to count."""
+        number = frame.header.number
+        if number > self.last_number:
+            raise FrameError(f"host {host!r} answered unsent frame {number}", reason="UNKNOWN_FRAME")
+        if not self._checks.awaits(number):
+            self._stats.late_replies += 1
+            return
+        self._stats.checked_frames += 1
+        liars = self._checks.compare(number, host, frame)
+        if liars:
+            self._stats.wrong_answers.update(liars)
+            # Not while its frames are being read.
+            self.lose(liars - {host}, "ANSWER_WRONG")
+            if host in liars:
+                raise LinkDownError(f"host {host!r} computes wrong answers", reason="ANSWER_WRONG")
 
     def _refused(self, in_flight: InFlight, header: FrameHeader, reason: str, experts: list[int]) -> None:
         """Bar the host for these experts of this dispatch, and send the frame's rows again under that rule."""
@@ -227,14 +321,7 @@ class Exchange:
             raise FrameError(f"host {piece.host!r} refused experts {experts} it was not sent", reason="REPLY_MISMATCH")
         log.warning("rows_refused host=%s layer=%d experts=%s reason=%s", piece.host, header.layer, experts, reason)
         self._stats.refusals[reason] += 1
-        in_flight.excluded |= {(piece.host, expert) for expert in barred}
+        in_flight.refused |= {(piece.host, expert) for expert in barred}
+        self.routes.refuse(piece.host, header.layer, barred)
         self._resend(in_flight, header.number)
         self._resend_orphans()
-
-
-def _unreachable(layer: int, expert: int) -> UnavailableError:
-    return UnavailableError(
-        f"no live host serves expert {expert} of layer {layer}; retry when the cluster has recovered",
-        reason="EXPERT_UNREACHABLE",
-        metadata={"layer": str(layer), "expert": str(expert)},
-    )

@@ -14,5 +14,8 @@ class ExpertCompute(Protocol):
     def holds(self) -> AbstractSet[tuple[int, int]]:
         """The (layer, expert) pairs whose weights are here; read for every frame, so it may change."""
 
+    def adopt(self, pairs: Sequence[tuple[int, int]], /) -> None:
+        """Bring these weights here too; one of our errors, whose reason the worker is told, where that cannot be."""
+
     def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor, /) -> None:
         """Write each expert's output; `groups` are ((expert, num_rows), ...), consecutive in `x_RD`."""

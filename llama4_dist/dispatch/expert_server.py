@@ -21,11 +21,12 @@ from llama4_dist.dispatch.links.link import Frame, FrameHeader, FrameKind, Link,
 from llama4_dist.dispatch.links.listener import Listener
 from llama4_dist.dispatch.stats import HostStats
 from llama4_dist.dispatch.worker_link import WorkerLink
-from llama4_dist.errors import FrameError, HandshakeError, LinkDownError
+from llama4_dist.errors import FrameError, HandshakeError, LinkDownError, Llama4Error
 
 log = logging.getLogger(__name__)
 
 _IDLE_S = 1.0
+_QUESTIONS = frozenset({FrameKind.ROWS, FrameKind.ADOPT})
 
 
 class ExpertServer:
@@ -147,15 +148,33 @@ class ExpertServer:
     def _enqueue(self, worker: WorkerLink, frame: Frame) -> None:
         header = frame.header
         self._stats.frames_in += 1
-        if header.kind != FrameKind.ROWS:
+        if header.kind not in _QUESTIONS:
             raise FrameError(f"worker {worker.link.peer!r} sent a {header.kind.name} frame", reason="KIND_UNEXPECTED")
         number, holds = header.layer, self._compute.holds
         for expert, _ in header.groups:
             if (number, expert) not in holds:
                 missing = tuple(group for group in header.groups if (number, group[0]) not in holds)
-                self._refuse(worker, frame, "WRONG_OWNER", missing)
-                return
+                reason = self._adopt(number, missing) if header.kind == FrameKind.ADOPT else "WRONG_OWNER"
+                if reason:
+                    self._refuse(worker, frame, reason, missing)
+                    return
+                break
         self._queue.add(worker, frame)
+
+    def _adopt(self, layer: int, groups: Groups) -> str:
+        """Bring experts here that no other host serves; return why not, "" if it was done."""
+        experts = [expert for expert, _ in groups]
+        try:
+            self._compute.adopt([(layer, expert) for expert in experts])
+        except Llama4Error as error:
+            log.warning("adoption_refused layer=%d experts=%s cause=%s", layer, experts, error)
+            return error.reason
+        except RuntimeError:  # torch is out of memory
+            log.exception("adoption_failed layer=%d experts=%s", layer, experts)
+            return "COMPUTE_FAILED"
+        log.warning("experts_adopted host=%s layer=%d experts=%s", self.identity.host, layer, experts)
+        self._stats.adopted += len(experts)
+        return ""
 
     def _compute_due(self) -> int:
         answered = 0

@@ -168,7 +168,7 @@ def _unpack(body: memoryview, num_experts: int) -> tuple[Any, ...]:
 
 
 def _check_groups(groups: object, num_rows: int, kind: FrameKind, num_experts: int) -> None:
-    """Groups must be ((expert, count >= 1), ...) with experts ascending; in ROWS their counts must cover the rows."""
+    """Groups must be ((expert, count >= 1), ...) with experts ascending; in ROWS and ADOPT they cover the rows."""
     if type(groups) is not tuple or (kind is FrameKind.REPLY) != (not groups):
         raise _defect("GROUPS_SHAPE", f"groups do not fit a {kind.name} frame")
     last_expert, total = -1, 0
@@ -182,7 +182,7 @@ def _check_groups(groups: object, num_rows: int, kind: FrameKind, num_experts: i
             raise _defect("GROUPS_COUNT", f"expert {expert} with {count} rows")
         last_expert = expert
         total += count
-    if kind is FrameKind.ROWS and total != num_rows:
+    if kind in (FrameKind.ROWS, FrameKind.ADOPT) and total != num_rows:
         raise _defect("GROUPS_COUNT", f"groups count {total} rows, the frame has {num_rows}")
 
 

@@ -14,7 +14,10 @@ from llama4_dist.errors import Llama4Error
 
 
 class Piece(NamedTuple):
-    """One posted frame: the positions it asks for, of which attempt. A named tuple because one is made per frame."""
+    """One posted frame: the positions it asks for, of which attempt, since when, and whether a replica was asked too.
+
+    A named tuple because one is made per frame.
+    """
 
     host: str
     slice_index: int
@@ -22,6 +25,8 @@ class Piece(NamedTuple):
     groups: Groups
     num_rows: int
     attempt: int
+    sent_at: float
+    hedged: bool
 
 
 class Origin(NamedTuple):
@@ -58,7 +63,8 @@ class InFlight:
         self.row_bytes = self.rows_ND.shape[1] * self.rows_ND.itemsize
         self.buffer = buffer  # the preallocated memory `rows_ND` lies in
         self.pieces: dict[int, Piece] = {}  # frame number to what it asks for; answered frames are taken out
-        self.excluded: set[tuple[str, int]] = set()  # (host, expert) that refused these rows
+        self.refused: set[tuple[str, int]] = set()  # (host, expert) that refused these rows
+        self.last_piece: Piece | None = None  # the frame answered last
         self.error: Llama4Error | None = None
         self.missing = num_copies  # (slice, position) pairs without an accepted reply
         self.attempt = 0
@@ -79,6 +85,7 @@ class InFlight:
         None, and nothing counts as answered, where a value of the reply is not finite.
         """
         positions = piece.positions
+        self.last_piece = piece
         output_ND = self._output(piece.slice_index)
         if self._books is None and isinstance(positions, slice):
             if not self._passes.put_if_finite(rows_RD, self.order_N, positions, output_ND):
@@ -96,13 +103,34 @@ class InFlight:
         self.missing -= len(wanted)
         return len(wanted)
 
-    def unanswered(self, piece: Piece) -> Indices:
-        """Return the positions of a piece that no reply covers yet."""
+    def unclaimed(self, piece: Piece) -> Indices:
+        """Return the positions of a piece that neither a reply nor another frame on its way covers."""
         positions = _as_indices(piece.positions)
         if self._books is None:
             return positions
-        unanswered: Indices = positions[self._books.wanted(piece)]
-        return unanswered
+        wanted_R = self._books.wanted(piece)
+        for other in self.pieces.values():
+            if other is not piece and other.slice_index == piece.slice_index and other.attempt == piece.attempt:
+                wanted_R &= ~np.isin(positions, _as_indices(other.positions))
+        unclaimed: Indices = positions[wanted_R]
+        return unclaimed
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether some rows were computed in slices."""
+        return len(self._outputs) > 1
+
+    def is_cut(self, positions: Indices) -> bool:
+        """Tell whether some of these rows are computed in slices now."""
+        return self._books is not None and self._books.num_slices_N[positions].max(initial=1) > 1
+
+    def expect_twice(self) -> None:
+        """Prepare for two frames that ask for the same rows."""
+        self._open_books()
+
+    def outputs_of(self, positions: Indices) -> Tensor:
+        """Return copies of the accepted rows at these positions; call when nothing is missing."""
+        return self._output(0)[torch.from_numpy(self.order_N[positions])]
 
     def rows_for(self, positions: slice | Indices) -> Tensor:
         """Return the rows to send for these positions: a view of the held rows where they are one run."""

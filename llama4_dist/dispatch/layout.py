@@ -67,17 +67,16 @@ class NoReplicaError(Exception):
 def view_layer(
     replicas: Mapping[int, Sequence[Replica]],
     *,
-    prefer: Mapping[int, int] | None = None,
     excluded: AbstractSet[tuple[str, int]] = frozenset(),
+    avoided: AbstractSet[str] = frozenset(),
 ) -> LayerView:
-    """Choose each expert's first replica, from index `prefer[expert]` on, that no `excluded` (host, expert) bars."""
+    """Choose each expert's first replica that no `excluded` (host, expert) bars; those on `avoided` hosts come last."""
     chosen: dict[int, Replica] = {}
     for expert, candidates in replicas.items():
-        start = (prefer or {}).get(expert, 0) % max(len(candidates), 1)
-        for replica in (*candidates[start:], *candidates[:start]):
-            if not any((ref.host, expert) in excluded for ref in replica.slices):
-                chosen[expert] = replica
-                break
+        allowed = [one for one in candidates if not any((ref.host, expert) in excluded for ref in one.slices)]
+        if allowed:
+            steady = (one for one in allowed if not any(ref.host in avoided for ref in one.slices))
+            chosen[expert] = next(steady, allowed[0])
     destinations = tuple(sorted((replica.slices[0].host, expert) for expert, replica in chosen.items()))
     num_experts = max(replicas, default=-1) + 1
     key_E = np.full(num_experts, NOWHERE, dtype=np.uint16)

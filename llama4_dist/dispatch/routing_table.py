@@ -1,6 +1,6 @@
 """Which host holds which slice of which expert: an immutable table per epoch; it knows neither links nor tensors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -85,13 +85,23 @@ class RoutingTable:
             layers.setdefault(layer, {})[expert] = replicas
         return layers
 
-    def without(self, host: str) -> "RoutingTable":
-        """Return this table with every replica that touches `host` gone; the epoch stays, it is a local mask."""
+    def without(self, *hosts: str) -> "RoutingTable":
+        """Return this table with every replica that touches one of `hosts` gone; the epoch stays: a local mask."""
         left = {
-            key: tuple(replica for replica in replicas if not replica.on(host))
+            key: tuple(replica for replica in replicas if not any(replica.on(host) for host in hosts))
             for key, replicas in self.replicas.items()
         }
         return RoutingTable(epoch=self.epoch, replicas=left)
+
+    def with_replicas(self, extra: Mapping[tuple[int, int], Replica]) -> "RoutingTable":
+        """Return this table with one more replica of some experts, after those they have; the epoch stays."""
+        more = {key: (*self.replicas.get(key, ()), replica) for key, replica in extra.items()}
+        return RoutingTable(epoch=self.epoch, replicas={**self.replicas, **more})
+
+    def without_pairs(self, host: str, pairs: Collection[tuple[int, int]]) -> "RoutingTable":
+        """Return this table without the replicas of `pairs` that touch `host`; the epoch stays."""
+        left = {key: tuple(one for one in self.replicas[key] if not one.on(host)) for key in pairs}
+        return RoutingTable(epoch=self.epoch, replicas={**self.replicas, **left})
 
     def _slices(self) -> Iterator[SliceRef]:
         for replicas in self.replicas.values():

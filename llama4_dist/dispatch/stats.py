@@ -14,7 +14,10 @@ class DispatchStats:
     rows_in: Counter[str] = field(default_factory=Counter)
     bytes_in: Counter[str] = field(default_factory=Counter)
     wait_seconds: float = 0.0  # spent in `combine` without anything to do
-    resent_rows: int = 0
+    resent_rows: int = 0  # hedges included
+    hedged_rows: int = 0  # asked of a replica too, because a host was slow
+    checked_frames: int = 0  # answers compared with another host's
+    wrong_answers: Counter[str] = field(default_factory=Counter)  # per host proved wrong
     late_replies: int = 0  # late, duplicate or stale; dropped
     refusals: Counter[str] = field(default_factory=Counter)  # NACK reason
     lost_hosts: Counter[str] = field(default_factory=Counter)  # reason a link was given up
@@ -35,3 +38,4 @@ class HostStats:
     compute_seconds: float = 0.0
     queue_depth: int = 0  # frames waiting now
     links: int = 0  # links up now
+    adopted: int = 0  # (layer, expert) pairs brought here because no other host served them

@@ -1,6 +1,6 @@
 """The routed experts of one host: a stateless function of (layer, expert, rows)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 
 import torch
@@ -26,9 +26,27 @@ class Experts:
         device: torch.device | str,
     ) -> None:
         self.width = width
-        self._weights = {key: _moved(value, dtype, device) for key, value in weights.items()}
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._weights: dict[tuple[int, int], ExpertWeights] = {}
+        self.holds: frozenset[tuple[int, int]] = frozenset()
+        self.put(weights)
+
+    def put(self, weights: Mapping[tuple[int, int], ExpertWeights]) -> None:
+        """Hold more experts; rows of others may be computed meanwhile, in another thread."""
+        moved = {key: _moved(value, self.dtype, self.device) for key, value in weights.items()}
+        warm_up({self.width, *(held.down_FD.shape[0] for held in moved.values())}, self.dtype, self.device)
+        self._weights = {**self._weights, **moved}
         self.holds = frozenset(self._weights)
-        warm_up({width, *(held.down_FD.shape[0] for held in self._weights.values())}, dtype, torch.device(device))
+
+    def drop(self, pairs: Collection[tuple[int, int]]) -> None:
+        """Hold these no longer. Rows that are being computed end well: they have the weights in hand."""
+        self.holds -= frozenset(pairs)
+        self._weights = {key: value for key, value in self._weights.items() if key in self.holds}
+
+    def weights(self, layer: int, expert: int) -> ExpertWeights:
+        """Return the weights of a held expert, as they are multiplied."""
+        return self._weights[layer, expert]
 
     @torch.inference_mode()
     def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None:

@@ -3,6 +3,7 @@
 import random
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from llama4_dist.dispatch.handshake import HostIdentity
 from llama4_dist.dispatch.links.inproc import Faults, InprocLink, inproc_pair
 from llama4_dist.dispatch.links.link import Clock, LinkLimits
 from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+from llama4_dist.errors import UnavailableError
 
 WIDTH = 8  # D
 FFN_WIDTH = 12  # F
@@ -36,16 +38,24 @@ class ManualClock:
 class ScalingExperts:
     """Column f of expert e in layer l multiplies its input by (l + 1) + e + f, and the columns are added.
 
-    `ranges` gives the columns held of each (layer, expert). Small integers: sums are exact in any order.
+    `ranges` gives the columns held of each (layer, expert). Small integers: sums are exact in any order. `room` is how
+    many experts it may still adopt.
     """
 
-    def __init__(self, ranges: Mapping[tuple[int, int], tuple[int, int]]) -> None:
+    def __init__(self, ranges: Mapping[tuple[int, int], tuple[int, int]], *, room: int = 0) -> None:
         self.ranges = dict(ranges)
+        self.room = room
         self.calls: deque[tuple[int, tuple[tuple[int, int], ...]]] = deque(maxlen=32)
 
     @property
     def holds(self) -> frozenset[tuple[int, int]]:
         return frozenset(self.ranges)
+
+    def adopt(self, pairs: Sequence[tuple[int, int]]) -> None:
+        if len(pairs) > self.room:
+            raise UnavailableError(f"no room for {pairs}", reason="NO_ROOM")
+        self.room -= len(pairs)
+        self.ranges |= dict.fromkeys(pairs, (0, FFN_WIDTH))
 
     def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None:
         self.calls.append((layer, tuple(groups)))
@@ -155,12 +165,13 @@ class InprocCluster:
         dtype: torch.dtype = torch.float32,
         limits: LinkLimits | None = None,
         pool_window_s: float = 0.0,
+        room: int = 0,
     ) -> None:
         self.table = table
         self.dtype = dtype
         self.limits = limits or LinkLimits(max_rows=256)
         self.clock = ManualClock()
-        self.experts = {host: ScalingExperts(ranges_of(table, host)) for host in table.hosts}
+        self.experts = {host: ScalingExperts(ranges_of(table, host), room=room) for host in table.hosts}
         self.servers = {
             host: ExpertServer(
                 identity=identity(host),
@@ -181,6 +192,7 @@ class InprocCluster:
         to_host: Faults | None = None,
         to_worker: Faults | None = None,
         clock: Clock | None = None,
+        **options: Any,
     ) -> Dispatcher:
         links = {}
         for host, server in self.servers.items():
@@ -203,4 +215,5 @@ class InprocCluster:
             width=WIDTH,
             dtype=self.dtype,
             clock=clock or self.clock,
+            **options,
         )

@@ -24,7 +24,7 @@ def in_flight(num_rows: int, *, num_slices: int = 1) -> InFlight:
 
 
 def piece(start: int, stop: int, *, slice_index: int = 0, attempt: int = 0) -> Piece:
-    return Piece("host", slice_index, slice(start, stop), ((0, stop - start),), stop - start, attempt)
+    return Piece("host", slice_index, slice(start, stop), ((0, stop - start),), stop - start, attempt, 0.0, False)
 
 
 def rows(count: int, value: float) -> torch.Tensor:
@@ -56,10 +56,23 @@ def test_slices_of_an_earlier_attempt_do_not_add_up_with_a_later_one() -> None:
     assert flight.result()[:, 0].tolist() == [6.0, 6.0]
 
 
-def test_what_is_unanswered_is_what_is_asked_again() -> None:
+def test_what_nobody_answers_is_asked_again() -> None:
     flight = in_flight(4)
-    flight.pieces = {1: piece(0, 4)}
-    assert flight.unanswered(piece(0, 4)).tolist() == [0, 1, 2, 3]
+    asked = piece(0, 4)
+    flight.pieces = {1: asked}
+    assert flight.unclaimed(asked).tolist() == [0, 1, 2, 3]
     flight.ask_again(np.arange(2), np.ones(2, dtype=np.int64))
     flight.accept(piece(0, 2), rows(2, 1.0))
-    assert flight.unanswered(piece(0, 4)).tolist() == [2, 3]
+    assert flight.unclaimed(asked).tolist() == [2, 3]
+
+
+def test_rows_that_another_frame_asks_for_are_claimed() -> None:
+    flight = in_flight(4)
+    slow, hedge = piece(0, 4), piece(2, 4)
+    flight.pieces = {1: slow}
+    flight.expect_twice()
+    flight.pieces[2] = hedge
+    assert flight.unclaimed(slow).tolist() == [0, 1]
+    assert flight.accept(hedge, rows(2, 3.0)) == 2
+    assert flight.accept(slow, rows(4, 3.0)) == 2
+    assert flight.missing == 0

@@ -126,7 +126,7 @@ def test_an_expert_without_replica_is_named(experts: list[int]) -> None:
 def test_preference_and_exclusion_choose_the_replica() -> None:
     replicas = {0: whole("a", "b", "c")}
     assert view_layer(replicas).destinations == (("a", 0),)
-    assert view_layer(replicas, prefer={0: 1}).destinations == (("b", 0),)
-    assert view_layer(replicas, prefer={0: 2}, excluded={("c", 0)}).destinations == (("a", 0),)
+    assert view_layer(replicas, avoided={"a"}).destinations == (("b", 0),)
+    assert view_layer(replicas, avoided={"b"}, excluded={("c", 0)}).destinations == (("a", 0),)
     assert view_layer(replicas, excluded={("a", 0), ("b", 0), ("c", 0)}).destinations == ()
     assert view_layer(replicas, excluded={("a", 1)}).destinations == (("a", 0),)

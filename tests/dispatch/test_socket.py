@@ -17,6 +17,7 @@ from llama4_dist.dispatch.links.address import bind, parse_address
 from llama4_dist.dispatch.links.link import FrameHeader, FrameKind
 from llama4_dist.dispatch.links.listener import Listener
 from llama4_dist.dispatch.links.socket import connect
+from llama4_dist.dispatch.reply_times import Deadlines
 from llama4_dist.errors import HandshakeError, LinkDownError, UnavailableError
 from tests.dispatch.fakes import WIDTH, ScalingExperts, direct, random_batch, random_table, ranges_of
 from tests.dispatch.servers import LIMITS, SECRET, ServerThread, dispatcher, hello, serve
@@ -110,7 +111,7 @@ def test_a_stopped_process_does_not_hold_up_rows_for_other_hosts(tmp_path: Path)
             links=links,
             width=WIDTH,
             dtype=torch.float32,
-            reply_timeout_s=0.3,
+            deadlines=Deadlines(lose_floor_s=0.3, unknown_lose_s=0.3),
         )
         batch = random_batch(2000, 2)
         assert torch.equal(worker.combine(worker.dispatch(0, *batch)), direct(0, *batch))
@@ -120,6 +121,10 @@ def test_a_stopped_process_does_not_hold_up_rows_for_other_hosts(tmp_path: Path)
         in_flight = worker.dispatch(0, *batch)
         assert time.monotonic() - started < 0.25, "posting waited for a stopped host"
         assert torch.equal(worker.combine(in_flight), direct(0, *batch))
+        assert worker.stats().hedged_rows > 0, "a replica answered before the stopped host was given up"
+        while not worker.stats().lost_hosts:
+            assert time.monotonic() - started < 5.0
+            worker.begin_step(1)
         assert worker.stats().lost_hosts == {"REPLY_TIMEOUT": 1}
         worker.close()
     finally:

@@ -70,7 +70,7 @@ def test_a_deadline_ends_the_call_and_frees_its_sequence(served: Served, engine:
         with pytest.raises(DeadlineExceededError):
             client.generate([1], Sampling(max_tokens=500), timeout_s=0.1)
         assert eventually(lambda: is_idle(served, engine), 1.0)
-        assert 0 < (engine.submitted[-1].timeout_s or 0) <= 0.1
+        assert 0 < (engine.submitted[-1].timeout_s or 0) <= 0.101  # a deadline travels in whole milliseconds
 
 
 async def test_a_cancel_storm_leaves_nothing_behind(

@@ -13,6 +13,7 @@ class FrameKind(IntEnum):
     ROWS = 1  # attention worker to expert host: rows to compute
     REPLY = 2  # expert host to attention worker: the computed rows
     NACK = 3  # expert host to attention worker: refused; `reason` says why, `groups` names the experts
+    ADOPT = 4  # as ROWS, of experts that no live host holds: map them first
 
 
 class FrameHeader(NamedTuple):

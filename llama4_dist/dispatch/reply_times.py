@@ -1,0 +1,96 @@
+"""How long hosts take to answer, and from when on a reply is overdue. It is told times; it reads no clock.
+
+Times are kept per host and per power of two of rows, since a prefill takes longer than a decode step. What is usual is
+the lower median over hosts of their 99th percentiles: one slow host does not move it, a slower machine does.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+WINDOW = 128  # replies remembered per host and size
+ENOUGH = 8  # replies of a host before it is believed
+REFRESH = 32  # replies of a size after which its usual time is computed anew
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadlines:
+    """When a reply is overdue, in seconds or as multiples of the usual reply time (99th percentile).
+
+    After `hedge`, rows are also asked of a replica and the host is avoided for a while; after `lose` its link is given
+    up. While nothing is known of a host's times, the `unknown` ones hold: its first rows may wait for a disk.
+    """
+
+    hedge_floor_s: float = 0.05
+    hedge_factor: float = 5.0
+    lose_floor_s: float = 1.0
+    lose_factor: float = 20.0
+    unknown_hedge_s: float = 0.25
+    unknown_lose_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.hedge_floor_s <= self.lose_floor_s or not 0 < self.unknown_hedge_s <= self.unknown_lose_s:
+            raise ValueError(f"a host must be hedged before it is lost, and after more than 0 s: {self}")
+        if not 1 <= self.hedge_factor <= self.lose_factor:
+            raise ValueError(f"factors must be at least 1, hedge_factor the smaller one: {self}")
+
+
+class ReplyTimes:
+    """Rolling reply times of one attention worker's hosts."""
+
+    def __init__(self, deadlines: Deadlines) -> None:
+        self._deadlines = deadlines
+        self._times: dict[int, dict[str, deque[float]]] = {}  # by bit length of the number of rows
+        self._usual_s: dict[int, float | None] = {}
+        self._num_new: dict[int, int] = {}
+
+    def observe(self, host: str, num_rows: int, seconds: float) -> None:
+        """Note that `host` answered a frame of so many rows after so long."""
+        size = num_rows.bit_length()
+        by_host = self._times.get(size)
+        if by_host is None:
+            by_host = self._times[size] = {}
+            self._num_new[size] = 0
+        times = by_host.get(host)
+        if times is None:
+            times = by_host[host] = deque(maxlen=WINDOW)
+        times.append(seconds)
+        self._num_new[size] += 1
+        if self._num_new[size] >= REFRESH or self._usual_s.get(size) is None:
+            self._num_new[size] = 0
+            self._usual_s[size] = _usual(by_host)
+
+    def hedge_after_s(self, num_rows: int) -> float:
+        """Return from when on a reply of so many rows is asked for elsewhere too."""
+        deadlines, usual_s = self._deadlines, self.usual_s(num_rows)
+        if usual_s is None:
+            return deadlines.unknown_hedge_s
+        return max(deadlines.hedge_floor_s, deadlines.hedge_factor * usual_s)
+
+    def lose_after_s(self, num_rows: int) -> float:
+        """Return from when on a host that owes such a reply is given up."""
+        deadlines, usual_s = self._deadlines, self.usual_s(num_rows)
+        if usual_s is None:
+            return deadlines.unknown_lose_s
+        return max(deadlines.lose_floor_s, deadlines.lose_factor * usual_s)
+
+    def usual_s(self, num_rows: int) -> float | None:
+        """Return the usual reply time for so many rows, from the nearest size known; None if nothing is."""
+        size = num_rows.bit_length()
+        usual_s = self._usual_s.get(size)
+        if usual_s is not None:
+            return usual_s
+        known = {other: seconds for other, seconds in self._usual_s.items() if seconds is not None}
+        if not known:
+            return None
+        smaller = max((other for other in known if other < size), default=None)
+        if smaller is None:
+            return known[min(known)]
+        return known[smaller] * 2.0 ** (size - smaller)
+
+
+def _usual(by_host: dict[str, deque[float]]) -> float | None:
+    """Return the lower median over hosts of their 99th percentiles."""
+    percentiles = sorted(
+        sorted(times)[int(0.99 * (len(times) - 1))] for times in by_host.values() if len(times) >= ENOUGH
+    )
+    return percentiles[(len(percentiles) - 1) // 2] if percentiles else None

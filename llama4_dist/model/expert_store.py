@@ -1,0 +1,115 @@
+"""The experts of one host, mapped from its checkpoint: they come and go while others compute. Knows no network.
+
+Weights are read-only views of the mapped file wherever dtype and device allow, so that a host serves before its pages
+are warm, and a killed one is gone at once.
+"""
+
+import hashlib
+import threading
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from llama4_dist.checkpoint.expert_weights import ExpertWeights
+from llama4_dist.checkpoint.reader import Checkpoint
+from llama4_dist.dispatch.frame import payload_of
+from llama4_dist.errors import UnavailableError
+from llama4_dist.model.expert import Experts
+
+Pair = tuple[int, int]  # (layer, expert)
+
+NUM_GOLDEN_ROWS = 4
+
+
+class ExpertStore:
+    """Satisfies `dispatch.ExpertCompute`. One thread computes, any may add and remove.
+
+    `capacity_bytes` bounds the weights held; None = no bound.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, capacity_bytes: int | None = None
+    ) -> None:
+        config = checkpoint.config
+        self._checkpoint = checkpoint
+        self._experts = Experts({}, width=config.hidden_size, dtype=dtype, device=device)
+        self._capacity_bytes = capacity_bytes
+        self._changing = threading.Lock()
+        self._fingerprints: dict[Pair, str] = {}
+        self.expert_bytes = 3 * config.hidden_size * config.expert_width * dtype.itemsize
+
+    @property
+    def holds(self) -> frozenset[Pair]:
+        """The (layer, expert) pairs that are here."""
+        return self._experts.holds
+
+    @property
+    def bytes_held(self) -> int:
+        return len(self.holds) * self.expert_bytes
+
+    def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None:
+        """Compute rows; see `Experts`."""
+        self._experts(layer, groups, x_RD, out_RD)
+
+    def adopt(self, pairs: Sequence[Pair]) -> None:
+        """Bring experts here that no other host serves."""
+        self.add(pairs)
+
+    def add(self, pairs: Collection[Pair], progress: Callable[[int], None] = lambda num_done: None) -> None:
+        """Map experts; those that are here already are no error. UnavailableError (NO_ROOM) beyond the capacity."""
+        with self._changing:
+            wanted = sorted(set(pairs) - self.holds)
+            self._check_room(len(wanted))
+            for num_done, pair in enumerate(wanted, start=1):
+                self._experts.put({pair: self._checkpoint.expert(*pair)})
+                progress(num_done)
+
+    def remove(self, pairs: Collection[Pair]) -> None:
+        """Let go of experts and give their memory back; those that are not here are no error."""
+        with self._changing:
+            gone = set(pairs) & self.holds
+            self._experts.drop(gone)
+            for pair in gone:
+                self._checkpoint.release_expert(*pair)
+
+    @torch.inference_mode()
+    def fingerprint(self, pair: Pair) -> str:
+        """Digest an expert's weights and its answer to fixed rows: two hosts that agree compute the same.
+
+        Reads every byte of the weights, which also warms them.
+        """
+        if pair not in self._fingerprints:
+            weights = self._experts.weights(*pair)
+            digest = hashlib.sha256()
+            for matrix in _matrices(weights):
+                digest.update(payload_of(matrix.contiguous().cpu()))
+            x_RD = golden_rows(self._experts.width, self._experts.dtype).to(self._experts.device)
+            out_RD = torch.empty_like(x_RD)
+            self._experts(pair[0], ((pair[1], len(x_RD)),), x_RD, out_RD)
+            digest.update(payload_of(out_RD.cpu()))
+            self._fingerprints[pair] = digest.hexdigest()
+        return self._fingerprints[pair]
+
+    def _check_room(self, num_more: int) -> None:
+        if self._capacity_bytes is None:
+            return
+        free = self._capacity_bytes - self.bytes_held
+        if num_more * self.expert_bytes > free:
+            raise UnavailableError(
+                f"{num_more} experts of {self.expert_bytes} bytes do not fit: {free} of {self._capacity_bytes} are free",
+                reason="NO_ROOM",
+            )
+
+
+def golden_rows(width: int, dtype: torch.dtype) -> Tensor:
+    """Return the fixed rows of a fingerprint: [NUM_GOLDEN_ROWS, D], about as large as rows after a norm."""
+    return torch.randn(NUM_GOLDEN_ROWS, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _matrices(weights: ExpertWeights) -> list[Tensor]:
+    """List an expert's matrices, each once."""
+    if weights.gate_up_D2F is not None:
+        return [weights.gate_up_D2F, weights.down_FD]
+    return [getattr(weights, field.name) for field in fields(weights) if field.name != "gate_up_D2F"]
