@@ -56,6 +56,7 @@ class Dispatcher:
         self._dtype = dtype
         self._clock = clock
         self._times = ReplyTimes(deadlines)
+        self._least_deadline_s = min(deadlines.hedge_floor_s, deadlines.unknown_hedge_s)
         self._suspects = Suspects()
         self._checks = checks or CrossCheck()
         self._on_lost = on_lost
@@ -125,7 +126,7 @@ class Dispatcher:
             )
         experts_N = experts_TK.cpu().numpy().reshape(-1)
         exchange = self._exchange
-        layout, view = exchange.lay_out(layer, experts_N)
+        layout, view = exchange.routes.lay_out(layer, experts_N)
         order_N = layout.order_N
         num_copies = len(order_N)
         buffer = self._buffers.take(num_copies)
@@ -165,17 +166,19 @@ class Dispatcher:
         """
         exchange = self._exchange
         ready: AbstractSet[str] = frozenset() if exchange.waiter.waits else in_flight.owing()
+        next_s = 0.0  # when to look at deadlines; none is shorter than the floor, which spares most steps the look
         while in_flight.missing and in_flight.error is None:
             if exchange.take_replies(ready):
                 ready = in_flight.owing() if in_flight.missing else ready
                 continue
             now_s = self._clock.monotonic()
-            next_s = exchange.enforce(in_flight, now_s)
-            if next_s > now_s:
-                ready = exchange.waiter.wait(next_s - now_s)
-                self._stats.wait_seconds += self._clock.monotonic() - now_s
-            else:
+            next_s = next_s or now_s + self._least_deadline_s
+            if now_s >= next_s:
+                next_s = exchange.enforce(in_flight, now_s)
                 ready = in_flight.owing()
+                continue
+            ready = exchange.waiter.wait(next_s - now_s)
+            self._stats.wait_seconds += self._clock.monotonic() - now_s
         exchange.retire(in_flight)
         if in_flight.error is not None:
             raise in_flight.error

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from llama4_dist.dispatch.cross_check import CrossCheck
 from llama4_dist.dispatch.in_flight import InFlight, Piece
-from llama4_dist.dispatch.layout import Indices, LayerView, Layout, Share, cut, split
+from llama4_dist.dispatch.layout import Indices, Layout, Share, cut, split
 from llama4_dist.dispatch.links.link import Clock, Frame, FrameHeader, FrameKind, Link
 from llama4_dist.dispatch.links.wait import LinkWaiter
 from llama4_dist.dispatch.reply_times import ReplyTimes
@@ -54,10 +54,6 @@ class Exchange:
         self._checks = checks
         self._on_lost = on_lost
         self._has_orphans = False  # some active frame's host has no link any more
-
-    def lay_out(self, layer: int, experts_N: Indices) -> tuple[Layout, LayerView]:
-        """Lay out copies along the routes of now; UnavailableError when an expert cannot be had anywhere."""
-        return self.routes.lay_out(layer, experts_N)
 
     def send(self, in_flight: InFlight, shares: Iterable[Share]) -> None:
         """Post shares of the rows `in_flight` holds as they come; what a dead link cannot take is sent elsewhere."""
@@ -182,7 +178,8 @@ class Exchange:
         if link is None:
             self._has_orphans = True
         else:
-            kind = FrameKind.ADOPT if self.routes.must_map(host, layer, groups) else FrameKind.ROWS
+            must_map = self.routes.unmapped and self.routes.must_map(host, layer, groups)
+            kind = FrameKind.ADOPT if must_map else FrameKind.ROWS
             try:
                 link.post(FrameHeader(kind, number, *in_flight.origin, num_rows, groups), in_flight.rows_for(positions))
             except LinkDownError as error:
@@ -291,7 +288,8 @@ class Exchange:
             self._refused(in_flight, header, "REPLY_NOT_FINITE", [expert for expert, _ in piece.groups])
             return
         del in_flight.pieces[number], self.active[number]
-        self.routes.confirm(host, header.layer, piece.groups)
+        if self.routes.unmapped:
+            self.routes.confirm(host, header.layer, piece.groups)
         self._stats.late_replies += taken == 0
         self._stats.rows_in[host] += taken
         self._stats.bytes_in[host] += rows_RD.nbytes

@@ -4,7 +4,7 @@ Times are kept per host and per power of two of rows, since a prefill takes long
 the lower median over hosts of their 99th percentiles: one slow host does not move it, a slower machine does.
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 WINDOW = 128  # replies remembered per host and size
@@ -39,25 +39,21 @@ class ReplyTimes:
 
     def __init__(self, deadlines: Deadlines) -> None:
         self._deadlines = deadlines
-        self._times: dict[int, dict[str, deque[float]]] = {}  # by bit length of the number of rows
+        self._times: dict[tuple[str, int], deque[float]] = {}  # by host and bit length of the number of rows
         self._usual_s: dict[int, float | None] = {}
-        self._num_new: dict[int, int] = {}
+        self._num_new: Counter[int] = Counter()
 
     def observe(self, host: str, num_rows: int, seconds: float) -> None:
         """Note that `host` answered a frame of so many rows after so long."""
         size = num_rows.bit_length()
-        by_host = self._times.get(size)
-        if by_host is None:
-            by_host = self._times[size] = {}
-            self._num_new[size] = 0
-        times = by_host.get(host)
+        times = self._times.get((host, size))
         if times is None:
-            times = by_host[host] = deque(maxlen=WINDOW)
+            times = self._times[host, size] = deque(maxlen=WINDOW)
         times.append(seconds)
-        self._num_new[size] += 1
-        if self._num_new[size] >= REFRESH or self._usual_s.get(size) is None:
+        num_new = self._num_new[size] = self._num_new[size] + 1
+        if num_new >= REFRESH or (num_new == ENOUGH and self._usual_s.get(size) is None):
             self._num_new[size] = 0
-            self._usual_s[size] = _usual(by_host)
+            self._usual_s[size] = self._compute(size)
 
     def hedge_after_s(self, num_rows: int) -> float:
         """Return from when on a reply of so many rows is asked for elsewhere too."""
@@ -87,10 +83,8 @@ class ReplyTimes:
             return known[min(known)]
         return known[smaller] * 2.0 ** (size - smaller)
 
-
-def _usual(by_host: dict[str, deque[float]]) -> float | None:
-    """Return the lower median over hosts of their 99th percentiles."""
-    percentiles = sorted(
-        sorted(times)[int(0.99 * (len(times) - 1))] for times in by_host.values() if len(times) >= ENOUGH
-    )
-    return percentiles[(len(percentiles) - 1) // 2] if percentiles else None
+    def _compute(self, size: int) -> float | None:
+        """Return the lower median over hosts of their 99th percentiles."""
+        known = [times for (_, other), times in self._times.items() if other == size and len(times) >= ENOUGH]
+        percentiles = sorted(sorted(times)[int(0.99 * (len(times) - 1))] for times in known)
+        return percentiles[(len(percentiles) - 1) // 2] if percentiles else None

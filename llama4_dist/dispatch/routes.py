@@ -25,7 +25,7 @@ class Routes:
         self.published = published
         self._live = set(live) & published.hosts
         self.suspects = suspects
-        self._unmapped: set[tuple[str, int, int]] = set()  # (host, layer, expert) adopted, and not confirmed yet
+        self.unmapped: set[tuple[str, int, int]] = set()  # (host, layer, expert) adopted, and not confirmed yet
         self._views: dict[int, LayerView] = {}
         self.table = published
         self.lose(published.hosts - self._live)
@@ -33,7 +33,7 @@ class Routes:
     def lay_out(self, layer: int, experts_N: Indices, refused: Refused = NONE_REFUSED) -> tuple[Layout, LayerView]:
         """Lay out copies; what no replica holds is adopted. UnavailableError when no host is left to do that."""
         while True:
-            view = self._view(layer, refused)
+            view = (None if refused else self._views.get(layer)) or self._view(layer, refused)
             try:
                 return lay_out(view, experts_N), view
             except NoReplicaError as error:
@@ -73,18 +73,17 @@ class Routes:
 
     def must_map(self, host: str, layer: int, groups: Groups) -> bool:
         """Tell whether a host has to map one of these experts first."""
-        return bool(self._unmapped) and any((host, layer, expert) in self._unmapped for expert, _ in groups)
+        return any((host, layer, expert) in self.unmapped for expert, _ in groups)
 
     def confirm(self, host: str, layer: int, groups: Groups) -> None:
         """Note that a host has answered for these experts: it holds them."""
-        if self._unmapped:
-            self._unmapped -= {(host, layer, expert) for expert, _ in groups}
+        self.unmapped -= {(host, layer, expert) for expert, _ in groups}
 
     def refuse(self, host: str, layer: int, experts: Iterable[int]) -> None:
         """Take back what a host could not adopt."""
-        failed = {(layer, expert) for expert in experts if (host, layer, expert) in self._unmapped}
+        failed = {(layer, expert) for expert in experts if (host, layer, expert) in self.unmapped}
         if failed:
-            self._unmapped -= {(host, *pair) for pair in failed}
+            self.unmapped -= {(host, *pair) for pair in failed}
             self.table = self.table.without_pairs(host, failed)
             self._views.clear()
 
@@ -117,7 +116,7 @@ class Routes:
                 host=host, incarnation=self.published.incarnations[host], start=0, stop=known[0].slices[-1].stop
             )
             extra[pair] = Replica((reference,))
-            self._unmapped.add((host, *pair))
+            self.unmapped.add((host, *pair))
         if extra:
             self.table = self.table.with_replicas(extra)
             self._views.clear()
