@@ -36,7 +36,8 @@ check: setup ## Format, lint, types, layering, protos, stubs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/buf lint
+	$(BIN)/python tools/generate_stubs.py --image build/protos.binpb
+	$(BIN)/buf lint build/protos.binpb --path llama4_dist
 	$(BIN)/python tools/generate_stubs.py --check
 
 format: setup ## Format and sort imports

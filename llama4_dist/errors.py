@@ -81,6 +81,18 @@ class UnavailableError(Llama4Error):
     reason = "UNAVAILABLE"
 
 
+class ConflictError(Llama4Error):
+    """Another change is under way; `metadata["operation"]` names it. Wait for it or cancel it."""
+
+    reason = "OPERATION_IN_PROGRESS"
+
+
+class PreconditionError(Llama4Error):
+    """The cluster cannot be brought into the state asked for; the message says why and what would work."""
+
+    reason = "INSUFFICIENT_CAPACITY"
+
+
 class RequestCancelledError(Llama4Error):
     """The caller cancelled."""
 

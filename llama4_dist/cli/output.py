@@ -7,7 +7,7 @@ rich honours NO_COLOR and drops colours when the output is no terminal.
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import typer
@@ -62,6 +62,13 @@ def reporting(as_json: bool) -> Iterator[None]:
         fail(error.message, reason=error.reason, code=exit_code(error), as_json=as_json)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def until_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C be the ordinary end of a live view."""
+    with suppress(KeyboardInterrupt):
+        yield
 
 
 def print_json(value: Any) -> None:

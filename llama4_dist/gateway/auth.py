@@ -47,6 +47,10 @@ class Tokens:
                 found = scope
         return found
 
+    def cover(self, scope: Scope) -> bool:
+        """Tell whether any token has this scope."""
+        return any(granted >= scope for _, granted in self._digests)
+
 
 def read_tokens(file: Path) -> Tokens:
     """Read the token file; raise ConfigError if others can read it, it is empty, or a token is weak."""
@@ -88,10 +92,10 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self, tokens: Tokens | None, admin_services: Sequence[str], default_scope: Scope, metrics: Metrics
+        self, tokens: Tokens | None, admin_prefixes: Sequence[str], default_scope: Scope, metrics: Metrics
     ) -> None:
         self._tokens = tokens
-        self._admin_prefixes = tuple(f"/{service}/" for service in admin_services)
+        self._admin_prefixes = tuple(admin_prefixes)  # of method paths
         self._default_scope = default_scope
         self._metrics = metrics
 

@@ -24,7 +24,13 @@ from llama4_dist.v1 import inference_pb2, tokenizer_pb2
 # A service and the object whose coroutines have the names of its methods (gateway.handlers).
 Services = Mapping[ServiceDescriptor, object]
 NO_SERVICES: Services = MappingProxyType({})
-ADMIN_SERVICES = ("llama4_dist.v1.ClusterService", "google.longrunning.Operations", "grpc.channelz.v1.Channelz")
+ADMIN_SERVICES = (
+    "llama4_dist.v1.ClusterService",
+    "llama4_dist.v1.ExpertService",
+    "google.longrunning.Operations",
+    "grpc.channelz.v1.Channelz",
+)
+EVERY_METHOD = ""  # the prefix of all
 STREAMS_PER_CONNECTION = 1024
 IDENTITY_ONLY = 1  # bit set of accepted message encodings: inflating a small bomb is never begun
 
@@ -61,20 +67,41 @@ def build_server(
     extra_services: Services = NO_SERVICES,
 ) -> tuple[grpc.aio.Server, int]:
     """Build the server and bind its port; return both. `extra_services` are the caller's."""
+    services: dict[ServiceDescriptor, object] = {
+        inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]: inference,
+        tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"]: tokenizer,
+        **extra_services,
+    }
+    return assemble(settings, services, interceptor=auth_interceptor(settings, metrics), health=health, metrics=metrics)
+
+
+def build_admin_server(
+    settings: GatewaySettings, services: Services, *, health: Health, metrics: Metrics
+) -> tuple[grpc.aio.Server, int]:
+    """Build a server of which every method but health needs the admin scope, and bind its port."""
+    return assemble(
+        settings, services, interceptor=admin_interceptor(settings, metrics), health=health, metrics=metrics
+    )
+
+
+def assemble(
+    settings: GatewaySettings,
+    served: Services,
+    *,
+    interceptor: AuthInterceptor,
+    health: Health,
+    metrics: Metrics,
+) -> tuple[grpc.aio.Server, int]:
+    """Put services, health and reflection behind the interceptor and bind the port."""
     refuse_slow_protobuf()
     quieten_lost_statuses()
     server = grpc.aio.server(
-        interceptors=[auth_interceptor(settings, metrics)],
+        interceptors=[interceptor],
         options=server_options(settings),
         # Calls beyond what admission refuses politely are refused by the transport.
         maximum_concurrent_rpcs=2 * settings.max_requests + 64,
     )
-    services: dict[ServiceDescriptor, object] = {
-        inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]: inference,
-        tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"]: tokenizer,
-        health_pb2.DESCRIPTOR.services_by_name["Health"]: health,
-        **extra_services,
-    }
+    services = {**served, health_pb2.DESCRIPTOR.services_by_name["Health"]: health}
     if settings.reflection:
         service = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
         names = [known.full_name for known in (*services, service)]
@@ -89,7 +116,16 @@ def auth_interceptor(settings: GatewaySettings, metrics: Metrics) -> AuthInterce
     """Choose who may call: tokens if there is a file; else loopback is trusted, and mutual TLS for normal calls."""
     tokens = read_tokens(settings.token_file) if settings.token_file is not None else None
     default_scope = Scope.ADMIN if is_loopback(settings.address) and tokens is None else Scope.NORMAL
-    return AuthInterceptor(tokens, ADMIN_SERVICES, default_scope, metrics)
+    prefixes = [f"/{service}/" for service in ADMIN_SERVICES]
+    return AuthInterceptor(tokens, prefixes, default_scope, metrics)
+
+
+def admin_interceptor(settings: GatewaySettings, metrics: Metrics) -> AuthInterceptor:
+    """Ask for the admin scope everywhere. Without a token file loopback, or a certificate of this port's CA, is it."""
+    tokens = read_tokens(settings.token_file) if settings.token_file is not None else None
+    if tokens is not None and not tokens.cover(Scope.ADMIN):
+        raise ConfigError(f"token_file {settings.token_file} lets nobody in here: add a line `admin TOKEN`")
+    return AuthInterceptor(tokens, [EVERY_METHOD], Scope.ADMIN, metrics)
 
 
 def bind(server: grpc.aio.Server, settings: GatewaySettings) -> int:

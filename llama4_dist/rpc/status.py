@@ -27,6 +27,7 @@ MAX_MESSAGE_CHARS = 1024
 MAX_VIOLATIONS = 16
 MAX_VALUE_CHARS = 256
 MAX_DETAILS_BYTES = 16 * 1024
+OPERATION_TYPE = "google.longrunning.Operation"
 MAX_RETRY_S = 3600.0  # a server cannot put a client to sleep for longer
 
 Code = grpc.StatusCode
@@ -39,6 +40,8 @@ CODES: Mapping[type[Llama4Error], grpc.StatusCode] = {
     errors.DuplicateRequestError: Code.ALREADY_EXISTS,
     errors.OverloadedError: Code.RESOURCE_EXHAUSTED,
     errors.UnavailableError: Code.UNAVAILABLE,
+    errors.ConflictError: Code.ABORTED,
+    errors.PreconditionError: Code.FAILED_PRECONDITION,
     errors.RequestCancelledError: Code.CANCELLED,
     errors.DeadlineExceededError: Code.DEADLINE_EXCEEDED,
     errors.UnauthenticatedError: Code.UNAUTHENTICATED,
@@ -64,13 +67,24 @@ CLASSES: Mapping[grpc.StatusCode, type[Llama4Error]] = {
     Code.ALREADY_EXISTS: errors.DuplicateRequestError,
     Code.RESOURCE_EXHAUSTED: errors.OverloadedError,
     Code.UNAVAILABLE: errors.UnavailableError,
+    Code.FAILED_PRECONDITION: errors.PreconditionError,
     Code.CANCELLED: errors.RequestCancelledError,
     Code.DEADLINE_EXCEEDED: errors.DeadlineExceededError,
     Code.UNAUTHENTICATED: errors.UnauthenticatedError,
     Code.PERMISSION_DENIED: errors.PermissionDeniedError,
 }
+# ABORTED says less than its reason: a worker that was lost is no conflict.
+CLASSES_BY_REASON: Mapping[tuple[grpc.StatusCode, str], type[Llama4Error]] = {
+    (Code.ABORTED, "OPERATION_IN_PROGRESS"): errors.ConflictError,
+}
 # Their messages may name files, addresses or internals.
 PRIVATE = (errors.EngineError, errors.ConfigError, errors.CheckpointError, errors.LinkDownError)
+
+
+def code_of_reason(reason: str) -> grpc.StatusCode:
+    """Return the code of an error of which only the reason is left, as a record keeps it."""
+    by_class = (code for kind, code in CODES.items() if kind.reason == reason)
+    return CODES_BY_REASON.get(reason) or next(by_class, Code.INTERNAL)
 
 
 def code_of(error: Llama4Error) -> grpc.StatusCode:
@@ -87,7 +101,9 @@ def public(error: Exception) -> Llama4Error:
     log.error("request_failed correlation_id=%s", correlation_id, exc_info=error)
     hidden = Llama4Error if not isinstance(error, Llama4Error) else type(error)
     code = next(CODES[kind] for kind in hidden.__mro__ if kind in CODES)
-    return CLASSES.get(code, errors.EngineError)(
+    # A wrong setting or a damaged file of ours is nothing a caller could put right: only absence passes.
+    shown = errors.UnavailableError if code is Code.UNAVAILABLE else errors.EngineError
+    return shown(
         f"the server failed to answer; its log has the cause under correlation id {correlation_id}",
         reason=error.reason if isinstance(error, Llama4Error) else "ENGINE_ERROR",
         metadata={"correlation_id": correlation_id},
@@ -122,14 +138,31 @@ def details_of(error: Llama4Error) -> list[message.Message]:
         delay = duration_pb2.Duration()
         delay.FromMicroseconds(round(error.retry_after_s * 1e6))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    if "resource_name" in error.metadata:
-        details.append(
-            error_details_pb2.ResourceInfo(
-                resource_type=error.metadata.get("resource_type", ""),
-                resource_name=clip(error.metadata["resource_name"], MAX_VALUE_CHARS),
-            )
-        )
+    if isinstance(error, errors.PreconditionError):
+        details.append(precondition_failure(error))
+    if (resource := resource_info(error)) is not None:
+        details.append(resource)
     return details
+
+
+def resource_info(error: Llama4Error) -> Any:
+    """Build the ResourceInfo detail of an error that names a resource; None for the others."""
+    kind, name = error.metadata.get("resource_type", ""), error.metadata.get("resource_name", "")
+    if isinstance(error, errors.ConflictError) and "operation" in error.metadata:
+        kind, name = OPERATION_TYPE, error.metadata["operation"]
+    if not name:
+        return None
+    return error_details_pb2.ResourceInfo(resource_type=kind, resource_name=clip(name, MAX_VALUE_CHARS))
+
+
+def precondition_failure(error: errors.PreconditionError) -> Any:
+    """Build the PreconditionFailure detail: which condition, of what, and what would meet it."""
+    violation = error_details_pb2.PreconditionFailure.Violation(
+        type=clip(error.reason, MAX_VALUE_CHARS),
+        subject=clip(error.metadata.get("subject", "cluster"), MAX_VALUE_CHARS),
+        description=clip(error.message, MAX_MESSAGE_CHARS),
+    )
+    return error_details_pb2.PreconditionFailure(violations=[violation])
 
 
 def bad_request(violations: Sequence[FieldViolation]) -> Any:
@@ -183,7 +216,7 @@ def from_status(
         violations = [FieldViolation(field=item.field, description=item.description) for item in found]
         return InvalidRequestError(violations or [FieldViolation(field="request", description=text)], reason=reason)
     metadata = {snake(key): value for key, value in info.metadata.items()} if info is not None else {}
-    kind = CLASSES.get(code, errors.EngineError)
+    kind = CLASSES_BY_REASON.get((code, reason), CLASSES.get(code, errors.EngineError))
     return kind(text or code.name, reason=reason, metadata=metadata, retry_after_s=retry_after_s)
 
 

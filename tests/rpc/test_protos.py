@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from google.protobuf.descriptor import Descriptor
 
-from llama4_dist.v1 import inference_pb2, tokenizer_pb2, types_pb2
+from llama4_dist.v1 import cluster_pb2, experts_pb2, inference_pb2, tokenizer_pb2, types_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,9 +37,11 @@ def test_a_stale_stub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert tool.drift() == ["llama4_dist/v1/gone_pb2.py", "llama4_dist/v1/types_pb2.py"]
 
 
-def test_the_protos_lint_and_are_formatted() -> None:
-    buf = Path(sys.executable).with_name("buf")
-    for arguments in (["lint"], ["format", "--diff", "--exit-code", "--path", "protos/llama4_dist/v1"]):
+def test_the_protos_lint_and_are_formatted(tmp_path: Path) -> None:
+    buf, image = Path(sys.executable).with_name("buf"), tmp_path / "protos.binpb"
+    generator().write_image(image)
+    lint = ["lint", str(image), "--path", "llama4_dist"]
+    for arguments in (lint, ["format", "--diff", "--exit-code", "--path", "protos/llama4_dist/v1"]):
         done = subprocess.run([buf, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -53,6 +55,14 @@ def depth(message: Descriptor, path: tuple[str, ...] = ()) -> int:
 
 
 def test_no_message_is_recursive_or_dynamic() -> None:
-    for module in (types_pb2, inference_pb2, tokenizer_pb2):
+    for module in (types_pb2, inference_pb2, tokenizer_pb2, experts_pb2):
         for message in module.DESCRIPTOR.message_types_by_name.values():
             assert depth(message) <= 6
+
+
+def test_what_an_admin_sends_is_not_dynamic_either() -> None:
+    requests = [
+        message for name, message in cluster_pb2.DESCRIPTOR.message_types_by_name.items() if name.endswith("Request")
+    ]
+    assert len(requests) == 6
+    assert all(depth(message) <= 6 for message in requests)

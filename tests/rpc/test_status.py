@@ -58,6 +58,8 @@ def test_every_error_has_a_code_and_error_info(kind: type[Llama4Error]) -> None:
         (errors.UnavailableError("x", reason="WORKER_LOST"), Code.UNAVAILABLE),
         (errors.Llama4Error("x", reason="INSUFFICIENT_CAPACITY"), Code.FAILED_PRECONDITION),
         (errors.Llama4Error("x", reason="OPERATION_IN_PROGRESS"), Code.ABORTED),
+        (errors.ConflictError("x"), Code.ABORTED),
+        (errors.PreconditionError("x"), Code.FAILED_PRECONDITION),
         (errors.FrameError("x"), Code.UNAVAILABLE),
         (errors.CheckpointError("x"), Code.DATA_LOSS),
     ],
@@ -73,6 +75,44 @@ def test_an_error_comes_back_as_it_went(kind: type[Llama4Error]) -> None:
     assert type(read) is kind
     assert (read.message, read.reason) == ("a message", "SOME_REASON")
     assert (dict(read.metadata), read.retry_after_s) == ({"worker_id": "7"}, 1.5)
+
+
+def test_a_conflict_comes_back_and_names_the_operation_in_its_way() -> None:
+    sent = errors.ConflictError("busy", metadata={"operation": "operations/7"})
+    read = status.from_rpc_error(FailedCall(sent))
+    assert isinstance(read, errors.ConflictError)
+    assert read.metadata["operation"] == "operations/7"
+    resource = status.find(status.to_status(sent), error_details_pb2.ResourceInfo())
+    assert (resource.resource_type, resource.resource_name) == ("google.longrunning.Operation", "operations/7")
+    lost = FailedCall(errors.EngineError("x", reason="WORKER_LOST"))
+    assert type(status.from_rpc_error(lost)) is errors.EngineError
+
+
+def test_a_failed_precondition_says_which() -> None:
+    sent = errors.PreconditionError("2 hosts of 1 GiB do not hold 3 GiB: ask for 3", metadata={"subject": "memory"})
+    failure = status.find(status.to_status(sent), error_details_pb2.PreconditionFailure())
+    (violation,) = failure.violations
+    assert (violation.type, violation.subject) == ("INSUFFICIENT_CAPACITY", "memory")
+    assert violation.description == sent.message
+
+
+@pytest.mark.parametrize("kind", [errors.ConfigError, errors.CheckpointError, errors.EngineError])
+def test_a_defect_of_the_server_is_no_precondition_a_caller_could_meet(kind: type[Llama4Error]) -> None:
+    assert status.code_of(status.public(kind("hidden"))) is Code.INTERNAL
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        ("CANCELLED", Code.CANCELLED),
+        ("INSUFFICIENT_CAPACITY", Code.FAILED_PRECONDITION),
+        ("WORKER_LOST", Code.ABORTED),
+        ("CHECKPOINT_INVALID", Code.DATA_LOSS),
+        ("NEVER_HEARD_OF", Code.INTERNAL),
+    ],
+)
+def test_a_recorded_reason_still_has_its_code(reason: str, code: grpc.StatusCode) -> None:
+    assert status.code_of_reason(reason) is code
 
 
 def test_violations_come_back_one_by_one() -> None:
