@@ -6,9 +6,11 @@ never gets a pair twice, and neither does a node. Pairs are numbered expert by e
 interval covers every layer evenly: a host holds floor or ceil of its share in each layer, whatever the number of hosts.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
+from cluster.planning.shares import share_out
 from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
 
 Pair = tuple[int, int]  # (layer, expert)
@@ -37,11 +39,23 @@ class ExpertGeometry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostSlot:
-    """A host that may take experts. `capacity_bytes` None = no limit."""
+    """A host that may take experts. `capacity_bytes` None = no limit; `weight` is its speed relative to the others."""
 
     host: str
     node: str
     capacity_bytes: int | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"host {self.host!r} has weight {self.weight}: a speed is finite and above 0")
+        if self.capacity_bytes is not None and self.capacity_bytes < 0:
+            raise ValueError(f"host {self.host!r} has capacity_bytes={self.capacity_bytes}: give 0 or more, or None")
+
+    def room(self, geometry: ExpertGeometry) -> int:
+        """Return how many experts fit, never more than there are."""
+        most = len(geometry.pairs)
+        return most if self.capacity_bytes is None else min(most, self.capacity_bytes // geometry.expert_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,17 +68,20 @@ class Placement:
         """Return what one host maps, in order."""
         return tuple(sorted(pair for pair, hosts in self.hosts_of.items() if host in hosts))
 
+    def without(self, hosts: Collection[str]) -> "Placement":
+        """Return the placement as it is once some hosts are gone; a pair may be left with none."""
+        return Placement(
+            hosts_of={pair: tuple(host for host in on if host not in hosts) for pair, on in self.hosts_of.items()}
+        )
+
 
 def place(geometry: ExpertGeometry, hosts: Sequence[HostSlot], *, num_replicas: int = 1) -> Placement:
     """Spread `num_replicas` copies of every expert over distinct hosts, evenly in every layer.
 
     Deterministic: the order of `hosts` does not matter. Copies lie on distinct nodes too where no node holds more than
-    its 1/`num_replicas` share. Raises ValueError when it cannot fit.
+    its 1/`num_replicas` share; a host's share is in proportion to its weight. Raises ValueError when it cannot fit.
     """
-    if not hosts:
-        raise ValueError("there is no expert host: ask for at least one")
-    if len({slot.host for slot in hosts}) < len(hosts):
-        raise ValueError(f"host ids must differ: {sorted(slot.host for slot in hosts)}")
+    check_hosts(hosts)
     if not 1 <= num_replicas <= len(hosts):
         raise ValueError(
             f"{num_replicas=} needs as many hosts and there are {len(hosts)}: add hosts or ask for fewer copies"
@@ -94,23 +111,23 @@ def routing_table(
     )
 
 
-def _quotas(geometry: ExpertGeometry, hosts: Iterable[HostSlot], *, total: int) -> dict[str, int]:
-    """Copies per host: as even as the capacities allow; no host holds a pair twice."""
-    most = len(geometry.pairs)
-    limits = {
-        slot.host: most if slot.capacity_bytes is None else min(most, slot.capacity_bytes // geometry.expert_bytes)
-        for slot in hosts
-    }
+def check_hosts(hosts: Sequence[HostSlot]) -> None:
+    """Refuse no hosts, and two of the same name."""
+    if not hosts:
+        raise ValueError("there is no expert host: ask for at least one")
+    if len({slot.host for slot in hosts}) < len(hosts):
+        raise ValueError(f"host ids must differ: {sorted(slot.host for slot in hosts)}")
+
+
+def _quotas(geometry: ExpertGeometry, hosts: Sequence[HostSlot], *, total: int) -> dict[str, int]:
+    """Copies per host: in proportion to weight as far as the capacities allow; no host holds a pair twice."""
+    limits = {slot.host: slot.room(geometry) for slot in hosts}
     if sum(limits.values()) < total:
         raise ValueError(
             f"{total} experts of {geometry.expert_bytes} bytes do not fit: the hosts have room for "
             f"{sum(limits.values())}; add hosts, memory, or ask for fewer copies"
         )
-    quotas: dict[str, int] = {}
-    # The smallest first: what it cannot take is shared by those that can.
-    for host in sorted(limits, key=lambda host: (limits[host], host)):
-        quotas[host] = min(limits[host], (total - sum(quotas.values())) // (len(limits) - len(quotas)))
-    return quotas
+    return share_out(total, limits=limits, weights={slot.host: slot.weight for slot in hosts}, held={})
 
 
 def _prefer_evenly(copies: Mapping[Pair, Sequence[str]]) -> dict[Pair, tuple[str, ...]]:
