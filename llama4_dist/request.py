@@ -79,7 +79,8 @@ class EngineRequest:
 
     `output_token_ids` are tokens already emitted by another engine (a replay): they count as output for penalties,
     limits and positions, and are not emitted again. `timeout_s` counts from submission. `sequence_index` is the
-    sequence's place among the request's `n` and enters the seed.
+    sequence's place among the request's `n` and enters the seed. `digest` is of what the caller asked for: whoever
+    knows id and digest may take the request over when its owner is gone; empty means nobody may.
     """
 
     request_id: str
@@ -89,6 +90,7 @@ class EngineRequest:
     output_token_ids: tuple[int, ...] = ()
     timeout_s: float | None = None
     priority: int = 0
+    digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,7 @@ class TokenOutput:
     `logprobs` is parallel to `token_ids` when asked for. `prompt_logprobs` comes once, on the first output: one entry
     per prompt position, None for the first. `stop_token_id` names the end token that stopped the sequence; that token
     is included in `token_ids`. `queue_s` (on the first output) is the time spent waiting for admission.
+    `attached_tokens` (on the first output after `Engine.attach`) is how many tokens there were to catch up with.
     """
 
     request_id: str
@@ -108,6 +111,7 @@ class TokenOutput:
     stop_token_id: int | None = None
     error: Llama4Error | None = None
     queue_s: float | None = None
+    attached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

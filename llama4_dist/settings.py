@@ -32,10 +32,29 @@ class ServeSettings(BaseModel):
     model_name: str = Field(default="", description="name clients use; default: the folder's name", max_length=128)
     experts: int = Field(default=0, ge=0, le=4096, description="expert host processes; 0 = one process, no Ray")
     attention: int = Field(default=1, ge=1, le=256, description="attention workers")
+    replicas: int = Field(default=2, ge=1, le=64, description="copies of every expert, where memory allows")
+    host_capacity_bytes: int | None = Field(
+        default=None, ge=1, description="expert weights one host may hold, in bytes"
+    )
+    expert_timeout_s: float = Field(
+        default=30.0, ge=0, le=3600, description="how long requests wait for an expert that no host serves"
+    )
+    resume_ttl_s: float = Field(
+        default=10.0, ge=0, le=3600, description="how long a request outlives its gateway, to be resumed on another"
+    )
+    replay_timeout_s: float = Field(
+        default=30.0, ge=0, le=3600, description="how long a request waits for an attention worker when its own is lost"
+    )
     ray_address: str | None = Field(default=None, description="existing Ray cluster; default: start one here")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     num_threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of the attention side")
+
+    gateway: bool = Field(default=True, description="serve clients from this process too")
+    admin_address: str = Field(default="127.0.0.1:50052", description="host:port of ClusterService; port 0 picks one")
+    admin_token_file: Path | None = Field(default=None, description="bearer tokens of operators, one a line")
+    directory_address: str | None = Field(default=None, description="host:port where other gateways find the engines")
+    directory: str | None = Field(default=None, description="be a gateway only: host:port of a cluster's directory")
 
     address: str = Field(default="127.0.0.1:50051", description="host:port of the gateway; port 0 picks one")
     token_file: Path | None = Field(default=None, description="bearer tokens, one a line")
@@ -72,6 +91,20 @@ class ServeSettings(BaseModel):
             raise ValueError("ray_address needs experts >= 1: without expert hosts nothing runs on Ray")
         if self.attention > 1 and self.experts == 0:
             raise ValueError(f"attention={self.attention} needs experts >= 1: one process holds one attention worker")
+        return self
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> "ServeSettings":
+        host_and_port(self.admin_address)
+        for name in ("directory_address", "directory"):
+            if (address := getattr(self, name)) is not None:
+                host_and_port(address)
+        if self.directory is not None and (self.experts or self.directory_address):
+            raise ValueError("directory names another process's cluster: leave experts and directory_address out")
+        if self.directory_address is not None and self.experts == 0:
+            raise ValueError("directory_address needs experts >= 1: one process has no engines to be found")
+        if not self.gateway and self.directory_address is None:
+            raise ValueError("gateway is off and directory_address not given: nobody could be served")
         return self
 
 

@@ -1,23 +1,22 @@
 """`make demo`: a Ray cluster with four expert hosts, a gateway, real prompts, and what went where.
 
 Everything goes the way a user's request goes: `llama4-dist serve` in a process of its own, the Python client over gRPC,
-the gateway's Prometheus page for the figures. At the end the same prompts run in one process without Ray: the
-tokens must be identical.
+the gateway's Prometheus page for the figures. Then requests run without a pause while the expert hosts become six, one
+of them is killed, and they become three. The same prompts in one process without Ray are the measure: all tokens must
+be identical.
 """
 
 import argparse
-import json
-import signal
-import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console, Group
@@ -27,7 +26,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from llama4_dist.chaos.cases import answers_of, make_cases, prompts_of
+from llama4_dist.chaos.faults import Kill
+from llama4_dist.chaos.history import History, read_history
+from llama4_dist.chaos.history.verdict import Rules, judge
+from llama4_dist.chaos.load import Load
+from llama4_dist.chaos.serving import Serving, serving
 from llama4_dist.client import Client
+from llama4_dist.client.admin import AdminClient
+from llama4_dist.client.admin_results import Worker
 from llama4_dist.request import Completion, Sampling
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +45,7 @@ PROMPTS = (
     "Gentlemen of the Senate and House of Representatives, the state of the Union",
 )
 SHUTDOWN_S = 60
+QUIET_S = 3.0
 
 
 @dataclass(slots=True)
@@ -74,41 +82,87 @@ def main() -> int:
     # Drawn, not greedy: a model this small repeats itself when greedy. The seed makes it the same text everywhere.
     sampling = Sampling(temperature=0.6, top_p=0.9, seed=4, max_tokens=options.max_tokens)
     begun = time.monotonic()
-    with serving(options.model, options.experts, console) as ready:
-        console.print(f"ready after {time.monotonic() - begun:.1f} s: {ready['model']} at {ready['address']}\n")
-        with Client(ready["address"]) as client:
+    with ExitStack() as resources:
+        with console.status(f"starting Ray, 1 attention worker, {options.experts} expert hosts, a gateway …"):
+            flags = ("--dtype", "float32")
+            cluster = serving(options.model, num_experts=options.experts, num_attention=1, flags=flags)
+            served = resources.enter_context(cluster)
+        console.print(f"ready after {time.monotonic() - begun:.1f} s: gateway {served.addresses}\n")
+        with Client(served.addresses) as client:
             begun = time.monotonic()
             streams = run_prompts(client, sampling, console)
             seconds = time.monotonic() - begun
-        traffic = read_traffic(f"http://{ready['metrics_address']}/metrics")
-    failed = [stream for stream in streams if stream.error is not None or stream.completion is None]
-    for stream in failed:
-        console.print(f"[bold red]failed:[/] {stream.prompt!r}: {stream.error}")
-    if failed:
-        return 1
-    show_traffic(console, traffic, seconds)
-    return check_against_one_process(options.model, sampling, streams, console)
+        traffic = read_traffic(f"http://{served.metrics_address}/metrics")
+        failed = [stream for stream in streams if stream.error is not None or stream.completion is None]
+        for stream in failed:
+            console.print(f"[bold red]failed:[/] {stream.prompt!r}: {stream.error}")
+        if failed:
+            return 1
+        show_traffic(console, traffic, seconds)
+        if check_against_one_process(options.model, sampling, streams, console):
+            return 1
+        return 0 if change_under_load(options.model, served, console) else 1
 
 
-@contextmanager
-def serving(model: Path, num_experts: int, console: Console) -> Iterator[dict[str, str]]:
-    """Run `llama4-dist serve` as a process of its own; yield what it says when it is ready."""
-    command = [sys.executable, "-c", "from llama4_dist.cli import main; main()", "serve"]
-    command += ["--model", str(model), "--experts", str(num_experts), "--attention", "1"]
-    command += ["--dtype", "float32", "--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0"]
-    command += ["--log-level", "warning", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stdout is not None
-        try:
-            with console.status(f"starting Ray, 1 attention worker, {num_experts} expert hosts, a gateway …"):
-                line = process.stdout.readline()
-            ready = json.loads(line) if line else {}
-            if "address" not in ready:
-                raise SystemExit(f"the server did not start: {ready.get('error', {}).get('message', 'see above')}")
-            yield ready
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(SHUTDOWN_S)
+def change_under_load(model: Path, served: Serving, console: Console) -> bool:
+    """Scale to six hosts, kill one and scale to three while requests run; tell whether nobody noticed."""
+    console.print("\n[bold]Requests without a pause, while expert hosts come, die and go[/]")
+    with console.status("what one process answers, for comparison …"):
+        cases = make_cases(prompts_of(model), max_tokens=48)
+        reference = answers_of(model, cases, dtype="float32")
+    with TemporaryDirectory(prefix="llama4-demo-") as folder, AdminClient(served.admin_address) as admin:
+        file = Path(folder) / "history.jsonl"
+        with History(file, seed=0) as history:
+            load = Load(served.addresses, cases, history, num_streams=4, prefix="demo")
+            load.start()
+            try:
+                time.sleep(QUIET_S)  # the measure of what is usual
+                for change in (partial(scale_to, 6), kill_one, partial(scale_to, 3)):
+                    change(admin, history, console)
+            finally:
+                ended = load.stop(SHUTDOWN_S)
+        verdict = judge(read_history([file]), reference, Rules())
+    longest = f"longest gap between two tokens {1000 * verdict.gaps.max_s:.0f} ms"
+    usual = f"{1000 * verdict.healthy_gaps.p99_s:.0f} ms is the 99th percentile without a fault"
+    console.print(f"{verdict.num_compared} requests, {verdict.num_tokens} tokens; {longest} ({usual})", highlight=False)
+    for violation in verdict.violations:
+        console.print(f"[bold red]{violation.kind}[/] {violation.request_id} {violation.detail}")
+    if not (ended and verdict.has_passed and verdict.num_compared):
+        return False
+    console.print("[green]no request was refused or lost, and every token is that of the single process[/]")
+    return True
+
+
+def scale_to(num_hosts: int, admin: AdminClient, history: History, console: Console) -> None:
+    """Scale, and say what that took."""
+    with history.operation(f"scale to {num_hosts}"):
+        done = admin.wait(admin.scale(num_hosts).name, timeout_s=SHUTDOWN_S)
+    change, paused_ms = done.change, 1000 * done.paused_s
+    assert change is not None
+    told = f"  {change.hosts_before} → {change.hosts_after} hosts: {done.phase}, {change.num_moves} experts moved"
+    console.print(f"{told}, serving stood still for {paused_ms:.1f} ms", highlight=False)
+
+
+def kill_one(admin: AdminClient, history: History, console: Console) -> None:
+    """Kill an expert host, and wait until the cluster has replaced it."""
+    victim = next(one for one in admin.status().workers if one.role == "expert")
+    begun = time.monotonic()
+    with history.fault(Kill(victim.pid), name="kill", phase="serving"):
+        while not any(
+            one.worker == victim.worker and one.state == "ready" and one.pid != victim.pid
+            for one in admin.status().workers
+        ):
+            if time.monotonic() - begun > SHUTDOWN_S:
+                raise SystemExit(f"{victim.worker} was not replaced")
+            time.sleep(0.1)
+    seconds = time.monotonic() - begun
+    console.print(f"  {victim.worker} killed (pid {victim.pid}): replaced after {seconds:.1f} s", highlight=False)
+
+
+def is_replaced(victim: Worker, admin: AdminClient) -> bool:
+    """Tell whether another process serves in the victim's place."""
+    now = [one for one in admin.status().workers if one.worker == victim.worker]
+    return any(one.state == "ready" and one.pid != victim.pid for one in now)
 
 
 def run_prompts(client: Client, sampling: Sampling, console: Console) -> list[Shown]:

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llama4_dist.cli.cluster import cluster_app
+from llama4_dist.cli.experts import experts_app
+from llama4_dist.cli.flags import JsonFlag, TlsCa, Token, parse_seconds
+
 if TYPE_CHECKING:
     from llama4_dist.cli.backend import Backend
 
@@ -20,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cluster_app)
+app.add_typer(experts_app)
 
 
 class DtypeChoice(StrEnum):
@@ -30,11 +36,8 @@ class DtypeChoice(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document (streams: one per line).")]
 Model = Annotated[Path | None, typer.Option("--model", "-m", help="Checkpoint folder; runs in this process.")]
 Server = Annotated[str | None, typer.Option("--server", "-s", help="host:port of a running gateway.")]
-Token = Annotated[str | None, typer.Option("--token", envvar="LLAMA4_DIST_TOKEN", help="Bearer token of the server.")]
-TlsCa = Annotated[Path | None, typer.Option("--tls-ca", help="CA file; switches TLS on.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the checkpoint's own, else 1.")]
 TopP = Annotated[float | None, typer.Option(help="Nucleus sampling mass.")]
 TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 is off.")]
@@ -43,6 +46,7 @@ MaxTokens = Annotated[int | None, typer.Option(help="Default: what the context s
 Stop = Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")]
 Dtype = Annotated[DtypeChoice, typer.Option(help="Compute dtype (with --model).")]
 Device = Annotated[str, typer.Option(help="cpu or cuda (with --model).")]
+Period = Annotated[float | None, typer.Option(parser=parse_seconds, metavar="TIME")]
 Experts = Annotated[int, typer.Option(help="Expert host processes (with --model); 0 = this process only.")]
 
 
@@ -53,6 +57,11 @@ def serve(
     address: Annotated[str | None, typer.Option(help="host:port of the gateway [127.0.0.1:50051].")] = None,
     experts: Annotated[int | None, typer.Option(help="Expert host processes; 0 = one process, no Ray.")] = None,
     attention: Annotated[int | None, typer.Option(help="Attention workers.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Copies of every expert, where memory allows [2].")] = None,
+    gateway: Annotated[bool | None, typer.Option(help="Serve clients from this process too.")] = None,
+    admin_address: Annotated[str | None, typer.Option(help="host:port of ClusterService [127.0.0.1:50052].")] = None,
+    admin_token_file: Annotated[Path | None, typer.Option(help="Bearer tokens of operators.")] = None,
+    directory_address: Annotated[str | None, typer.Option(help="host:port where other gateways find engines.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="Existing Ray cluster; default: start one here.")] = None,
     dtype: Annotated[DtypeChoice | None, typer.Option(help="Compute dtype.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
@@ -73,6 +82,31 @@ def serve(
     as_json: JsonFlag = False,
 ) -> None:
     """Serve a checkpoint over gRPC, in one process or with expert hosts on Ray."""
+    flags = {name: value for name, value in locals().items() if name not in ("config", "as_json")}
+    from llama4_dist.cli.serve import run_serve
+
+    run_serve(flags, config, as_json)
+
+
+@app.command("gateway")
+def serve_gateway(
+    directory: Annotated[str, typer.Option(help="host:port of the cluster's directory.")],
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="Checkpoint folder, for its tokenizer.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")] = None,
+    address: Annotated[str | None, typer.Option(help="host:port of the gateway [127.0.0.1:50051].")] = None,
+    model_name: Annotated[str | None, typer.Option(help="Name clients use; default: the folder's.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="Bearer tokens, one a line.")] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM certificate chain.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
+    tls_client_ca: Annotated[Path | None, typer.Option(help="Require client certificates of this CA.")] = None,
+    metrics_address: Annotated[str | None, typer.Option(help="host:port for Prometheus; loopback only.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Requests at once, with max_waiting.")] = None,
+    max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Be one more gateway of a cluster that another process serves; clients may change between gateways."""
     flags = {name: value for name, value in locals().items() if name not in ("config", "as_json")}
     from llama4_dist.cli.serve import run_serve
 
@@ -159,6 +193,54 @@ def inspect(
     from llama4_dist.cli.inspect import run_inspect
 
     run_inspect(directory, verify, as_json)
+
+
+@app.command()
+def chaos(
+    model: Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder.")],
+    experts: Annotated[int, typer.Option(help="Expert hosts at the start.")] = 4,
+    attention: Annotated[int, typer.Option(help="Attention workers.")] = 2,
+    gateways: Annotated[int, typer.Option(help="Gateways; several are processes of their own.")] = 1,
+    streams: Annotated[int, typer.Option(help="Requests running at once.")] = 4,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each request.")] = 48,
+    duration: Annotated[float, typer.Option(parser=parse_seconds, metavar="TIME")] = "5m",  # type: ignore[assignment]
+    kill_every: Period = "5s",  # type: ignore[assignment]
+    stop_every: Period = None,
+    scale_every: Period = "20s",  # type: ignore[assignment]
+    kill_attention_every: Period = None,
+    kill_controller_every: Period = None,
+    hosts: Annotated[str, typer.Option(help="Sizes that scaling goes through.")] = "6,3,4",
+    seed: Annotated[int, typer.Option(help="Draws the schedule; the same again replays it.")] = 0,
+    history: Annotated[Path | None, typer.Option(help="Keep the record of every token here.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Break a cluster of its own under load; exit with 1 when a request was lost or a token wrong. 0 = never."""
+    from llama4_dist.chaos.run import ChaosOptions
+    from llama4_dist.chaos.schedule import ChaosPlan
+    from llama4_dist.cli.chaos import parse_hosts, run_chaos_command
+
+    options = ChaosOptions(
+        model=model,
+        num_experts=experts,
+        num_attention=attention,
+        num_gateways=gateways,
+        num_streams=streams,
+        max_tokens=max_tokens,
+    )
+
+    def plan() -> ChaosPlan:
+        return ChaosPlan(
+            duration_s=duration,
+            kill_every_s=kill_every or None,
+            stop_every_s=stop_every or None,
+            scale_every_s=scale_every or None,
+            kill_attention_every_s=kill_attention_every or None,
+            kill_controller_every_s=kill_controller_every or None,
+            hosts=parse_hosts(hosts),
+            seed=seed,
+        )
+
+    run_chaos_command(options, plan, history, as_json)
 
 
 @app.command()

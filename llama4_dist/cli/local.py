@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llama4_dist.checkpoint.describe import CheckpointSummary, describe
 from llama4_dist.checkpoint.reader import Checkpoint
@@ -14,8 +15,8 @@ from llama4_dist.settings import ServeSettings
 from llama4_dist.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 
-def engine_of(settings: ServeSettings, *, show_progress: bool) -> Engine:
-    """Start the engine that the settings describe; it is ready when this returns."""
+def engine_of(settings: ServeSettings, *, show_progress: bool, **cluster: Any) -> Engine:
+    """Start the engine that the settings describe, ready when this returns; `cluster` is more for `RayEngine`."""
     options = EngineOptions(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -24,7 +25,15 @@ def engine_of(settings: ServeSettings, *, show_progress: bool) -> Engine:
         max_waiting=settings.max_waiting,
         max_context=settings.max_context,
         model_name=settings.model_name or settings.model.resolve().name,
+        expert_timeout_s=settings.expert_timeout_s,
     )
+    if settings.experts:
+        cluster |= {
+            "num_replicas": settings.replicas,
+            "host_capacity_bytes": settings.host_capacity_bytes,
+            "resume_ttl_s": settings.resume_ttl_s,
+            "replay_timeout_s": settings.replay_timeout_s,
+        }
     with shown(show_progress) as progress:
         return open_engine(
             settings.model,
@@ -36,6 +45,7 @@ def engine_of(settings: ServeSettings, *, show_progress: bool) -> Engine:
             dtype=settings.dtype,
             device=settings.device,
             num_threads=settings.num_threads,
+            cluster=cluster,
         )
 
 

@@ -2,48 +2,101 @@
 
 import asyncio
 import logging
+import signal
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama4_dist.checkpoint.describe import CheckpointSummary
 from llama4_dist.cli.inspect import summary_rows
-from llama4_dist.cli.local import engine_of, open_text
+from llama4_dist.cli.local import open_text
 from llama4_dist.cli.logs import configure_logging
 from llama4_dist.cli.output import human_bytes, print_json, print_pairs, print_rows, reporting
+from llama4_dist.cli.parts import Parts, open_parts
 from llama4_dist.engine.port import Engine
+from llama4_dist.gateway.engine_ids import engine_id_key
 from llama4_dist.gateway.run import Gateway, serve
 from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.request import Sampling
 from llama4_dist.settings import ServeSettings, load_settings
+from llama4_dist.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from cluster.admin_settings import AdminSettings
 
 log = logging.getLogger(__name__)
 
 
 def run_serve(flags: Mapping[str, Any], file: Path | None, as_json: bool) -> None:
-    """Serve until SIGTERM or SIGINT. With `as_json` one line tells the address once the gateway answers."""
+    """Serve until SIGTERM or SIGINT. With `as_json` one line tells the addresses once everything answers."""
     with reporting(as_json), ExitStack() as resources:
         settings = load_settings(flags, file=file)
         configure_logging(settings.log_level, settings.log_format)
         text = open_text(settings.model)
-        gateway_settings = settings_of_gateway(settings, text.sampling)
-        engine = engine_of(settings, show_progress=not as_json)
-        resources.callback(engine.close)
+        parts = open_parts(settings, resources, show_progress=not as_json)
+        gateway_settings = settings_of_gateway(settings, text.sampling, parts.secret)
 
-        def on_ready(gateway: Gateway) -> None:
+        def on_ready(gateway: Gateway | None, admin_port: int | None) -> None:
+            event = ready_event(settings, gateway, parts, admin_port)
             if as_json:
-                print_json({**ready_event(settings, gateway, engine), "workers": workers_of(engine)})
+                print_json({**event, "workers": workers_of(parts.engine)})
                 return
-            print_pairs("llama4_dist is serving", start_table(settings, text.summary, engine, gateway))
-            if workers := workers_of(engine):
+            print_pairs("llama4_dist is serving", start_table(settings, text.summary, parts.engine, event))
+            if workers := workers_of(parts.engine):
                 print_rows("Workers", list(workers[0]), [list(worker.values()) for worker in workers])
 
-        asyncio.run(serve(engine, text.tokenizer, gateway_settings, on_ready=on_ready))
+        asyncio.run(run_servers(settings, parts, text.tokenizer, gateway_settings, on_ready))
 
 
-def settings_of_gateway(settings: ServeSettings, sampling: Sampling) -> GatewaySettings:
+async def run_servers(
+    settings: ServeSettings,
+    parts: Parts,
+    tokenizer: Tokenizer | None,
+    gateway_settings: GatewaySettings,
+    on_ready: "Callable[[Gateway | None, int | None], None]",
+) -> None:
+    """Serve clients, operators, or both, until told to stop."""
+    async with AsyncExitStack() as stack:
+        admin_port = None
+        if parts.control is not None:
+            from cluster.admin_server import running_admin_server
+
+            admin = await stack.enter_async_context(running_admin_server(parts.control, admin_settings(settings)))
+            admin_port = admin.port
+        if settings.gateway:
+            await serve(
+                parts.engine, tokenizer, gateway_settings, on_ready=lambda gateway: on_ready(gateway, admin_port)
+            )
+            return
+        parts.engine.start(lambda outputs: None)  # opens the streams that `stats` and `score` use
+        on_ready(None, admin_port)
+        await told_to_stop()
+
+
+async def told_to_stop() -> None:
+    """Wait for SIGTERM or SIGINT."""
+    told, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    await told.wait()
+
+
+def admin_settings(settings: ServeSettings) -> "AdminSettings":
+    """Pick the admin server's part: a port and a credential of its own."""
+    from cluster.admin_settings import AdminSettings
+
+    return AdminSettings(
+        address=settings.admin_address,
+        token_file=settings.admin_token_file,
+        tls_certificate=settings.tls_certificate,
+        tls_key=settings.tls_key,
+        reflection=settings.reflection,
+    )
+
+
+def settings_of_gateway(settings: ServeSettings, sampling: Sampling, secret: bytes | None) -> GatewaySettings:
     """Pick the gateway's part; raises ConfigError for a bind that others could reach without authentication."""
     return GatewaySettings(
         address=settings.address,
@@ -58,6 +111,7 @@ def settings_of_gateway(settings: ServeSettings, sampling: Sampling) -> GatewayS
         max_request_s=settings.max_request_s,
         drain_timeout_s=settings.drain_timeout_s,
         sampling=sampling,
+        engine_id_key=engine_id_key(secret) if secret is not None else None,
     )
 
 
@@ -82,28 +136,34 @@ def workers_of(engine: Engine) -> list[dict[str, object]]:
     ]
 
 
-def ready_event(settings: ServeSettings, gateway: Gateway, engine: Engine) -> dict[str, object]:
-    """Say where the gateway listens, for scripts that wait for it."""
-    host = settings.address.rpartition(":")[0]
-    metrics_host = (settings.metrics_address or "").rpartition(":")[0]
+def ready_event(
+    settings: ServeSettings, gateway: Gateway | None, parts: Parts, admin_port: int | None
+) -> dict[str, object]:
+    """Say where everything listens, for scripts that wait for it."""
+
+    def at(address: str | None, port: int | None) -> str | None:
+        return f"{address.rpartition(':')[0]}:{port}" if address and port else None
+
     return {
         "event": "ready",
-        "model": engine.limits.model,
-        "address": f"{host}:{gateway.port}",
-        "metrics_address": f"{metrics_host}:{gateway.metrics_port}" if gateway.metrics_port else None,
+        "model": parts.engine.limits.model,
+        "address": at(settings.address, gateway.port if gateway else None),
+        "metrics_address": at(settings.metrics_address, gateway.metrics_port if gateway else None),
+        "admin_address": at(settings.admin_address, admin_port),
+        "directory_address": parts.directory or None,
     }
 
 
 def start_table(
-    settings: ServeSettings, summary: CheckpointSummary, engine: Engine, gateway: Gateway
+    settings: ServeSettings, summary: CheckpointSummary, engine: Engine, event: Mapping[str, object]
 ) -> dict[str, object]:
     """Everything an operator wants to see once: model, memory, hosts, endpoints."""
-    stats, event = engine.stats(), ready_event(settings, gateway, engine)
-    hosts = (
-        f"{settings.attention} attention, {settings.experts} expert hosts on Ray"
-        if settings.experts
-        else "none: one process"
-    )
+    stats = engine.stats()
+    hosts = "none: one process"
+    if settings.experts:
+        hosts = f"{settings.attention} attention, {settings.experts} expert hosts on Ray"
+    elif settings.directory:
+        hosts = f"those of the cluster at {settings.directory}"
     transport = "mTLS" if settings.tls_client_ca else "TLS" if settings.tls_certificate else "plaintext"
     return {
         "model": engine.limits.model,
@@ -112,9 +172,15 @@ def start_table(
         "KV blocks": f"{stats.kv_blocks_total:,} of {settings.block_size} tokens",
         "context served": f"{engine.limits.max_context:,} tokens",
         "workers": hosts,
-        "gRPC": f"{event['address']} ({transport}, {'bearer token' if settings.token_file else 'no token'})",
+        "gRPC": f"{event['address']} ({transport}, {'bearer token' if settings.token_file else 'no token'})"
+        if event["address"]
+        else "none: gateways are other processes",
         "metrics": f"http://{event['metrics_address']}/metrics"
         if event["metrics_address"]
         else "off (--metrics-address)",
-        "try": f"llama4-dist generate --server {event['address']} 'The sea'",
+        **({"admin": event["admin_address"]} if event["admin_address"] else {}),
+        **({"directory": event["directory_address"]} if event["directory_address"] else {}),
+        "try": f"llama4-dist generate --server {event['address']} 'The sea'"
+        if event["address"]
+        else f"llama4-dist gateway --model {settings.model} --directory {event['directory_address']}",
     }

@@ -61,7 +61,7 @@ def completion(answer: Answer, sampling: Sampling | None) -> Completion:
 
 
 class Assembler:
-    """Collects the events of a stream into deltas and, at the end, into the completion."""
+    """Collects the parts of a stream into the completion."""
 
     def __init__(self, sampling: Sampling | None) -> None:
         self._with_logprobs = sampling is not None and sampling.logprobs is not None
@@ -75,22 +75,17 @@ class Assembler:
         """The server's id of the request; "" before its first event."""
         return self._started.request_id
 
-    def feed(self, event: Event) -> Delta | None:
-        """Take an event; return the delta in it, if it has one."""
-        if event.HasField("usage"):
-            self._usage = wire_results.usage_from_proto(event.usage)
-        match event.WhichOneof("event"):
-            case "started":
-                self._started = event.started
-                return None
-            case "delta":
-                delta = delta_from_proto(event.delta)
-            case "finished":
-                delta = finish_from_proto(event.finished)
-            case _:
-                return None
+    def begin(self, started: types_pb2.Started) -> None:
+        """Take what stands before the first token."""
+        self._started = started
+
+    def add(self, delta: Delta) -> None:
+        """Take new tokens or an end."""
         self._deltas.append(delta)
-        return delta
+
+    def end(self, usage: types_pb2.Usage) -> None:
+        """Take the counts of the last event."""
+        self._usage = wire_results.usage_from_proto(usage)
 
     @property
     def completion(self) -> Completion:
@@ -121,6 +116,16 @@ class Assembler:
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
         )
+
+
+def delta_of(event: Event) -> Delta | None:
+    """Read the delta in an event, if it has one."""
+    match event.WhichOneof("event"):
+        case "delta":
+            return delta_from_proto(event.delta)
+        case "finished":
+            return finish_from_proto(event.finished)
+    return None
 
 
 def delta_from_proto(message: types_pb2.TokenDelta) -> Delta:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.engine.block_allocator import BlockAllocator
@@ -43,6 +43,7 @@ class EngineCore:
         self.counters = Counters()
         self.runner = StepRunner(model, cache, dispatcher, counters=self.counters, clock=clock, device=device)
         self.clock = clock
+        self.held_since_s: float | None = None  # since when steps wait for an expert that no host serves
         self._eos_token_ids = frozenset(eos_token_ids)
         self._num_arrived = 0
 
@@ -87,6 +88,7 @@ class EngineCore:
         self.counters.add_seconds("schedule", self.clock() - started_s)
         if plan.spans:
             outputs += [self._commit(sequence, result) for sequence, result in self.runner.run(plan.spans)]
+            outputs += self._hold(self.runner.held)
         if self.options.debug_invariants:
             self.scheduler.check()
         return outputs
@@ -112,6 +114,25 @@ class EngineCore:
             queue_s=sequence.queue_s if first else None,
         )
 
+    def _hold(self, held: Mapping[SequenceState, Llama4Error]) -> list[TokenOutput]:
+        """Leave sequences as they are while an expert cannot be had; after the bound fail them as retriable.
+
+        A step changes nothing before its end, so the next one computes the same rows again.
+        """
+        now_s = self.clock()
+        if not held:
+            if self.held_since_s is not None:
+                log.warning("step_resumed after_s=%.3f", now_s - self.held_since_s)
+            self.held_since_s = None
+            return []
+        if self.held_since_s is None:
+            log.warning("step_held sequences=%d cause=%s", len(held), next(iter(held.values())))
+            self.held_since_s = now_s
+        if now_s - self.held_since_s < self.options.expert_timeout_s:
+            return []
+        log.error("step_unavailable sequences=%d", len(held))
+        return [self._end(sequence, error=error) for sequence, error in held.items()]
+
     def _expire(self, now_s: float) -> list[TokenOutput]:
         late = [s for s in self.scheduler.live() if s.deadline_s is not None and now_s >= s.deadline_s]
         return [
@@ -128,3 +149,5 @@ class EngineCore:
     def _forget(self, sequence: SequenceState, *, finish: FinishReason | None) -> None:
         self.scheduler.remove(sequence)
         self.counters.count_end(finish)
+        if not self.has_work:
+            self.held_since_s = None  # nobody waits any more; whoever comes next waits from then on

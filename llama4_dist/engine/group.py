@@ -1,118 +1,170 @@
-"""Several engines behind one port: each request goes to the least loaded one that takes it; knows no transport."""
+"""Several engines behind one port: each request goes to the least loaded one that takes it; knows no transport.
+
+Engines come and go. What one of them had when it was lost goes on with another; the caller sees neither gap nor error.
+"""
 
 import logging
+import secrets
 import threading
-from collections import Counter
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor
 
-from llama4_dist.engine.port import Engine, EngineStats, OnOutputs, is_last
+from llama4_dist.engine.live_requests import LiveRequests
+from llama4_dist.engine.port import Engine, EngineStats, OnOutputs
+from llama4_dist.engine.replay import LiveRequest, Member
+from llama4_dist.engine.replayer import Replayer
 from llama4_dist.engine.snapshot import add_stats
 from llama4_dist.errors import DuplicateRequestError, OverloadedError, UnavailableError
-from llama4_dist.request import EngineLimits, EngineRequest, TokenOutput
+from llama4_dist.request import EngineLimits, EngineRequest
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class EngineGroup:
-    """`Engine` over engines of the same model. A request stays with the engine that took it."""
+    """`Engine` over engines of the same model, which it owns from then on.
 
-    def __init__(self, engines: Sequence[Engine]) -> None:
+    A request stays with the engine that took it while that lives. `replay_timeout_s` bounds how long a request waits
+    while no engine is left; then it ends with UnavailableError.
+    """
+
+    def __init__(self, engines: Sequence[Engine], *, replay_timeout_s: float = 30.0) -> None:
         if not engines:
             raise ValueError("a group needs at least one engine")
-        self._engines = tuple(engines)
-        self._on_outputs: OnOutputs = lambda outputs: None
+        self._requests = LiveRequests(lock=threading.Condition(threading.RLock()), clock=time.monotonic)
         self._lock = threading.Lock()
-        self._emitting = threading.Lock()
-        self._owner: dict[str, int] = {}  # request id to engine
-        self._live: Counter[int] = Counter()  # engine to its live requests
+        self._members: dict[str, Member] = {}
+        self._num_named = 0
+        self._started = False
+        self._limits = engines[0].limits
+        self._replayer = Replayer(self._requests, members=self._by_load, timeout_s=replay_timeout_s)
+        for engine in engines:
+            self.add(engine)
 
     @property
     def limits(self) -> EngineLimits:
         """Return the limits of the engine with the smallest context: what any of them takes."""
-        return min((engine.limits for engine in self._engines), key=lambda limits: limits.max_context)
+        return self._limits
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the engines of now."""
+        with self._lock:
+            return tuple(self._members)
+
+    def add(self, engine: Engine, *, name: str | None = None) -> str:
+        """Let an engine serve from now on, first of all what waits; return its name."""
+        with self._lock:
+            name = name or f"engine-{self._num_named}"
+            if name in self._members:
+                raise ValueError(f"an engine {name!r} is in the group: remove it before another takes its name")
+            self._num_named += 1
+            member = self._members[name] = Member(name=name, engine=engine)
+            self._limits = self._smallest_limits()
+            started = self._started
+        if started:
+            self._start(member)
+        log.info("engine_added engine=%s", name)
+        return name
+
+    def remove(self, name: str) -> None:
+        """Close an engine; its requests go on with the others."""
+        with self._lock:
+            member = self._members.pop(name, None)
+            if member is None:
+                raise ValueError(f"no engine {name!r} is in the group; it has {', '.join(self._members) or 'none'}")
+            if self._members:
+                self._limits = self._smallest_limits()
+        left = self._requests.leave(member)
+        log.info("engine_removed engine=%s requests=%d", name, len(left))
+        for request_id in left:
+            member.engine.abort(request_id)
+        member.engine.close()
 
     def start(self, on_outputs: OnOutputs) -> None:
         """Start every engine; `on_outputs` is never called by two at once."""
-        self._on_outputs = on_outputs
-        for engine in self._engines:
-            engine.start(self._emit)
+        self._replayer.start(on_outputs)
+        with self._lock:
+            self._started = True
+            members = tuple(self._members.values())
+        for member in members:
+            self._start(member)
 
     def submit(self, request: EngineRequest) -> None:
         """Give the request to the least loaded engine; one that is down or full is passed over."""
-        with self._lock:
-            if request.request_id in self._owner:
-                raise DuplicateRequestError(f"request {request.request_id} is running: choose another id")
-            self._owner[request.request_id] = -1  # taken, by nobody yet
-        try:
-            self._try_each(lambda index: self._submit_to(index, request))
-        except BaseException:
-            with self._lock:
-                self._owner.pop(request.request_id, None)
-            raise
+        self._replayer.submit(self._register(request))
+
+    def attach(self, request: EngineRequest) -> None:
+        """Ask every engine for a request without an owner; NotFoundError comes as an output if none has it."""
+        self._replayer.attach(self._register(request))
 
     def abort(self, request_id: str) -> None:
-        with self._lock:
-            index = self._owner.get(request_id, -1)
-        if index >= 0:
-            self._engines[index].abort(request_id)
+        """Cancel a request, wherever it runs or waits."""
+        member = self._requests.cancel(request_id)
+        if member is not None:
+            member.engine.abort(request_id)
 
     def score(self, token_ids: Sequence[int], *, chunk_size: int | None = None) -> Tensor:
         """Score on the least loaded engine that can."""
-        return self._try_each(lambda index: self._engines[index].score(token_ids, chunk_size=chunk_size))
+        return self._try_each(lambda engine: engine.score(token_ids, chunk_size=chunk_size))
 
     def stats(self) -> EngineStats:
         """Return sums over the engines that answer; the queue age is the largest. UnavailableError if none does."""
         answers: list[EngineStats] = []
-        refusal: UnavailableError | None = None
-        for engine in self._engines:
+        refusal = UnavailableError("no engine is in the group")
+        for member in self._by_load():
             try:
-                answers.append(engine.stats())
+                answers.append(member.engine.stats())
             except UnavailableError as error:
                 refusal = error
-        if refusal is not None and not answers:
+        if not answers:
             raise refusal
-        return add_stats(answers)
+        total = add_stats(answers)
+        return replace(total, requests_replayed=total.requests_replayed + self._replayer.num_replayed)
 
     def close(self) -> None:
-        """Close every engine, also when closing one of them fails."""
+        """Close every engine, also when closing one of them fails; what still runs ends as they say."""
         with ExitStack() as stack:
-            for engine in self._engines:
-                stack.callback(engine.close)
+            stack.callback(self._replayer.close)
+            for member in self._by_load():
+                stack.callback(member.engine.close)
+            self._requests.wake(replays=False)
 
-    def _try_each(self, act: Callable[[int], T]) -> T:
+    def _start(self, member: Member) -> None:
+        member.engine.start(partial(self._replayer.take, member))
+        self._requests.wake()
+
+    def _register(self, request: EngineRequest) -> LiveRequest:
+        sampling = request.sampling
+        if sampling.seed is None:  # two engines must draw alike
+            sampling = replace(sampling, seed=secrets.randbits(64))
+        # A request that comes back to an engine which still runs it is known by its digest.
+        request = replace(request, sampling=sampling, digest=request.digest or secrets.token_bytes(16))
+        live = LiveRequest(request=request, submitted_s=time.monotonic())
+        if not self._requests.register(live):
+            raise DuplicateRequestError(f"request {request.request_id} is running: choose another id")
+        return live
+
+    def _by_load(self) -> list[Member]:
         with self._lock:
-            by_load = sorted(range(len(self._engines)), key=lambda index: (self._live[index], index))
-        refusals: list[UnavailableError | OverloadedError] = []
-        for index in by_load:
+            return sorted(self._members.values(), key=lambda member: member.num_live)
+
+    def _smallest_limits(self) -> EngineLimits:
+        limits = (member.engine.limits for member in self._members.values())
+        return min(limits, key=lambda one: one.max_context)
+
+    def _try_each(self, act: Callable[[Engine], T]) -> T:
+        refusal = UnavailableError("no engine is in the group")
+        for member in self._by_load():
             try:
-                return act(index)
+                return act(member.engine)
             except (UnavailableError, OverloadedError) as error:
-                log.debug("engine_passed_over engine=%d reason=%s", index, error.reason)
-                refusals.append(error)
-        # A full queue says more than a dead engine: coming back later helps.
-        raise next((error for error in refusals if isinstance(error, OverloadedError)), refusals[0])
-
-    def _submit_to(self, index: int, request: EngineRequest) -> None:
-        # Owned before it is submitted: its first output may come before `submit` returns.
-        with self._lock:
-            self._owner[request.request_id] = index
-            self._live[index] += 1
-        try:
-            self._engines[index].submit(request)
-        except BaseException:
-            with self._lock:
-                self._live[index] -= 1
-            raise
-
-    def _emit(self, outputs: Sequence[TokenOutput]) -> None:
-        with self._lock:
-            for output in outputs:
-                if is_last(output) and (index := self._owner.pop(output.request_id, -1)) >= 0:
-                    self._live[index] -= 1
-        with self._emitting:
-            self._on_outputs(outputs)
+                log.debug("engine_passed_over engine=%s reason=%s", member.name, error.reason)
+                refusal = error if isinstance(error, UnavailableError) else refusal
+        raise refusal

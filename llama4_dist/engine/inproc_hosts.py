@@ -12,7 +12,7 @@ from llama4_dist.dispatch.links.inproc import inproc_pair
 from llama4_dist.dispatch.links.link import Link, LinkLimits
 from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
 from llama4_dist.errors import ConfigError
-from llama4_dist.model.expert import Experts
+from llama4_dist.model.expert_store import ExpertStore
 
 WORKER = "local"
 
@@ -32,7 +32,8 @@ def start_inproc_hosts(
     limits = LinkLimits()
     links: dict[str, Link] = {}
     for host in sorted(set(host_of.values())):
-        weights = {key: checkpoint.expert(*key) for key, holder in host_of.items() if holder == host}
+        experts = ExpertStore(checkpoint, dtype=dtype, device=device)
+        experts.add([key for key, holder in host_of.items() if holder == host])
         server = ExpertServer(
             identity=HostIdentity(
                 host=host,
@@ -41,7 +42,7 @@ def start_inproc_hosts(
                 num_layers=config.num_layers,
                 num_experts=config.num_experts,
             ),
-            compute=Experts(weights, width=config.hidden_size, dtype=dtype, device=device),
+            compute=experts,
             width=config.hidden_size,
             dtype=dtype,
             limits=limits,

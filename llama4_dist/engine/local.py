@@ -15,7 +15,7 @@ from torch import Tensor
 from llama4_dist.engine import scorer
 from llama4_dist.engine.engine import EngineCore
 from llama4_dist.engine.intake import check_fits
-from llama4_dist.engine.port import EngineStats, OnOutputs, is_last
+from llama4_dist.engine.port import EngineStats, OnOutputs, is_last, unknown_request
 from llama4_dist.engine.scorer import ScoreJob
 from llama4_dist.engine.snapshot import snapshot
 from llama4_dist.errors import (
@@ -29,6 +29,8 @@ from llama4_dist.request import EngineLimits, EngineRequest, TokenOutput
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+HELD_RETRY_S = 0.02  # between two tries of a step that no host can serve
 
 
 class LocalEngine:
@@ -81,6 +83,15 @@ class LocalEngine:
                 )
             self._live.add(request.request_id)
             self._inbox.put(lambda: self._outbox.extend(self.core.add(request, arrived_s=arrived_s)))
+
+    def attach(self, request: EngineRequest) -> None:
+        """Answer NotFoundError: the one owner of this engine lives in this process."""
+        with self._lock:
+            self._check_open()
+            if request.request_id in self._live:
+                raise DuplicateRequestError(f"request {request.request_id} is running: it has its owner")
+            answer = TokenOutput(request_id=request.request_id, error=unknown_request())
+            self._inbox.put(lambda: self._outbox.append(answer))
 
     def abort(self, request_id: str) -> None:
         """Cancel a request before the next step; unknown and ended ids are no error."""
@@ -173,8 +184,9 @@ class LocalEngine:
     def _obey(self) -> None:
         """Carry out every command that came since the last step; sleep on the inbox when there is nothing else."""
         idle = not (self.core.has_work or self._scores)
+        held = self.core.held_since_s is not None
         try:
-            command = self._inbox.get(block=idle)
+            command = self._inbox.get(block=idle or held, timeout=None if idle else HELD_RETRY_S)
             while True:
                 command()
                 command = self._inbox.get_nowait()

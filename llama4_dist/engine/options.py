@@ -1,5 +1,6 @@
 """How large the engine may grow; plain numbers, checked once."""
 
+import math
 from dataclasses import dataclass
 
 from llama4_dist.errors import ConfigError
@@ -12,6 +13,7 @@ class EngineOptions:
     `num_blocks` wins over `kv_cache_bytes`; with neither, a share of the memory is taken (`engine.kv_sizing`).
     `max_logit_rows` bounds the float32 rows of logits a step makes for prompt log-probabilities or scoring: a row of
     Llama 4's vocabulary is 0.8 MB. `max_score_bytes` bounds the logits that one call of `score` returns.
+    `expert_timeout_s` is how long requests wait for an expert that no host serves before they fail as retriable.
     `debug_invariants` checks block conservation after every step. `model_name` is what clients call the model: the
     checkpoint's folder name, if left out.
     """
@@ -25,6 +27,7 @@ class EngineOptions:
     max_context: int | None = None
     max_logit_rows: int = 256
     max_score_bytes: int = 4 << 30
+    expert_timeout_s: float = 30.0
     model_name: str | None = None
     debug_invariants: bool = False
 
@@ -43,6 +46,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1, or left out for the default")
+        if not 0 <= self.expert_timeout_s < math.inf:
+            raise ConfigError(f"expert_timeout_s={self.expert_timeout_s} must be 0 or more seconds")
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ConfigError(
                 f"max_num_seqs={self.max_num_seqs} exceeds max_num_batched_tokens={self.max_num_batched_tokens}: "

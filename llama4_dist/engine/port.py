@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from llama4_dist.errors import NotFoundError
 from llama4_dist.request import EngineLimits, EngineRequest, TokenOutput
 
 OnOutputs = Callable[[Sequence[TokenOutput]], None]
@@ -16,7 +17,8 @@ class EngineStats:
     """Gauges and counters since the engine was built; `admitted = finished + cancelled + failed + live`.
 
     `station_seconds` sums wall time per station of a step: schedule, model (all of the forward pass), dispatch_wait
-    (the part of model spent waiting for expert rows), sample. `host_*` are per expert host.
+    (the part of model spent waiting for expert rows), sample. `host_*` are per expert host. `requests_replayed` counts
+    the times a group gave a request to another engine because its own was lost.
     """
 
     requests_running: int = 0
@@ -31,6 +33,7 @@ class EngineStats:
     requests_finished: int = 0
     requests_cancelled: int = 0
     requests_failed: int = 0
+    requests_replayed: int = 0
     max_queue_age_s: float = 0.0
     station_seconds: Mapping[str, float] = field(default_factory=dict)
     host_rows: Mapping[str, int] = field(default_factory=dict)
@@ -41,6 +44,11 @@ class EngineStats:
 def is_last(output: TokenOutput) -> bool:
     """Return whether no further output follows for this request."""
     return output.finish_reason is not None or output.error is not None
+
+
+def unknown_request() -> NotFoundError:
+    """Build the one answer to an attach that finds nothing, whatever the cause: it tells nobody what runs elsewhere."""
+    return NotFoundError("no such request waits to be resumed: start it again")
 
 
 class Engine(Protocol):
@@ -54,6 +62,12 @@ class Engine(Protocol):
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. Raises OverloadedError, DuplicateRequestError, UnavailableError."""
+
+    def attach(self, request: EngineRequest) -> None:
+        """Take over a request that runs without an owner: its outputs follow from the first token on.
+
+        NotFoundError, as an output, where there is none of that id and digest. Raises as `submit` does.
+        """
 
     def abort(self, request_id: str) -> None:
         """Cancel a request; idempotent. Its KV is free within one step and a CANCELLED output follows."""

@@ -45,16 +45,24 @@ class StepRunner:
         self.dispatcher = dispatcher
         self.device = device
         self._cache = cache
+        self.held: dict[SequenceState, UnavailableError] = {}  # what the last `run` left as it was, and why
         self._counters = counters
         self._clock = clock
 
     def run(self, spans: Sequence[PlannedSpan]) -> list[Result]:
-        """Compute the spans; return a token for each sequence that has none pending, or its error."""
+        """Compute the spans; return a token for each sequence that has none pending, or its error.
+
+        Where an expert cannot be had just now, sequences are in `held` and their spans can be computed again later.
+        """
+        self.held.clear()
+        return self._run(spans)
+
+    def _run(self, spans: Sequence[PlannedSpan]) -> list[Result]:
         try:
             return self._compute(spans)
         except UnavailableError as error:
-            log.warning("step_unavailable reason=%s sequences=%d", error.reason, len(spans))
-            return [(span.sequence, error) for span in spans]
+            self.held |= {span.sequence: error for span in spans}
+            return []
         except Exception as error:
             if len(spans) == 1:
                 log.error("step_failed request_id=%s", spans[0].sequence.request_id, exc_info=error)
@@ -62,7 +70,7 @@ class StepRunner:
                 return [(spans[0].sequence, error if isinstance(error, Llama4Error) else EngineError(failure))]
             # One sequence may be the cause. A step changes nothing before its end, so each is computed again, alone.
             log.warning("step_split sequences=%d cause=%s", len(spans), type(error).__name__)
-            return [result for span in spans for result in self.run([span])]
+            return [result for span in spans for result in self._run([span])]
 
     def forward(self, batch: Batch) -> Tensor:
         """Run the model on a batch, timed; return logits_PV."""

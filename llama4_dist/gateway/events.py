@@ -15,10 +15,21 @@ Event = inference_pb2.StreamGenerateResponse | inference_pb2.StreamChatResponse
 
 
 class EventReader:
-    """Makes the events of one reader; a stream's first event is Started and its last carries the usage."""
+    """Makes the events of one reader; a stream's first event is Started and its last carries the usage.
 
-    def __init__(self, running: RunningRequest, call: GenerationCall, model: str, event_class: type[Event]) -> None:
+    `resume` are the numbers of tokens, by sequence, that the client has already: their deltas are left out.
+    """
+
+    def __init__(
+        self,
+        running: RunningRequest,
+        call: GenerationCall,
+        model: str,
+        event_class: type[Event],
+        resume: tuple[int, ...] | None = None,
+    ) -> None:
         self._running = running
+        self._to_skip = dict(enumerate(resume or ()))
         self._call = call
         self._model = model
         self._event_class = event_class
@@ -37,11 +48,19 @@ class EventReader:
         self._started = True
         unread = self._running.events[self._num_read :]
         self._num_read += len(unread)
-        for one in coalesced(unread):
+        for one in coalesced([one for one in unread if not self._is_known(one)]):
             event = self._delta(one) if isinstance(one, Delta) else self._finish(one)
             if event is not None:
                 events.append(event)
         return events
+
+    def _is_known(self, one: Delta | Finished) -> bool:
+        """Tell whether the client has this; an event of the record has at most one token."""
+        num_left = self._to_skip.get(one.index, 0)
+        if isinstance(one, Finished) or num_left == 0:
+            return False
+        self._to_skip[one.index] = num_left - len(one.token_ids)
+        return True
 
     def _start(self) -> types_pb2.Started:
         state = self._running.state
@@ -54,6 +73,7 @@ class EventReader:
             queue_time=queue_time,
             prompt_token_ids=state.prompt_token_ids if self._call.return_prompt_token_ids else (),
             prompt_logprobs=wire_results.logprobs_to_proto(state.prompt_logprobs or ()),
+            seed=state.sampling.seed,
         )
 
     def _delta(self, delta: Delta) -> Event | None:

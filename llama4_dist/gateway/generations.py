@@ -9,15 +9,25 @@ import secrets
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
-from llama4_dist.engine.port import Engine
-from llama4_dist.errors import DuplicateRequestError, Llama4Error, UnavailableError
+from llama4_dist.engine.port import Engine, is_last, unknown_request
+from llama4_dist.errors import (
+    DuplicateRequestError,
+    FieldViolation,
+    InvalidRequestError,
+    Llama4Error,
+    NotFoundError,
+    UnavailableError,
+)
+from llama4_dist.gateway.engine_ids import EngineIds
+from llama4_dist.gateway.leaving import Leaving
 from llama4_dist.gateway.metrics import Metrics
 from llama4_dist.gateway.prompt import tokenise
 from llama4_dist.gateway.running import RunningRequest
 from llama4_dist.request import TokenOutput
-from llama4_dist.rpc.wire import GenerationCall
-from llama4_dist.text.output_sequence import Finished
+from llama4_dist.rpc.wire import GenerationCall, invalid
+from llama4_dist.text.output_sequence import Delta, Finished
 from llama4_dist.text.request_state import RequestState
 from llama4_dist.text.tokenizer import Tokenizer
 
@@ -27,15 +37,17 @@ log = logging.getLogger(__name__)
 class Generations:
     """Requests by (tenant, request id) and sequences by the id the engine knows them by.
 
-    Engine ids are drawn here and never come from a client, so no client can name another's sequence.
+    Engine ids are made here and never come from a client, so no client can name another's sequence.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, metrics: Metrics, ids: EngineIds) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._metrics = metrics
+        self._ids = ids
         self._requests: dict[tuple[str, str], RunningRequest] = {}
         self._sequences: dict[str, RunningRequest] = {}
+        self._leaving = Leaving()
         self._loop = asyncio.get_running_loop()
         self.last_unavailable_s: float | None = None  # on the loop's clock
 
@@ -49,23 +61,40 @@ class Generations:
 
     @asynccontextmanager
     async def open(
-        self, call: GenerationCall, *, tenant: str, body: bytes, timeout_s: float
+        self,
+        call: GenerationCall,
+        *,
+        tenant: str,
+        body: bytes,
+        timeout_s: float,
+        resume: tuple[int, ...] | None = None,
     ) -> AsyncIterator[RunningRequest]:
-        """Join the running request of that id and body, or start one; abort it when its last reader leaves."""
+        """Join the running request of that id and body, or start one; abort it when its last reader leaves.
+
+        With `resume` none is started: it runs here, or is taken over from a gateway that is gone, or is not found.
+        """
         prompt_token_ids = await tokenise(call, self._tokenizer, self._engine.limits)
+        if resume is not None:
+            check_resume(call, resume)
         request_id = call.request_id or uuid.uuid4().hex
         key = (tenant, request_id)
+        if key not in self._requests:
+            await self._leaving.gone(self._ids.engine_id(tenant, request_id), request_id)
         running = self._requests.get(key)
         if running is None:
-            running = self._submit(request_id, call, prompt_token_ids, body, timeout_s)
+            running = self._start(key, call, prompt_token_ids, body, timeout_s, attach=resume is not None)
             self._requests[key] = running
         elif not secrets.compare_digest(running.body, body):
+            if resume is not None:
+                raise unknown_request()
             raise DuplicateRequestError(
                 f"request {request_id} is running with another body: wait for it, or choose another id",
                 metadata={"request_id": request_id},
             )
         running.num_readers += 1
         try:
+            if resume is not None:
+                await reached(running, resume)
             yield running
         finally:
             running.num_readers -= 1
@@ -89,34 +118,50 @@ class Generations:
             self._release(running)
             running.wake()
 
-    def _submit(
-        self, request_id: str, call: GenerationCall, prompt_token_ids: tuple[int, ...], body: bytes, timeout_s: float
+    def _start(
+        self,
+        key: tuple[str, str],
+        call: GenerationCall,
+        prompt_token_ids: tuple[int, ...],
+        body: bytes,
+        timeout_s: float,
+        *,
+        attach: bool,
     ) -> RunningRequest:
+        sampling = call.sampling
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=self._ids.seed(*key))
         state = RequestState(
-            request_id=uuid.uuid4().hex,
+            request_id=self._ids.engine_id(*key),
             prompt_token_ids=prompt_token_ids,
-            sampling=call.sampling,
+            sampling=sampling,
             limits=self._engine.limits,
             tokenizer=self._tokenizer,
             timeout_s=timeout_s,
             priority=call.priority,
         )
-        running = RunningRequest(request_id, state, body=body, now_s=self._loop.time())
-        try:
-            for request in state.engine_requests():
-                self._sequences[request.request_id] = running
-                self._engine.submit(request)
-        except BaseException as error:
-            self._release(running)
-            self._note(error)
-            raise
+        running = RunningRequest(key[1], state, body=body, now_s=self._loop.time(), attached=attach)
+        give = self._engine.attach if attach else self._engine.submit
+        for request in state.engine_requests():
+            self._sequences[request.request_id] = running
+            try:
+                give(replace(request, digest=body))
+            except BaseException as error:
+                del self._sequences[request.request_id]
+                self._release(running)
+                self._note(error)
+                raise
         return running
 
     def _release(self, running: RunningRequest) -> None:
         """Forget a request's sequences, and abort those the engine may still run."""
         for engine_id in running.state.running:
             if self._sequences.pop(engine_id, None) is not None:
-                self._engine.abort(engine_id)
+                self._abort(engine_id)
+
+    def _abort(self, engine_id: str) -> None:
+        self._leaving.add(engine_id)
+        self._engine.abort(engine_id)
 
     def _on_outputs(self, outputs: Sequence[TokenOutput]) -> None:
         """Hand one step's outputs to the loop; called on the engine's thread."""
@@ -131,12 +176,15 @@ class Generations:
         for output in outputs:
             running = self._sequences.get(output.request_id)
             if running is None:
-                continue  # released; these are its last words
-            for event in running.take(output):
+                self._leaving.hear(output)
+                continue
+            was_behind = not running.caught_up
+            events = running.take(output)
+            if not was_behind:  # what is caught up with was generated long ago
+                self._observe(running, sum(len(event.token_ids) for event in events if isinstance(event, Delta)), now_s)
+            for event in events:
                 if isinstance(event, Finished):
-                    self._end(output.request_id, event)
-                else:
-                    self._observe(running, len(event.token_ids), now_s)
+                    self._end(output, event)
             if running.error is not None:
                 self._note(running.error)
                 self._sequences.pop(output.request_id, None)
@@ -150,14 +198,17 @@ class Generations:
         if isinstance(error, UnavailableError):
             self.last_unavailable_s = self._loop.time()
 
-    def _end(self, engine_id: str, end: Finished) -> None:
-        del self._sequences[engine_id]
+    def _end(self, output: TokenOutput, end: Finished) -> None:
+        del self._sequences[output.request_id]
         self._metrics.requests.labels(end.finish_reason.value).inc()
-        if end.abort is not None:
-            self._engine.abort(end.abort)  # a stop string ended it; the engine knows no strings
+        if not is_last(output):
+            self._abort(output.request_id)  # a stop string ended it; the engine knows no strings
 
     def _observe(self, running: RunningRequest, num_tokens: int, now_s: float) -> None:
         if num_tokens == 0:
+            return
+        if running.attached and running.last_token_s is None:
+            running.last_token_s = now_s
             return
         if running.last_token_s is None:
             self._metrics.first_token_seconds.observe(now_s - running.started_s)
@@ -165,6 +216,32 @@ class Generations:
         elif running.state.sampling.n == 1:
             self._metrics.inter_token_seconds.observe((now_s - running.last_token_s) / num_tokens)
         running.last_token_s = now_s
+
+
+def check_resume(call: GenerationCall, resume: tuple[int, ...]) -> None:
+    """Refuse a resume that names no request, or not each of its sequences."""
+    if not call.request_id:
+        raise invalid("request.request_id", "is missing: a resume names the request it goes on with")
+    if len(resume) != call.sampling.n:
+        raise out_of_range(f"has {len(resume)} entries: give one for each of the {call.sampling.n} sequences")
+
+
+async def reached(running: RunningRequest, resume: tuple[int, ...]) -> None:
+    """Wait for the tokens that there were; refuse to go on after tokens that were never generated."""
+    while not running.caught_up and running.error is None:
+        await running.changed()
+    if isinstance(running.error, NotFoundError) or (running.error is not None and not running.begun):
+        raise running.error
+    for index, (position, produced) in enumerate(zip(resume, running.state.num_tokens, strict=True)):
+        if position > produced:
+            raise out_of_range(f"asks for token {position} of sequence {index}, which has {produced}: start again")
+
+
+def out_of_range(description: str) -> InvalidRequestError:
+    """Build the error of a resume at a place that does not exist."""
+    return InvalidRequestError(
+        [FieldViolation(field="resume.next_token_index", description=description)], reason="OUT_OF_RANGE"
+    )
 
 
 def shutting_down() -> UnavailableError:

@@ -84,6 +84,7 @@ class EngineCollector:
             "requests_finished": stats.requests_finished,
             "requests_cancelled": stats.requests_cancelled,
             "requests_failed": stats.requests_failed,
+            "requests_replayed": stats.requests_replayed,
         }
         return [
             up,

@@ -14,6 +14,7 @@ from prometheus_client import start_http_server
 from llama4_dist.engine.port import Engine
 from llama4_dist.errors import ConfigError, Llama4Error
 from llama4_dist.gateway.admission import Admission
+from llama4_dist.gateway.engine_ids import EngineIds
 from llama4_dist.gateway.generations import Generations, shutting_down
 from llama4_dist.gateway.health import Health
 from llama4_dist.gateway.metrics import Metrics
@@ -73,7 +74,7 @@ async def running_gateway(
     """Start a gateway; stop it on exit."""
     metrics = Metrics(engine.stats)
     admission = Admission(settings.max_requests, time.monotonic)
-    generations = Generations(engine, tokenizer, metrics)
+    generations = Generations(engine, tokenizer, metrics, EngineIds(settings.engine_id_key))
     health = Health()
     limits = engine.limits
     server, port = build_server(

@@ -5,6 +5,8 @@ looked becomes one message. Knows neither gRPC nor the engine; lives on the even
 """
 
 import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
 
 from llama4_dist.errors import Llama4Error
 from llama4_dist.request import TokenOutput
@@ -15,19 +17,25 @@ from llama4_dist.text.request_state import Event, RequestState
 class RunningRequest:
     """A request in the engine, its events, and how many calls read them.
 
-    `request_id` is the client's name for it; the engine knows `state.request_id`, which was drawn here.
+    `request_id` is the client's name for it; the engine knows `state.request_id`. An `attached` one was submitted by
+    another gateway: its record is made again from its first token on.
     """
 
-    def __init__(self, request_id: str, state: RequestState, *, body: bytes, now_s: float) -> None:
+    def __init__(
+        self, request_id: str, state: RequestState, *, body: bytes, now_s: float, attached: bool = False
+    ) -> None:
         self.request_id = request_id
         self.state = state
         self.body = body  # digest of the request's content, without its id
         self.events: list[Event] = []
         self.error: Llama4Error | None = None
+        self.attached = attached
         self.num_readers = 0
         self.started_s = now_s
         self.last_token_s: float | None = None
         self._heard = False
+        # Tokens that each sequence has to catch up with; None until the engine has said how many.
+        self._behind: dict[str, int | None] = dict.fromkeys(state.running if attached else ())
         self._changed = asyncio.Event()
 
     @property
@@ -35,6 +43,11 @@ class RunningRequest:
         """Whether the engine has said all that stands before the first token."""
         waits_for_prompt = self.state.sampling.prompt_logprobs is not None and self.state.prompt_logprobs is None
         return self._heard and not waits_for_prompt
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether all tokens are here that there were when the request was attached."""
+        return not self._behind
 
     @property
     def done(self) -> bool:
@@ -48,15 +61,27 @@ class RunningRequest:
         return "FINISHED" if self.state.done else "ABANDONED"
 
     def take(self, output: TokenOutput) -> tuple[Event, ...]:
-        """Record one output and return what it adds. Readers wake at `wake`."""
+        """Record one output and return what it adds, at most one token an event. Readers wake at `wake`."""
+        events: list[Event] = []
         try:
-            events = self.state.push(output)
+            for one in singly(output):
+                events.extend(self.state.push(one))
         except Llama4Error as error:
             self.error = self.error or error
             return ()
+        if self._behind:
+            self._catch_up(output)
         self._heard = True  # a failure comes before this: a stream that never began answers without headers
         self.events.extend(events)
-        return events
+        return tuple(events)
+
+    def _catch_up(self, output: TokenOutput) -> None:
+        if output.attached_tokens is not None:
+            self._behind[output.request_id] = output.attached_tokens
+        running, num_tokens = self.state.running, self.state.num_tokens
+        behind = zip(self._behind.values(), num_tokens, self._behind, strict=True)
+        if all(key not in running or (wanted is not None and count >= wanted) for wanted, count, key in behind):
+            self._behind.clear()
 
     def wake(self) -> None:
         """Wake every reader."""
@@ -66,6 +91,23 @@ class RunningRequest:
     async def changed(self) -> None:
         """Wait for the next `wake`. Nothing can be missed: check, then call this without awaiting in between."""
         await self._changed.wait()
+
+
+def singly(output: TokenOutput) -> Iterator[TokenOutput]:
+    """Cut an output into tokens, so that a reader can begin after any of them."""
+    last = len(output.token_ids) - 1
+    if last <= 0:
+        yield output
+        return
+    for place, token_id in enumerate(output.token_ids):
+        yield replace(
+            output,
+            token_ids=(token_id,),
+            logprobs=None if output.logprobs is None else output.logprobs[place : place + 1],
+            prompt_logprobs=output.prompt_logprobs if place == 0 else None,
+            finish_reason=output.finish_reason if place == last else None,
+            stop_token_id=output.stop_token_id if place == last else None,
+        )
 
 
 def coalesced(events: list[Event]) -> list[Event]:

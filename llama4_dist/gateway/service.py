@@ -20,6 +20,8 @@ from llama4_dist.rpc.wire import GenerationCall, GenerationMessage, call_from_pr
 from llama4_dist.rpc.wire_results import model_to_proto
 from llama4_dist.v1 import inference_pb2, types_pb2
 
+StreamMessage = inference_pb2.StreamGenerateRequest | inference_pb2.StreamChatRequest
+
 
 class InferenceService:
     """The public methods; names are the service's own."""
@@ -49,7 +51,7 @@ class InferenceService:
 
     async def StreamGenerate(self, request: inference_pb2.StreamGenerateRequest, context: Context) -> None:
         """Stream, from a prompt."""
-        await self._stream(request.request, context, inference_pb2.StreamGenerateResponse)
+        await self._stream(request, context, inference_pb2.StreamGenerateResponse)
 
     async def Chat(self, request: inference_pb2.ChatRequest, context: Context) -> inference_pb2.ChatResponse:
         """Answer once, in a chat."""
@@ -57,7 +59,7 @@ class InferenceService:
 
     async def StreamChat(self, request: inference_pb2.StreamChatRequest, context: Context) -> None:
         """Stream, in a chat."""
-        await self._stream(request.request, context, inference_pb2.StreamChatResponse)
+        await self._stream(request, context, inference_pb2.StreamChatResponse)
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
@@ -85,9 +87,10 @@ class InferenceService:
             self._metrics.streamed_tokens.inc(running.state.usage.completion_tokens)
             return whole_answer(running, call, self._model.name, answer_class)
 
-    async def _stream(self, message: GenerationMessage, context: Context, event_class: type[Event]) -> None:
-        async with self._opened(message, context) as (running, call):
-            reader = EventReader(running, call, self._model.name, event_class)
+    async def _stream(self, request: StreamMessage, context: Context, event_class: type[Event]) -> None:
+        resume = tuple(request.resume.next_token_index) if request.HasField("resume") else None
+        async with self._opened(request.request, context, resume) as (running, call):
+            reader = EventReader(running, call, self._model.name, event_class, resume)
             while True:
                 events = reader.new_events()
                 for event in events:
@@ -104,7 +107,7 @@ class InferenceService:
 
     @asynccontextmanager
     async def _opened(
-        self, message: GenerationMessage, context: Context
+        self, message: GenerationMessage, context: Context, resume: tuple[int, ...] | None = None
     ) -> AsyncIterator[tuple[RunningRequest, GenerationCall]]:
         """Admit the call and run it under its deadline; without one, under the server's cap."""
         timeout_s = self._settings.max_request_s
@@ -115,7 +118,7 @@ class InferenceService:
             try:
                 async with asyncio.timeout(timeout_s):
                     opening = self._generations.open(
-                        call, tenant=tenant_of(context), body=digest(message), timeout_s=timeout_s
+                        call, tenant=tenant_of(context), body=digest(message), timeout_s=timeout_s, resume=resume
                     )
                     async with opening as running:
                         yield running, call

@@ -8,10 +8,15 @@ from llama4_dist.errors import ConfigError
 from llama4_dist.request import Sampling
 from llama4_dist.settings import host_and_port
 
+MIN_KEY_BYTES = 32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySettings:
-    """Sizes are bytes, times seconds. `sampling` holds the model's generation defaults."""
+    """Sizes are bytes, times seconds. `sampling` holds the model's generation defaults.
+
+    Gateways of the same workers and the same `engine_id_key` (derived in `engine_ids`) resume each other's streams.
+    """
 
     address: str = "127.0.0.1:50051"
     token_file: Path | None = None
@@ -29,8 +34,11 @@ class GatewaySettings:
     drain_timeout_s: float = 30.0
     max_connection_age_s: float = 1800.0
     sampling: Sampling = field(default_factory=Sampling)
+    engine_id_key: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if self.engine_id_key is not None and len(self.engine_id_key) < MIN_KEY_BYTES:
+            raise ConfigError(f"engine_id_key has {len(self.engine_id_key)} bytes: derive it from the cluster secret")
         for address in filter(None, (self.address, self.metrics_address)):
             host_and_port(address)
         if (self.tls_certificate is None) != (self.tls_key is None):

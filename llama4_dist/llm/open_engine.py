@@ -1,9 +1,10 @@
 """Opens the engine of an `LLM`: in this process, or as a Ray cluster where expert hosts are asked for."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llama4_dist.engine.build import build_single_process
@@ -11,6 +12,7 @@ from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.port import Engine
 
 Progress = Callable[[int, int], None]
+NO_CLUSTER_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 def open_engine(
@@ -21,9 +23,10 @@ def open_engine(
     options: EngineOptions,
     ray_address: str | None,
     progress: Progress | None,
+    cluster: Mapping[str, Any] = NO_CLUSTER_OPTIONS,
     **build: Any,
 ) -> Engine:
-    """Return an engine that is ready; `build` holds dtype, device and num_threads."""
+    """Return an engine that is ready; `build` holds dtype, device and num_threads, `cluster` more of `RayEngine`'s."""
     if num_expert_hosts == 0:
         return build_single_process(model_dir, options=options, progress=progress, **build)
     # Imported late: one process needs no Ray, and none is then imported.
@@ -44,6 +47,7 @@ def open_engine(
         options=options,
         ray_address=ray_address,
         progress=report,
+        **cluster,
         **build,
     )
 

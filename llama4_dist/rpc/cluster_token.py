@@ -18,6 +18,7 @@ from llama4_dist.rpc.status import code_of
 
 TOKEN_LABEL = b"llama4_dist internal engine service v1"
 MIN_SECRET_BYTES = 16
+GATEWAY_KEY = "llama4-gateway"  # metadata: the client's name for itself, new for every client
 
 
 def cluster_token(secret: bytes) -> str:

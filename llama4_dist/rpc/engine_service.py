@@ -1,30 +1,37 @@
 """Serves one engine to any number of gateways over the internal gRPC service; knows the engine port, not the engine.
 
-Outputs go to the stream that submitted their request. A stream that breaks, or whose reader falls too far behind, has
-its requests aborted, so no gateway can stall the engine, another gateway, or hold KV blocks after it is gone.
+Outputs go to the stream that submitted or attached their request. A stream that breaks leaves its requests running for
+a while, so that they can be attached; one that says goodbye has them aborted. So no gateway can stall the engine or
+another gateway, or hold KV blocks for long after it is gone.
 """
 
 import logging
-import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from torch import Tensor
 
 from llama4_dist.engine.port import Engine
-from llama4_dist.errors import DuplicateRequestError, Llama4Error
+from llama4_dist.errors import Llama4Error
 from llama4_dist.internal.v1 import engine_pb2 as pb
 from llama4_dist.internal.v1 import engine_pb2_grpc as pb_grpc
-from llama4_dist.request import TokenOutput
 from llama4_dist.rpc import engine_wire as wire
-from llama4_dist.rpc.cluster_token import ClusterTokenInterceptor
+from llama4_dist.rpc.cluster_token import GATEWAY_KEY, ClusterTokenInterceptor
+from llama4_dist.rpc.command_desk import CommandDesk
+from llama4_dist.rpc.request_ledger import RequestLedger
+from llama4_dist.rpc.run_stream import RunStream
 
 log = logging.getLogger(__name__)
 
 MAX_STREAMS = 64  # gateways at once; each holds one pool thread
-MAX_PENDING_STEPS = 4096  # step messages a gateway may leave unread before it is dropped
+MAX_KEPT = 4096  # requests without a stream, running or ended
+MAX_KEPT_TOKENS = 2 << 20  # and what they have said, log-probabilities included
+HEARTBEAT_S = 0.1
+SWEEP_S = 0.05
 SCORE_CHUNK_BYTES = 1 << 20
 MAX_COMMAND_BYTES = 64 << 20  # a ten-million-token prompt
 WILDCARDS = frozenset({"", "0.0.0.0", "::", "[::]", "*"})  # noqa: S104 - refused, not bound
@@ -35,63 +42,52 @@ SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 5000),  # a gateway that vanished without a word holds its requests until this says so
+    ("grpc.keepalive_timeout_ms", 5000),
     ("grpc.compression_enabled_algorithms_bitset", 1),  # identity only: inflation is not bounded by gRPC
 )
 
 
-class Stream:
-    """One gateway's stream: its step messages on their way out."""
-
-    def __init__(self, cancel: Callable[[], object]) -> None:
-        self._cancel = cancel
-        self.responses: queue.Queue[pb.RunResponse | None] = queue.Queue(maxsize=MAX_PENDING_STEPS)
-        self.ended = threading.Event()
-
-    def send(self, outputs: Sequence[TokenOutput]) -> None:
-        """Queue one message; a full queue ends the stream."""
-        try:
-            self.responses.put_nowait(wire.outputs_to_wire(outputs))
-        except queue.Full:
-            log.warning("gateway_too_slow pending=%d", MAX_PENDING_STEPS)
-            self.ended.set()
-            self._cancel()  # wakes a sender that flow control holds
-
-    def __iter__(self) -> Iterator[pb.RunResponse]:
-        while not self.ended.is_set():
-            response = self.responses.get()
-            if response is None:
-                return
-            yield response
-
-    def end(self) -> None:
-        """Wake the sender and let it return."""
-        self.ended.set()
-        try:
-            self.responses.put_nowait(None)
-        except queue.Full:
-            return  # the sender has messages to wake up for, and will see `ended`
-
-
 class EngineServicer(pb_grpc.EngineServiceServicer):
-    """Routes commands to the engine and outputs to the streams that asked for them."""
+    """Streams in, streams out; what a command may do is decided by the `CommandDesk`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, resume_ttl_s: float = 10.0) -> None:
         self._engine = engine
-        self._owners: dict[str, Stream] = {}
+        ledger = RequestLedger(ttl_s=resume_ttl_s, max_kept=MAX_KEPT, max_weight=MAX_KEPT_TOKENS, clock=time.monotonic)
+        self._desk = CommandDesk(engine, ledger)
+        self._streams: dict[str, RunStream] = {}  # by the gateway's name for itself
         self._lock = threading.Lock()
-        engine.start(self._on_outputs)
+        self._closed = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._repeat, args=arguments, name=name, daemon=True)
+            for name, *arguments in (("heartbeat", self._beat, HEARTBEAT_S), ("sweeper", self._desk.sweep, SWEEP_S))
+        ]
+        engine.start(self._desk.deliver)
+        for thread in self._threads:
+            thread.start()
 
     def Run(self, request_iterator: Iterator[pb.RunRequest], context: grpc.ServicerContext) -> Iterator[pb.RunResponse]:
         """Serve one gateway until either side ends the stream."""
-        stream = Stream(context.cancel)
+        stream = RunStream(context.cancel)
         if not context.add_callback(stream.end):
             return
-        threading.Thread(target=self._read, args=(stream, request_iterator), daemon=True).start()
+        gateway = gateway_name(context)
+        with self._lock:
+            older = self._streams.get(gateway)
+            self._streams[gateway] = stream
+        if older is not None:  # the gateway has given it up, whatever the transport knows
+            older.cut()
+            self._desk.leave(older)
+        stream.beat()
+        threading.Thread(target=self._read, args=(stream, request_iterator), name="engine-read", daemon=True).start()
         try:
             yield from stream
         finally:
             stream.end()
-            self._abort_all(stream)
+            with self._lock:
+                if self._streams.get(gateway) is stream:
+                    del self._streams[gateway]
+            self._desk.leave(stream)
 
     def Score(self, request: pb.ScoreRequest, context: grpc.ServicerContext) -> Iterator[pb.ScoreResponse]:
         """Score one prompt."""
@@ -112,62 +108,42 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
         """Return the limits."""
         return wire.limits_to_wire(self._engine.limits)
 
-    def _read(self, stream: Stream, commands: Iterator[pb.RunRequest]) -> None:
+    def close(self) -> None:
+        """End the threads."""
+        self._closed.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _read(self, stream: RunStream, commands: Iterator[pb.RunRequest]) -> None:
         try:
             for command in commands:
-                if command.HasField("submit"):
-                    self._submit(stream, command.submit)
-                elif command.HasField("abort"):
-                    self._abort(stream, command.abort.request_id)
+                if command.HasField("goodbye"):  # the mere end of the commands may also be a broken connection
+                    stream.said_goodbye = True
+                    return
+                self._desk.obey(stream, command)
         except grpc.RpcError:
             log.info("gateway_stream_broken")
         finally:
             stream.end()
 
-    def _submit(self, stream: Stream, command: pb.SubmitCommand) -> None:
-        request_id = command.request_id
+    def _beat(self) -> None:
         with self._lock:
-            taken = request_id in self._owners
-            if not taken:
-                self._owners[request_id] = stream  # before submit: the first output may come at once
-        try:
-            if taken:
-                raise DuplicateRequestError(f"a request with id {request_id!r} is running: choose another id")
-            self._engine.submit(wire.request_from_wire(command))
-        except Llama4Error as error:
-            if not taken:
-                self._disown(request_id)
-            stream.send([TokenOutput(request_id=request_id, error=error)])
+            streams = tuple(self._streams.values())
+        for stream in streams:
+            stream.beat()
 
-    def _abort(self, stream: Stream, request_id: str) -> None:
-        with self._lock:
-            owned = self._owners.get(request_id) is stream
-        if owned:  # a gateway cannot end what another one started
-            self._engine.abort(request_id)
+    def _repeat(self, act: Callable[[], None], interval_s: float) -> None:
+        while not self._closed.wait(interval_s):
+            try:
+                act()
+            except Exception:  # the next round must come, or every gateway takes this worker for lost
+                log.exception("service_thread_failed name=%s", threading.current_thread().name)
 
-    def _abort_all(self, stream: Stream) -> None:
-        with self._lock:
-            orphans = [request_id for request_id, owner in self._owners.items() if owner is stream]
-        for request_id in orphans:
-            self._engine.abort(request_id)
 
-    def _disown(self, request_id: str) -> None:
-        with self._lock:
-            self._owners.pop(request_id, None)
-
-    def _on_outputs(self, outputs: Sequence[TokenOutput]) -> None:
-        """Split one step's outputs by stream; runs on the engine's thread, so it never waits."""
-        by_stream: dict[Stream, list[TokenOutput]] = {}
-        with self._lock:
-            for output in outputs:
-                if (owner := self._owners.get(output.request_id)) is None:
-                    continue
-                by_stream.setdefault(owner, []).append(output)
-                if output.finish_reason is not None or output.error is not None:
-                    del self._owners[output.request_id]
-        for stream, mine in by_stream.items():
-            if not stream.ended.is_set():
-                stream.send(mine)
+def gateway_name(context: grpc.ServicerContext) -> str:
+    """Return how a gateway names itself; one without a name is a gateway of its own."""
+    names = [str(value) for key, value in context.invocation_metadata() if key == GATEWAY_KEY]
+    return names[0] if names else uuid.uuid4().hex
 
 
 def logit_chunks(logits_TV: Tensor) -> Iterator[bytes]:
@@ -178,16 +154,19 @@ def logit_chunks(logits_TV: Tensor) -> Iterator[bytes]:
 
 
 class EngineServer:
-    """The gRPC server around an `EngineServicer`; listens from construction until `close`."""
+    """The gRPC server around an `EngineServicer`; listens from construction until `close`.
 
-    def __init__(self, engine: Engine, *, host: str, secret: bytes, port: int = 0) -> None:
+    `resume_ttl_s` is how long a request whose gateway broke off goes on and may be attached; 0 aborts it at once.
+    """
+
+    def __init__(self, engine: Engine, *, host: str, secret: bytes, port: int = 0, resume_ttl_s: float = 10.0) -> None:
         if host in WILDCARDS:
             raise ValueError(f"{host=} would listen on every interface: name the node's address or a loopback one")
         # Every Run holds a thread; the rest is for the unary calls.
         self._pool = ThreadPoolExecutor(MAX_STREAMS + 8, thread_name_prefix="engine-rpc")
         self._server = grpc.server(self._pool, interceptors=[ClusterTokenInterceptor(secret)], options=SERVER_OPTIONS)
-        servicer = EngineServicer(engine)
-        pb_grpc.add_EngineServiceServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
+        self._servicer = EngineServicer(engine, resume_ttl_s=resume_ttl_s)
+        pb_grpc.add_EngineServiceServicer_to_server(self._servicer, self._server)  # type: ignore[no-untyped-call]
         self.port = self._server.add_insecure_port(f"{host}:{port}")
         self.address = f"{host}:{self.port}"
         self._server.start()
@@ -196,4 +175,5 @@ class EngineServer:
     def close(self, grace_s: float = 0.5) -> None:
         """End all streams and stop listening; the engine is its owner's to close."""
         self._server.stop(grace_s).wait()
+        self._servicer.close()
         self._pool.shutdown(wait=False, cancel_futures=True)

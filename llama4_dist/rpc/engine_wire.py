@@ -34,7 +34,7 @@ LIMITS = (
 STATS_NUMBERS = (
     "requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "steps", "prompt_tokens",
     "generated_tokens", "preemptions", "requests_admitted", "requests_finished", "requests_cancelled",
-    "requests_failed", "max_queue_age_s",
+    "requests_failed", "requests_replayed", "max_queue_age_s",
 )  # fmt: skip
 STATS_MAPS = ("station_seconds", "host_rows", "host_bytes_out", "host_bytes_in")
 
@@ -86,6 +86,7 @@ def request_to_wire(request: EngineRequest) -> pb.SubmitCommand:
         output_token_ids=request.output_token_ids,
         timeout_s=request.timeout_s,
         priority=request.priority,
+        digest=request.digest,
     )
 
 
@@ -99,6 +100,7 @@ def request_from_wire(message: pb.SubmitCommand) -> EngineRequest:
         output_token_ids=tuple(message.output_token_ids),
         timeout_s=message.timeout_s if message.HasField("timeout_s") else None,
         priority=message.priority,
+        digest=message.digest,
     )
 
 
@@ -138,6 +140,7 @@ def output_to_wire(output: TokenOutput) -> pb.TokenOutput:
         token_ids=output.token_ids,
         stop_token_id=output.stop_token_id,
         queue_s=output.queue_s,
+        attached_tokens=output.attached_tokens,
     )
     if output.logprobs is not None:
         message.logprobs.CopyFrom(logprobs_to_wire(output.logprobs))
@@ -164,6 +167,7 @@ def output_from_wire(message: pb.TokenOutput) -> TokenOutput:
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         error=error_from_wire(message.error) if message.HasField("error") else None,
         queue_s=message.queue_s if message.HasField("queue_s") else None,
+        attached_tokens=message.attached_tokens if message.HasField("attached_tokens") else None,
     )
 
 

@@ -73,9 +73,13 @@ class RequestState:
         return not self.running
 
     @property
+    def num_tokens(self) -> tuple[int, ...]:
+        """Tokens so far, by sequence."""
+        return tuple(len(sequence.token_ids) for sequence in self._sequences.values())
+
+    @property
     def usage(self) -> Usage:
-        num_tokens = sum(len(sequence.token_ids) for sequence in self._sequences.values())
-        return Usage(prompt_tokens=len(self.prompt_token_ids), completion_tokens=num_tokens)
+        return Usage(prompt_tokens=len(self.prompt_token_ids), completion_tokens=sum(self.num_tokens))
 
     def engine_requests(self) -> tuple[EngineRequest, ...]:
         """Return one request per sequence that still runs, continuing after the tokens it has already emitted."""

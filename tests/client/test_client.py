@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from llama4_dist.client import AsyncClient, Client, ConnectOptions
+from llama4_dist.client.endpoints import addresses_of
 from llama4_dist.client.retry import Attempts, may_retry, wait_s
 from llama4_dist.errors import (
     ConfigError,
@@ -126,15 +127,17 @@ def test_a_bad_request_names_its_fields(served: Served) -> None:
     assert [violation.field for violation in refused.value.violations] == ["temperature", "top_p"]
 
 
-def test_a_failing_stream_is_retried_only_before_its_first_token(served: Served, engine: ScriptedEngine) -> None:
+def test_a_failing_stream_is_begun_again_and_gives_each_token_once(served: Served, engine: ScriptedEngine) -> None:
     with Client(served.address, ConnectOptions(max_attempts=3)) as client:
-        for position, num_attempts in ((0, 3), (2, 1)):
+        for position in (0, 2):
             engine.fail_at = {position: UnavailableError("no replica", retry_after_s=0.01)}
             num_before = len(engine.submitted)
+            deltas = []
             with pytest.raises(UnavailableError, match="no replica"):
-                list(client.stream_generate([1], Sampling(max_tokens=5)))
+                deltas.extend(client.stream_generate([1], Sampling(max_tokens=5)))
             engine.fail_at = {}
-            assert len(engine.submitted) - num_before == num_attempts
+            assert len(engine.submitted) - num_before == 3
+            assert tuple(token for delta in deltas for token in delta.token_ids) == expected_tokens([1], position)
 
 
 def test_a_server_that_starts_late_is_found() -> None:
@@ -182,11 +185,13 @@ def test_push_back_wins_over_backoff_and_jitter_only_adds() -> None:
         (OverloadedError("a message above the limit"), False),
         (UnavailableError("x"), True),
         (EngineError("x"), False),
+        (EngineError("x", reason="WORKER_LOST"), True),
+        (EngineError("stream reset", reason="TRANSPORT"), True),
         (DeadlineExceededError("x"), False),
         (NotFoundError("x"), False),
     ],
 )
-def test_only_overload_and_absence_are_retried(error: Llama4Error, retries: bool) -> None:
+def test_only_overload_absence_and_loss_are_retried(error: Llama4Error, retries: bool) -> None:
     assert may_retry(error) is retries
 
 
@@ -203,6 +208,57 @@ def test_attempts_end_at_the_count_the_deadline_and_the_first_token() -> None:
     with pytest.raises(DeadlineExceededError):
         _ = Attempts(ConnectOptions(timeout_s=-1.0), None).remaining_s
     assert Attempts(ConnectOptions(), None).remaining_s is None
+
+
+def test_calls_go_to_the_next_gateway_when_one_is_gone(served: Served) -> None:
+    with serving(ScriptedEngine()) as gone:
+        pass
+    addresses = [gone.address, served.address]
+    with Client(", ".join(addresses), ConnectOptions(max_attempts=2)) as client:
+        began_s = time.monotonic()
+        assert client.health("liveness")
+        assert client.generate([1], Sampling(max_tokens=3)).token_ids == expected_tokens([1], 3)
+        assert list(client.stream_generate([1], Sampling(max_tokens=3)))
+        assert client.tokenize("hi")
+        assert time.monotonic() - began_s < 2.0
+    with (
+        Client([gone.address], ConnectOptions(max_attempts=1)) as client,
+        pytest.raises(UnavailableError),
+    ):
+        client.health()
+
+
+async def test_asyncio_calls_go_to_the_next_gateway_when_one_is_gone(served: Served) -> None:
+    with serving(ScriptedEngine()) as gone:
+        pass
+    async with AsyncClient([gone.address, served.address], ConnectOptions(max_attempts=2)) as client:
+        assert (await client.generate([1], Sampling(max_tokens=3))).token_ids == expected_tokens([1], 3)
+        assert await client.health("liveness")
+
+
+def test_each_gateway_is_tried_before_any_is_waited_for() -> None:
+    gone = UnavailableError("gone", retry_after_s=3.0)
+    waits = [wait_s(gone, num_failed, 3) for num_failed in range(1, 7)]
+    assert [wait > 1.0 for wait in waits] == [False, False, True] * 2
+    assert wait_s(OverloadedError("full", retry_after_s=3.0), 1, 3) >= 3.0
+
+
+@pytest.mark.parametrize(
+    ("address", "addresses"),
+    [
+        ("a:1", ("a:1",)),
+        (" a:1, b:2,,a:1 ", ("a:1", "b:2")),
+        (["a:1", "b:2"], ("a:1", "b:2")),
+    ],
+)
+def test_addresses_are_read_from_text_or_a_sequence(address: str | list[str], addresses: tuple[str, ...]) -> None:
+    assert addresses_of(address) == addresses
+
+
+@pytest.mark.parametrize("address", ["", " , ", []])
+def test_no_address_is_refused(address: str | list[str]) -> None:
+    with pytest.raises(ConfigError, match="names no gateway"):
+        Client(address)
 
 
 def test_options_are_checked() -> None:

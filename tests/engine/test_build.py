@@ -77,7 +77,13 @@ def test_blocks_follow_the_memory_and_never_exceed_what_can_be_used(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "fields",
-    [{"max_num_seqs": 0}, {"block_size": -1}, {"num_blocks": 0}, {"max_num_seqs": 9, "max_num_batched_tokens": 8}],
+    [
+        {"max_num_seqs": 0},
+        {"block_size": -1},
+        {"num_blocks": 0},
+        {"max_num_seqs": 9, "max_num_batched_tokens": 8},
+        {"expert_timeout_s": -1},
+    ],
 )
 def test_options_that_cannot_work_are_refused(fields: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
@@ -92,7 +98,8 @@ def test_an_unknown_dtype_and_no_host_are_refused(tmp_path: Path) -> None:
 
 
 def test_losing_every_expert_is_a_retriable_error_and_the_engine_lives(tmp_path: Path) -> None:
-    engine = build_single_process(make_checkpoint(tmp_path, "scout"), options=EngineOptions(num_blocks=60))
+    options = EngineOptions(num_blocks=60, expert_timeout_s=0.1)
+    engine = build_single_process(make_checkpoint(tmp_path, "scout"), options=options)
     collector = Collector()
     engine.start(collector)
     engine.submit(request("a", (1, 2, 3), max_tokens=900, ignore_eos=True))

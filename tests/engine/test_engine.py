@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -189,16 +190,55 @@ def test_a_late_request_ends_at_the_next_step_wherever_it_is() -> None:
     assert balanced(core)
 
 
-def test_an_unreachable_expert_fails_the_requests_of_that_step_only() -> None:
-    core = fake_core(max_num_seqs=2)
-    for name in "abc":
-        core.add(request(name, (5, 9), max_tokens=4))
-    core.step()
-
+def lose_an_expert(core: EngineCore) -> None:
     def unreachable(batch: object) -> None:
         raise UnavailableError("expert 3 of layer 1 has no live replica", reason="EXPERT_UNREACHABLE")
 
     model(core).before_forward = unreachable
+
+
+def test_a_step_without_an_expert_is_held_and_computed_when_it_is_back() -> None:
+    now = [0.0]
+    core = fake_core(max_num_seqs=2, clock=lambda: now[0])
+    for name in "abc":
+        core.add(request(name, (5, 9), max_tokens=4))
+    first = core.step()
+    lose_an_expert(core)
+    for _ in range(20):
+        now[0] += 1.0
+        assert core.step() == []
+    assert core.held_since_s == 1.0
+    model(core).before_forward = lambda batch: None
+    outputs = [*first, *(output for each in run(core).values() for output in each)]
+    for name in "abc":
+        assert tokens([output for output in outputs if output.request_id == name]) == greedy((5, 9), 4)
+    assert core.held_since_s is None
+    assert balanced(core)
+
+
+def test_a_held_request_can_be_aborted_and_meets_its_deadline() -> None:
+    now = [0.0]
+    core = fake_core(clock=lambda: now[0])
+    core.add(request("a", (5, 9), max_tokens=4))
+    core.add(replace(request("b", (5, 9), max_tokens=4), timeout_s=5.0))
+    lose_an_expert(core)
+    assert core.step() == []
+    assert core.abort("a")[0].finish_reason is FinishReason.CANCELLED
+    now[0] = 6.0
+    (late,) = core.step()
+    assert isinstance(late.error, DeadlineExceededError)
+    assert core.scheduler.allocator.num_free == 64
+
+
+def test_an_expert_that_stays_away_fails_the_requests_of_that_step_only() -> None:
+    now = [0.0]
+    core = fake_core(max_num_seqs=2, clock=lambda: now[0])
+    for name in "abc":
+        core.add(request(name, (5, 9), max_tokens=4))
+    core.step()
+    lose_an_expert(core)
+    assert core.step() == []
+    now[0] += core.options.expert_timeout_s
     outputs = core.step()
     assert [(o.request_id, o.error and o.error.reason) for o in outputs] == [
         ("a", "EXPERT_UNREACHABLE"),

@@ -94,7 +94,9 @@ class EngineMachine(RuleBasedStateMachine):
             raise UnavailableError("no live replica", reason="EXPERT_UNREACHABLE")
 
         self.model.before_forward = unreachable
-        self.take(self.core.step())
+        outputs = self.core.step()
+        assert all(isinstance(output.error, DeadlineExceededError) for output in outputs)
+        self.take(outputs)
         self.model.before_forward = self.refuse_poison
 
     @rule(length=st.integers(1, 40), chunk_size=st.sampled_from([None, 1]))

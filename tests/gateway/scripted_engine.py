@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from llama4_dist.engine.port import EngineStats, OnOutputs
+from llama4_dist.engine.port import EngineStats, OnOutputs, unknown_request
 from llama4_dist.errors import DeadlineExceededError, Llama4Error, OverloadedError
 from llama4_dist.request import (
     EngineLimits,
@@ -78,6 +78,9 @@ class ScriptedEngine:
             self._sequences[request.request_id] = Running(request, time.monotonic())
             self.submitted.append(request)
             self._changed.notify()
+
+    def attach(self, request: EngineRequest) -> None:
+        self._on_outputs([TokenOutput(request_id=request.request_id, error=unknown_request())])
 
     def abort(self, request_id: str) -> None:
         with self._changed:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
-from llama4_dist.client import Client
+from llama4_dist.client import Client, ConnectOptions
 from llama4_dist.errors import DuplicateRequestError, EngineError, UnavailableError
 from llama4_dist.request import Sampling
 from llama4_dist.rpc.wire import generate_to_proto
@@ -103,8 +103,9 @@ def test_tokens_of_several_steps_become_one_message(served: Served, client: Clie
 
 
 def test_a_failure_after_the_first_token_ends_the_stream_with_its_status(
-    client: Client, engine: ScriptedEngine
+    served: Served, engine: ScriptedEngine
 ) -> None:
+    client = Client(served.address, ConnectOptions(max_attempts=1))
     engine.fail_at = {4: EngineError("cuda:3 at 10.0.0.7 died", reason="WORKER_LOST")}
     try:
         received: list[int] = []
@@ -116,6 +117,7 @@ def test_a_failure_after_the_first_token_ends_the_stream_with_its_status(
         assert "10.0.0.7" not in failed.value.message
     finally:
         engine.fail_at = {}
+        client.close()
 
 
 def test_a_failure_before_the_first_token_is_retried(client: Client, engine: ScriptedEngine) -> None:

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from llama4_dist.engine.port import EngineStats, OnOutputs
 from llama4_dist.errors import OverloadedError
-from llama4_dist.request import EngineLimits, EngineRequest, FinishReason, TokenOutput
+from llama4_dist.request import (
+    EngineLimits,
+    EngineRequest,
+    FinishReason,
+    PositionLogprobs,
+    TokenLogprob,
+    TokenOutput,
+)
 
 VOCAB = 50
 
@@ -19,6 +26,7 @@ class CountingEngine:
     def __init__(self, *, max_waiting: int = 8) -> None:
         self.limits = EngineLimits(model="counting", vocab_size=VOCAB, max_context=64, max_waiting=max_waiting)
         self.running: dict[str, tuple[EngineRequest, int]] = {}
+        self.submitted: list[EngineRequest] = []
         self.aborted: list[str] = []
         self.closed = False
         self._lock = threading.Lock()
@@ -31,7 +39,11 @@ class CountingEngine:
         with self._lock:
             if len(self.running) >= self.limits.max_waiting:
                 raise OverloadedError("the queue is full: retry later", retry_after_s=1.5)
-            self.running[request.request_id] = (request, 0)
+            self.running[request.request_id] = (request, len(request.output_token_ids))
+            self.submitted.append(request)
+
+    def attach(self, request: EngineRequest) -> None:
+        raise NotImplementedError
 
     def abort(self, request_id: str) -> None:
         with self._lock:
@@ -46,10 +58,14 @@ class CountingEngine:
         with self._lock:
             for request_id, (request, emitted) in list(self.running.items()):
                 last = emitted + 1 == request.sampling.max_tokens
+                token_id = request.prompt_token_ids[0] + emitted + 1
+                entry = PositionLogprobs(token=TokenLogprob(token_id=token_id, logprob=-1.0, rank=1))
                 outputs.append(
                     TokenOutput(
                         request_id=request_id,
-                        token_ids=(request.prompt_token_ids[0] + emitted + 1,),
+                        token_ids=(token_id,),
+                        logprobs=(entry,) if request.sampling.logprobs is not None else None,
+                        queue_s=0.25 if emitted == 0 else None,
                         finish_reason=FinishReason.LENGTH if last else None,
                     )
                 )

@@ -12,7 +12,8 @@ from llama4_dist.errors import DuplicateRequestError, OverloadedError, Unauthent
 from llama4_dist.internal.v1 import engine_pb2 as pb
 from llama4_dist.internal.v1 import engine_pb2_grpc as pb_grpc
 from llama4_dist.request import EngineRequest, FinishReason, Sampling, TokenOutput
-from llama4_dist.rpc import engine_service
+from llama4_dist.rpc import engine_service, run_stream
+from llama4_dist.rpc.cluster_token import token_metadata
 from llama4_dist.rpc.engine_service import EngineServer
 from llama4_dist.rpc.remote_engine import RemoteEngine
 from tests.rpc.counting_engine import VOCAB, CountingEngine
@@ -107,7 +108,7 @@ def test_a_gateway_cannot_take_or_end_the_request_of_another(
     right.submit("x", first=2)
     (refusal,) = right.next_step()
     assert isinstance(refusal.error, DuplicateRequestError)
-    right.engine._commands.put(pb.RunRequest(abort=pb.AbortCommand(request_id="x")))
+    right.engine.abort("x")
     right.submit("marker")  # commands are handled in order: once this one runs, the abort was refused
     wait_until(lambda: "marker" in engine.running)
     assert "x" in engine.running
@@ -180,7 +181,7 @@ def test_a_lost_worker_ends_every_running_request_with_unavailable(
 def test_a_gateway_that_does_not_read_is_dropped_and_stalls_nobody(
     engine: CountingEngine, server: EngineServer, connect: Callable[[], Gateway], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_service, "MAX_PENDING_STEPS", 64)
+    monkeypatch.setattr(run_stream, "MAX_PENDING_STEPS", 64)
     reader = connect()
     reader.submit("read", max_tokens=10**9)
     unread = "unread" * 10_000  # outputs of 60 kB: flow control holds the sender after a few
@@ -188,7 +189,7 @@ def test_a_gateway_that_does_not_read_is_dropped_and_stalls_nobody(
         submit = pb.SubmitCommand(request_id=unread, prompt_token_ids=[1], sampling=pb.Sampling(max_tokens=10**9))
         commands: queue.SimpleQueue[pb.RunRequest] = queue.SimpleQueue()
         commands.put(pb.RunRequest(submit=submit))
-        call = pb_grpc.EngineServiceStub(channel).Run(iter(commands.get, None), metadata=reader.engine._metadata)
+        call = pb_grpc.EngineServiceStub(channel).Run(iter(commands.get, None), metadata=token_metadata(SECRET))
         wait_until(lambda: len(engine.running) == 2)
         num_steps = 0
         while unread not in engine.aborted:

@@ -37,7 +37,7 @@ requests = st.builds(
     EngineRequest,
     request_id=st.text(min_size=1, max_size=8), prompt_token_ids=ids, sampling=samplings,
     sequence_index=st.integers(0, 7), output_token_ids=ids, timeout_s=st.none() | st.floats(0, 1e6),
-    priority=st.integers(-9, 9),
+    priority=st.integers(-9, 9), digest=st.binary(max_size=32),
 )  # fmt: skip
 tokens = st.builds(TokenLogprob, token_id=st.integers(0, 99), logprob=st.floats(-50, 0), rank=st.integers(1, 99))
 positions = st.builds(PositionLogprobs, token=tokens, top=st.lists(tokens, max_size=2).map(tuple))
@@ -47,7 +47,7 @@ outputs = st.builds(
     logprobs=st.none() | st.lists(positions, max_size=2).map(tuple),
     prompt_logprobs=st.none() | st.lists(st.none() | positions, max_size=3).map(tuple),
     finish_reason=st.none() | st.sampled_from(FinishReason), stop_token_id=st.none() | st.integers(0, 99),
-    queue_s=st.none() | st.floats(0, 9),
+    queue_s=st.none() | st.floats(0, 9), attached_tokens=st.none() | st.integers(0, 99),
 )  # fmt: skip
 
 

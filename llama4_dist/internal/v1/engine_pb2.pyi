@@ -19,15 +19,19 @@ FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_CANCELLED: FinishReason
 
 class RunRequest(_message.Message):
-    __slots__ = ("submit", "abort")
+    __slots__ = ("submit", "abort", "attach", "goodbye")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_FIELD_NUMBER: _ClassVar[int]
+    GOODBYE_FIELD_NUMBER: _ClassVar[int]
     submit: SubmitCommand
     abort: AbortCommand
-    def __init__(self, submit: _Optional[_Union[SubmitCommand, _Mapping]] = ..., abort: _Optional[_Union[AbortCommand, _Mapping]] = ...) -> None: ...
+    attach: AttachCommand
+    goodbye: GoodbyeCommand
+    def __init__(self, submit: _Optional[_Union[SubmitCommand, _Mapping]] = ..., abort: _Optional[_Union[AbortCommand, _Mapping]] = ..., attach: _Optional[_Union[AttachCommand, _Mapping]] = ..., goodbye: _Optional[_Union[GoodbyeCommand, _Mapping]] = ...) -> None: ...
 
 class SubmitCommand(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "sequence_index", "output_token_ids", "timeout_s", "priority")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "sequence_index", "output_token_ids", "timeout_s", "priority", "digest")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +39,7 @@ class SubmitCommand(_message.Message):
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
@@ -42,13 +47,26 @@ class SubmitCommand(_message.Message):
     output_token_ids: _containers.RepeatedScalarFieldContainer[int]
     timeout_s: float
     priority: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., sequence_index: _Optional[int] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., timeout_s: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
+    digest: bytes
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., sequence_index: _Optional[int] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., timeout_s: _Optional[float] = ..., priority: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class AttachCommand(_message.Message):
+    __slots__ = ("request_id", "digest")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    digest: bytes
+    def __init__(self, request_id: _Optional[str] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class AbortCommand(_message.Message):
     __slots__ = ("request_id",)
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class GoodbyeCommand(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_token_ids")
@@ -116,7 +134,7 @@ class RunResponse(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ...) -> None: ...
 
 class TokenOutput(_message.Message):
-    __slots__ = ("request_id", "token_ids", "logprobs", "prompt_logprobs", "finish_reason", "stop_token_id", "error", "queue_s")
+    __slots__ = ("request_id", "token_ids", "logprobs", "prompt_logprobs", "finish_reason", "stop_token_id", "error", "queue_s", "attached_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +143,7 @@ class TokenOutput(_message.Message):
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    ATTACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: LogprobsList
@@ -133,7 +152,8 @@ class TokenOutput(_message.Message):
     stop_token_id: int
     error: Error
     queue_s: float
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Union[LogprobsList, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[LogprobsList, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., queue_s: _Optional[float] = ...) -> None: ...
+    attached_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Union[LogprobsList, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[LogprobsList, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., queue_s: _Optional[float] = ..., attached_tokens: _Optional[int] = ...) -> None: ...
 
 class LogprobsList(_message.Message):
     __slots__ = ("positions",)
@@ -211,7 +231,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "steps", "prompt_tokens", "generated_tokens", "preemptions", "requests_admitted", "requests_finished", "requests_cancelled", "requests_failed", "max_queue_age_s", "station_seconds", "host_rows", "host_bytes_out", "host_bytes_in")
+    __slots__ = ("requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "steps", "prompt_tokens", "generated_tokens", "preemptions", "requests_admitted", "requests_finished", "requests_cancelled", "requests_failed", "max_queue_age_s", "station_seconds", "host_rows", "host_bytes_out", "host_bytes_in", "requests_replayed")
     class StationSecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -257,6 +277,7 @@ class GetStatsResponse(_message.Message):
     HOST_ROWS_FIELD_NUMBER: _ClassVar[int]
     HOST_BYTES_OUT_FIELD_NUMBER: _ClassVar[int]
     HOST_BYTES_IN_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_REPLAYED_FIELD_NUMBER: _ClassVar[int]
     requests_running: int
     requests_waiting: int
     kv_blocks_total: int
@@ -274,7 +295,8 @@ class GetStatsResponse(_message.Message):
     host_rows: _containers.ScalarMap[str, int]
     host_bytes_out: _containers.ScalarMap[str, int]
     host_bytes_in: _containers.ScalarMap[str, int]
-    def __init__(self, requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., requests_admitted: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., requests_failed: _Optional[int] = ..., max_queue_age_s: _Optional[float] = ..., station_seconds: _Optional[_Mapping[str, float]] = ..., host_rows: _Optional[_Mapping[str, int]] = ..., host_bytes_out: _Optional[_Mapping[str, int]] = ..., host_bytes_in: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    requests_replayed: int
+    def __init__(self, requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., requests_admitted: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., requests_failed: _Optional[int] = ..., max_queue_age_s: _Optional[float] = ..., station_seconds: _Optional[_Mapping[str, float]] = ..., host_rows: _Optional[_Mapping[str, int]] = ..., host_bytes_out: _Optional[_Mapping[str, int]] = ..., host_bytes_in: _Optional[_Mapping[str, int]] = ..., requests_replayed: _Optional[int] = ...) -> None: ...
 
 class GetLimitsRequest(_message.Message):
     __slots__ = ()

@@ -62,8 +62,10 @@ class EngineServiceServicer:
     """
 
     def Run(self, request_iterator, context):
-        """Commands go up, the outputs of each engine step come down, all sequences of a step in one message. Outputs go to
-        the stream that submitted the request; when a stream ends, its running requests are aborted.
+        """Commands go up, the outputs of each engine step come down, all sequences of a step in one message; an empty message
+        is a heartbeat. Outputs go to the stream that submitted or attached the request. When a client says goodbye, its
+        requests are aborted; when a stream breaks, they go on for a while and any stream may attach them. Metadata
+        `llama4-gateway` names the client: a newer stream of the same client ends the older one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
