@@ -1,72 +1,122 @@
-"""Brings a cluster up and knows its workers: plans the placement, lets them load, publishes the topology.
+"""Decides who serves what: brings a cluster up, changes it while tokens flow, answers its operator.
 
-Knows neither Ray nor torch: workers are spoken to through `Handle.call`, and belong to the driver. Nothing here is on
-the path of a token; a controller that dies costs the cluster its ability to change, not its tokens.
+Knows neither Ray nor torch: workers are spoken to through `Handle.call`; their processes belong to the driver, which
+asks for orders. Nothing here is on the path of a token, and nothing is kept that the workers do not know: a controller
+that dies costs the cluster its ability to change until another one has asked them.
 """
 
 import logging
-import os
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass
-from typing import Any
 
-import psutil
-
-from cluster.handle import PROGRESS_INTERVAL_S, Handle, results, settled
-from cluster.placement import ExpertGeometry, HostSlot, Placement, place
-from cluster.worker import HostAddress, LoadProgress, Location, Role, State, Topology, WorkerConfig, WorkerStatus
-from llama4_dist.errors import ConfigError
+from cluster.balance import PlacementPlan
+from cluster.change import ChangeRun, change_of
+from cluster.describe import in_order, own_status, placement_view
+from cluster.first_load import load_all
+from cluster.handle import Handle
+from cluster.ledger import OperationLedger
+from cluster.members import Members
+from cluster.operation import ChangeOptions, ClusterView, HostLoad, Kind, Operation, Phase, PlacementView
+from cluster.placement import Placement
+from cluster.plan import ClusterPlan
+from cluster.planner import Planner
+from cluster.provisioning import Provisioning
+from cluster.standing import Engines, Orders
+from cluster.takeover import strangers, take_stock
+from cluster.watch import Watch
+from cluster.wishes import Wish, likely_nodes, order, scaled, without
+from cluster.worker import Adopted, LoadProgress, Location, Role, State, Topology, WorkerStatus
+from llama4_dist.errors import (
+    ConfigError,
+    FieldViolation,
+    InvalidRequestError,
+    Llama4Error,
+    NotFoundError,
+    PreconditionError,
+)
 
 log = logging.getLogger(__name__)
 
-CONTROLLER = "controller"  # its worker id
-STATUS_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterPlan:
-    """What to start: the workers, and the experts they share out. `host_capacity_bytes` None = no limit."""
-
-    geometry: ExpertGeometry
-    experts: tuple[WorkerConfig, ...]
-    attention: tuple[WorkerConfig, ...]
-    num_replicas: int = 1
-    host_capacity_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.experts or not self.attention:
-            raise ConfigError(
-                f"num_expert_hosts={len(self.experts)}, num_attention_workers={len(self.attention)}: "
-                "a cluster needs one of each"
-            )
+NOTHING = Topology(epoch=0, placement=Placement(hosts_of={}), hosts={})
+RECOVER_TIMEOUT_S = 10.0  # a worker that answers nothing for so long is not waited for
 
 
 class Controller:
-    """The workers of one cluster. `start` returns when every attention worker serves; it ends none that fail."""
+    """The workers of one cluster. `start` a new one or `recover` one that serves; then it may be changed."""
 
     def __init__(self, plan: ClusterPlan, workers: Sequence[Handle], location: Location) -> None:
-        self._plan = plan
-        self._location = location
-        self._experts = [worker for worker in workers if worker.role is Role.EXPERT]
-        self._attention = [worker for worker in workers if worker.role is Role.ATTENTION]
         self.incarnation = time.time_ns() // 1_000_000
-        self._state = State.NEW
-        self._epoch = 0
+        self.members = Members(workers)
+        self.provisioning = Provisioning()
+        self.ledger = OperationLedger(f"{self.incarnation:x}")
+        self.topology = NOTHING
+        self.engines = Engines()
+        self.state = State.NEW
+        self._plan = plan
+        self._planner = Planner(plan)
+        self._location = location
+        self._beginning = threading.Lock()
         self._progress: dict[str, LoadProgress] = {}
+        self._watch = Watch(self)
 
-    def start(self, timeout_s: float) -> tuple[str, ...]:
-        """Place, load, publish epoch 1 and open the engine services, within `timeout_s`; return their addresses."""
+    def start(self, timeout_s: float) -> Mapping[str, str]:
+        """Place, load, publish epoch 1 and open the engine services within `timeout_s`; return address by worker."""
         deadline = time.monotonic() + timeout_s
-        self._state = State.LOADING
-        placement = self._place(self._ask(self._experts, "location", deadline=deadline))
-        hosts = self._load(placement, deadline)
-        self._publish(placement, hosts, deadline)
-        addresses = tuple(self._ask(self._attention, "serve", deadline=deadline).values())
-        self._progress |= self._ask([*self._experts, *self._attention], "progress", deadline=deadline)
-        self._state = State.READY
-        return addresses
+        self.state = State.LOADING
+        experts, attention = self.members.of(Role.EXPERT), self.members.of(Role.ATTENTION)
+        locations = self.members.ask(experts, "location", deadline=deadline)
+        nodes = {worker: location.node for worker, location in locations.items()}
+        try:
+            plan = self.plan(Wish(staying=tuple(nodes)), nodes)
+        except PreconditionError as error:
+            raise ConfigError(error.message) from None
+        for warning in plan.warnings:
+            log.warning("placement_warning %s", warning)
+        hosts = load_all(self.members, plan.placement, deadline, self._note)
+        topology = Topology(epoch=1, placement=plan.placement, hosts=hosts)
+        self.members.ask(attention, "connect", hosts, deadline=deadline)
+        self.members.ask(attention, "publish", topology, deadline=deadline)
+        self.topology = topology
+        self.engines.set(self.members.ask(attention, "serve", deadline=deadline))
+        for progress in self.members.ask([*experts, *attention], "progress", deadline=deadline).values():
+            self._note(progress)
+        self._be_ready()
+        return self.engines.all
+
+    def recover(self) -> None:
+        """Take over a cluster that serves: learn from its workers what is published, and to whom."""
+        stock = take_stock(self.members, RECOVER_TIMEOUT_S)
+        self.topology = stock.topology
+        _, failures = self.members.try_each(stock.behind, "publish", self.topology, timeout_s=RECOVER_TIMEOUT_S)
+        # An attention worker that cannot be asked may follow what only the controller before knew.
+        late = [one for one in stock.behind if one.worker in failures]
+        self.dismiss([*stock.unknown, *late])
+        self.engines.set({one: address for one, address in stock.engines.items() if one in self.members})
+        self.end_strangers(stock.statuses)
+        experts = self.members.of(Role.EXPERT)  # what a change that was cut off made them map goes
+        calls = [host.call("restore", self.topology.placement.held_by(host.worker)) for host in experts]
+        wait(calls, timeout=RECOVER_TIMEOUT_S)
+        log.warning("controller_recovered epoch=%d hosts=%d", self.topology.epoch, len(self.topology.hosts))
+        self._be_ready()
+
+    def orders(self) -> Orders:
+        """Say which processes are to start and to end, and where the engines are."""
+        start, end = self.provisioning.orders()
+        return Orders(start=start, end=end, engines=self.engines.all)
+
+    def provide(self, handle: Handle) -> None:
+        """Take a process that was ordered."""
+        self.provisioning.provide(handle)
+
+    def refuse(self, worker: str, error: Llama4Error) -> None:
+        """Learn that a process cannot be had."""
+        self.provisioning.refuse(worker, error)
+
+    def ended(self, worker: str) -> None:
+        """Learn that a process is gone."""
+        self.provisioning.ended(worker)
 
     def progress(self) -> tuple[LoadProgress, ...]:
         """Say how far each worker was when last asked; may be called while `start` runs."""
@@ -74,57 +124,161 @@ class Controller:
 
     def status(self) -> tuple[WorkerStatus, ...]:
         """Describe the controller and every worker; one that does not answer is LOST."""
-        answers = {worker: worker.call("status") for worker in (*self._experts, *self._attention)}
-        wait(answers.values(), timeout=STATUS_TIMEOUT_S)
-        return (
-            self._own_status(),
-            *(
-                answer.result()
-                if answer.done() and answer.exception() is None
-                else WorkerStatus(worker=worker.worker, role=worker.role, state=State.LOST)
-                for worker, answer in answers.items()
-            ),
-        )
-
-    def _own_status(self) -> WorkerStatus:
-        return WorkerStatus(
-            worker=CONTROLLER,
-            role=Role.CONTROLLER,
-            state=self._state,
-            incarnation=self.incarnation,
-            pid=os.getpid(),
-            node=self._location.node,
-            epoch=self._epoch,
-            memory_bytes=psutil.Process().memory_info().rss,
-        )
-
-    def _place(self, places: Mapping[str, Location]) -> Placement:
-        capacity = self._plan.host_capacity_bytes
-        slots = [
-            HostSlot(host=worker, node=location.node, capacity_bytes=capacity) for worker, location in places.items()
+        own = own_status(self._location, incarnation=self.incarnation, state=self.state, epoch=self.topology.epoch)
+        missing = [
+            *((Role.EXPERT, host) for host in self.missing_hosts),
+            *((Role.ATTENTION, worker) for worker in self.missing_attention),
         ]
-        try:
-            return place(self._plan.geometry, slots, num_replicas=self._plan.num_replicas)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        return (own, *in_order(self.members.statuses(), missing))
 
-    def _load(self, placement: Placement, deadline: float) -> dict[str, HostAddress]:
-        """Let all workers load at once and note how far they are meanwhile."""
-        loads = {worker: worker.call("load") for worker in self._attention}
-        loads |= {worker: worker.call("load", placement.held_by(worker.worker)) for worker in self._experts}
-        while not settled(loads, PROGRESS_INTERVAL_S) and time.monotonic() < deadline:
-            asked = [worker.call("progress") for worker, load in loads.items() if not load.done()]
-            for answer in wait(asked, timeout=PROGRESS_INTERVAL_S).done:
-                if answer.exception() is None:
-                    self._progress[answer.result().worker] = answer.result()
-        addresses = results(loads, deadline, doing="load")
-        return {worker.worker: addresses[worker.worker] for worker in self._experts}
+    def view(self) -> ClusterView:
+        """Describe the cluster."""
+        return ClusterView(
+            model=self._plan.model,
+            epoch=self.topology.epoch,
+            num_replicas=self._plan.num_replicas,
+            workers=self.status(),
+            operation=self.ledger.running,
+        )
 
-    def _publish(self, placement: Placement, hosts: Mapping[str, HostAddress], deadline: float) -> None:
-        self._epoch += 1
-        topology = Topology(epoch=self._epoch, placement=placement, hosts=hosts)
-        self._ask(self._attention, "publish", topology, deadline=deadline)
-        log.info("topology_published epoch=%d hosts=%d", self._epoch, len(hosts))
+    def placement(self) -> PlacementView:
+        """Say who holds what."""
+        return placement_view(self._plan.geometry, self.topology)
 
-    def _ask(self, workers: Sequence[Handle], method: str, *arguments: object, deadline: float) -> dict[str, Any]:
-        return results({worker: worker.call(method, *arguments) for worker in workers}, deadline, doing=method)
+    def loads(self) -> tuple[HostLoad, ...]:
+        """Read every live host's counters."""
+        answers, _ = self.members.try_each(self.members.of(Role.EXPERT), "load_now")
+        return tuple(answers[worker] for worker in sorted(answers, key=order))
+
+    def scale(self, num_hosts: int, options: ChangeOptions) -> Operation:
+        """Begin to bring the pool to `num_hosts`."""
+        if num_hosts < 1:
+            description = f"{num_hosts}; a cluster keeps at least one expert host"
+            raise InvalidRequestError([FieldViolation(field="num_hosts", description=description)])
+        return self._begin(Kind.SCALE, num_hosts, lambda: scaled(self._live_nodes(), num_hosts), options)
+
+    def rebalance(self, options: ChangeOptions) -> Operation:
+        """Begin to move experts by measured load, as far as that pays."""
+        return self._begin(Kind.REBALANCE, (), lambda: without(self._live_nodes(), ()), options)
+
+    def drain(self, worker: str, options: ChangeOptions) -> Operation:
+        """Begin to move everything off one host and end it."""
+
+        def wish() -> Wish:
+            if worker not in self.topology.hosts:
+                raise NotFoundError(
+                    f"{worker!r} is no expert host here: {', '.join(sorted(self.topology.hosts, key=order))} are",
+                    metadata={"resource_type": "worker", "resource_name": worker},
+                )
+            return without(self._live_nodes(), [worker])
+
+        return self._begin(Kind.DRAIN, worker, wish, options)
+
+    def operations(self) -> tuple[Operation, ...]:
+        """List operations, newest first."""
+        return self.ledger.list()
+
+    def operation(self, name: str) -> Operation:
+        """Return one operation."""
+        return self.ledger.get(name)
+
+    def cancel(self, name: str) -> None:
+        """Ask an operation to roll back."""
+        self.ledger.cancel(name)
+
+    def delete(self, name: str) -> None:
+        """Forget an operation that has ended."""
+        self.ledger.delete(name)
+
+    def repair(self, lost: Collection[str], *, respawn: bool) -> Operation:
+        """Begin to bring back what lost hosts held: on new processes of the same ids, or on those that are left."""
+        joining = tuple(sorted(lost, key=order)) if respawn else ()
+
+        def wish() -> Wish:
+            return Wish(staying=without(self._live_nodes(), lost).staying, joining=joining)
+
+        return self._begin(Kind.REPAIR, tuple(sorted(lost)), wish, ChangeOptions())
+
+    def plan(self, wish: Wish, nodes: Mapping[str, str], kind: Kind = Kind.SCALE) -> PlacementPlan:
+        """Plan the placement on the hosts of a wish; what hosts held that are gone counts as lost."""
+        current = self.topology.placement.without({*wish.joining, *self.missing_hosts}) if self.topology.epoch else None
+        return self._planner.plan(wish, nodes, current=current, kind=kind)
+
+    def pays(self, kind: Kind, plan: PlacementPlan) -> bool:
+        """Say whether a plan is worth its bytes."""
+        return self._planner.pays(kind, plan)
+
+    @property
+    def missing_hosts(self) -> tuple[str, ...]:
+        """Hosts that the topology names and that are gone."""
+        named = self.topology.hosts if self.topology.epoch else [one.worker for one in self._plan.experts]
+        return tuple(sorted((host for host in named if host not in self.members), key=order))
+
+    @property
+    def missing_attention(self) -> tuple[str, ...]:
+        return tuple(one.worker for one in self._plan.attention if one.worker not in self.members)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the topology names a host for every expert."""
+        hosts_of = self.topology.placement.hosts_of
+        return all(hosts_of.get(pair) for pair in self._plan.geometry.pairs)
+
+    def dismiss(self, handles: Collection[Handle]) -> None:
+        """Take these very processes off the books and order the end of what is left of them."""
+        for worker in (dropped := self.members.drop(handles)):
+            log.warning("worker_dismissed worker=%s", worker)
+            self.engines.remove(worker)
+        self.provisioning.dismiss(dropped, timeout_s=0.0)
+
+    def end_strangers(self, statuses: Mapping[str, WorkerStatus]) -> None:
+        """End expert hosts that answered and that the topology does not name; only while no change brings any up."""
+        self.dismiss(self.members.named(strangers(self.topology, statuses)))
+
+    def publish(self, topology: Topology, timeout_s: float) -> Mapping[str, Adopted]:
+        """Let every attention worker switch; return the answers of those that did in time."""
+        self.topology = topology  # whoever comes now gets this one
+        adopted, failures = self.members.try_each(
+            self.members.of(Role.ATTENTION), "publish", topology, timeout_s=timeout_s
+        )
+        for worker, error in failures.items():
+            log.warning("topology_not_adopted worker=%s epoch=%d cause=%s", worker, topology.epoch, error)
+        return adopted
+
+    def _begin(self, kind: Kind, asked: Hashable, wish_of: Callable[[], Wish], options: ChangeOptions) -> Operation:
+        """Plan a change and let it run in a thread of its own."""
+        with self._beginning:
+            if (before := self.ledger.repeated(kind, asked, options.request_id)) is not None:
+                return before
+            self._check_ready()
+            self.ledger.check_free()
+            wish = wish_of()
+            self.note_loads()
+            plan = self.plan(wish, likely_nodes(self._live_nodes(), wish.joining), kind)
+            change = change_of(wish, self.topology, plan)
+            if options.validate_only:
+                return Operation(name="", kind=kind, phase=Phase.DONE, change=change, warnings=plan.warnings)
+            operation = self.ledger.begin(kind, asked, options)
+            operation = self.ledger.update(operation.name, change=change)
+        run = ChangeRun(self, operation.name, kind, wish, options)
+        threading.Thread(target=run.run, name=operation.name, daemon=True).start()
+        return operation
+
+    def note_loads(self) -> None:
+        """Read every live host's counters for the plans to come."""
+        self._planner.note(self.loads())
+
+    def _check_ready(self) -> None:
+        if self.state is not State.READY:
+            raise PreconditionError(f"the cluster is {self.state}: wait until it is ready", reason="NOT_READY")
+
+    def _be_ready(self) -> None:
+        self.state = State.READY
+        self._watch.start()
+
+    def _live_nodes(self) -> dict[str, str]:
+        """Return the node of every host that is there."""
+        return {host: address.node for host, address in self.topology.hosts.items() if host in self.members}
+
+    def _note(self, progress: LoadProgress) -> None:
+        self._progress[progress.worker] = progress

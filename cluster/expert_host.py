@@ -10,31 +10,39 @@ from contextlib import ExitStack, suppress
 import psutil
 import torch
 
+from cluster.operation import HostLoad
 from cluster.placement import Pair
 from cluster.worker import HostAddress, LoadProgress, Location, Role, State, WorkerConfig, WorkerStatus, url_host
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.dispatch.expert_server import ExpertServer
+from llama4_dist.dispatch.fault_points import FaultPoints
 from llama4_dist.dispatch.handshake import HostIdentity
 from llama4_dist.dispatch.links.link import LinkLimits
 from llama4_dist.dispatch.links.listener import Listener
 from llama4_dist.dispatch.stats import HostStats
 from llama4_dist.engine.build import resolve_dtype
-from llama4_dist.model.expert import Experts
+from llama4_dist.errors import PreconditionError, UnavailableError
+from llama4_dist.model.expert_store import ExpertStore
 
 log = logging.getLogger(__name__)
 
 
 class ExpertHost:
-    """One host. `load` maps and listens; `close` may be called at any time, and again."""
+    """One host. `load` maps and listens; `close` may be called at any time, and again.
 
-    def __init__(self, config: WorkerConfig, location: Location) -> None:
+    `faults` is how a test strikes it at a moment of its choice.
+    """
+
+    def __init__(self, config: WorkerConfig, location: Location, *, faults: FaultPoints | None = None) -> None:
         self._config = config
         self._location = location
+        self._faults = faults
         # A life is named by its start: a host that comes back is told apart from the one that died.
         self.incarnation = time.time_ns() // 1_000_000
         self._state = State.NEW
-        self._pairs: tuple[Pair, ...] = ()
+        self._num_wanted = 0
         self._num_mapped = 0
+        self._store: ExpertStore | None = None
         self._address: HostAddress | None = None
         self._server: ExpertServer | None = None
         self._stop = threading.Event()
@@ -48,16 +56,14 @@ class ExpertHost:
     def load(self, pairs: Sequence[Pair]) -> HostAddress:
         """Map `pairs`, listen, and serve from a thread of its own; return where."""
         config, location = self._config, self._location
-        self._state, self._pairs = State.LOADING, tuple(pairs)
+        self._state = State.LOADING
         torch.set_num_threads(config.num_threads)
         checkpoint = Checkpoint.open(config.model_dir)
         self._resources.callback(checkpoint.close)
         geometry = checkpoint.config
         dtype = resolve_dtype(config.dtype, geometry.dtype)
-        weights = {}
-        for pair in self._pairs:
-            weights[pair] = checkpoint.expert(*pair)
-            self._num_mapped += 1
+        self._store = ExpertStore(checkpoint, dtype=dtype, device=config.device, capacity_bytes=config.capacity_bytes)
+        self.add(pairs)
         server = ExpertServer(
             identity=HostIdentity(
                 host=config.worker,
@@ -66,10 +72,11 @@ class ExpertHost:
                 num_layers=geometry.num_layers,
                 num_experts=geometry.num_experts,
             ),
-            compute=Experts(weights, width=geometry.hidden_size, dtype=dtype, device=config.device),
+            compute=self._store,
             width=geometry.hidden_size,
             dtype=dtype,
             limits=LinkLimits(),
+            faults=self._faults,
         )
         path = config.run_dir / f"{config.worker}-{self.incarnation}.sock"
         unix = Listener(f"unix:{path}", secret=config.secret)
@@ -86,9 +93,36 @@ class ExpertHost:
         )
         self._state = State.READY
         log.info(
-            "expert_host_ready host=%s incarnation=%d experts=%d", config.worker, self.incarnation, len(self._pairs)
+            "expert_host_ready host=%s incarnation=%d experts=%d", config.worker, self.incarnation, self._num_mapped
         )
         return self._address
+
+    def add(self, pairs: Sequence[Pair]) -> None:
+        """Map more experts while those here are served; UnavailableError (NO_ROOM) beyond the capacity."""
+        self._num_mapped, self._num_wanted = 0, len(set(pairs) - self._held().holds)
+        self._held().add(pairs, self._note_mapped)
+
+    def keep(self, pairs: Sequence[Pair]) -> int:
+        """Let go of all but these: what was adopted meanwhile goes too. Return the bytes that are free again."""
+        return self._held().keep(pairs)
+
+    def restore(self, pairs: Sequence[Pair]) -> int:
+        """Let go of all but these and what was adopted, which attention workers may be sending rows for."""
+        return self._held().keep(pairs, and_adopted=True)
+
+    def fingerprints(self, pairs: Sequence[Pair]) -> dict[Pair, str]:
+        """Digest weights and golden rows of experts here; `ExpertStore.fingerprint` says of what."""
+        return {pair: self._held().fingerprint(pair) for pair in pairs if pair in self._held().holds}
+
+    def address(self) -> HostAddress | None:
+        """Say where this host listens; None before it does."""
+        return self._address
+
+    def arm(self, point: str, after: int = 1, action: str = "kill") -> None:
+        """Let this process be struck at a fault point; PreconditionError unless it was started for that."""
+        if self._faults is None:
+            raise PreconditionError(f"{self._config.worker} cannot be struck: start it armable", reason="NOT_ARMABLE")
+        self._faults.arm(point, after=after, action=action)
 
     def progress(self) -> LoadProgress:
         """Say how many experts are mapped."""
@@ -97,12 +131,25 @@ class ExpertHost:
             role=Role.EXPERT,
             state=self._state,
             done=self._num_mapped,
-            total=len(self._pairs),
+            total=self._num_wanted,
         )
 
     def stats(self) -> HostStats:
         """Return the counters of the serving half."""
         return self._server.stats() if self._server is not None else HostStats()
+
+    def load_now(self) -> HostLoad:
+        """Return what a planner and an operator want to know of this host's work."""
+        stats = self.stats()
+        return HostLoad(
+            host=self._config.worker,
+            incarnation=self.incarnation,
+            at_s=time.monotonic(),
+            rows=dict(stats.rows_by_expert),
+            compute_s=stats.compute_seconds,
+            queue_depth=stats.queue_depth,
+            bytes_held=self._store.bytes_held if self._store is not None else 0,
+        )
 
     def status(self) -> WorkerStatus:
         """Describe this host."""
@@ -115,7 +162,7 @@ class ExpertHost:
             pid=os.getpid(),
             node=self._location.node,
             addresses=(address.unix, address.tcp) if address is not None else (),
-            experts=self._pairs,
+            experts=tuple(sorted(self._store.holds)) if self._store is not None else (),
             memory_bytes=psutil.Process().memory_info().rss,
         )
 
@@ -124,6 +171,14 @@ class ExpertHost:
         self._resources.close()
         with suppress(OSError):  # the last worker of the run on this node removes the folder
             self._config.run_dir.rmdir()
+
+    def _held(self) -> ExpertStore:
+        if self._store is None:
+            raise UnavailableError(f"{self._config.worker} has not loaded: call `load` first")
+        return self._store
+
+    def _note_mapped(self, num_done: int) -> None:
+        self._num_mapped = num_done
 
     def _serve(self, server: ExpertServer) -> None:
         """Run the server; should it fail, its links go down, so that workers turn to another replica at once."""

@@ -1,4 +1,4 @@
-"""Starts a Ray for this machine, or joins one that runs; and finds the cluster secret. Knows no actor and no model.
+"""Starts a Ray for this machine, or joins one that runs. Knows no actor and no model.
 
 A Ray started here listens on loopback only, demands a token on every call (Ray's token authentication), shows no
 dashboard and lives in a temporary folder of its own; `RaySession.close` ends it. One that was joined is left as it was.
@@ -10,9 +10,9 @@ import os
 import secrets
 import shutil
 import socket
-import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,14 @@ from pathlib import Path
 import psutil
 import ray
 from ray._private import ray_constants
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
-from llama4_dist.errors import ConfigError, UnavailableError
+from llama4_dist.errors import UnavailableError
 
 log = logging.getLogger(__name__)
 
-SECRET_FILE_VARIABLE = "LLAMA4_DIST_CLUSTER_SECRET_FILE"  # noqa: S105 - a name, not a secret
 NAMESPACE = "llama4_dist"
-SECRET_BYTES = 32
-MAX_SECRET_FILE_BYTES = 4096
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's least; no tensor of ours goes there
 PROBE_TIMEOUT_S = 5.0
 EXIT_TIMEOUT_S = 10.0
@@ -42,6 +40,7 @@ LOCAL_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "604800",  # else every worker ends a minute after the head died
 }
 
 
@@ -59,7 +58,9 @@ class RaySession:
         atexit.unregister(self.close)
         daemons = [] if self.temp_dir is None else processes_of(self.temp_dir)
         if self.connected_here and ray.is_initialized():
-            ray.shutdown()
+            ending = threading.Thread(target=ray.shutdown, daemon=True)  # which waits for a head that is gone
+            ending.start()
+            ending.join(EXIT_TIMEOUT_S)
         # Ray does not wait for its agents; nothing of the session may outlive it.
         _, alive = psutil.wait_procs(daemons, timeout=EXIT_TIMEOUT_S)
         for process in alive:
@@ -84,6 +85,7 @@ def ensure_ray(address: str | None = None) -> RaySession:
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), PROBE_TIMEOUT_S).close()
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+        mute_ray()
     except (OSError, ValueError) as error:
         raise UnavailableError(f"no Ray answers at ray_address={address!r}: start one, or leave it out") from error
     return RaySession(started_here=False, connected_here=True)
@@ -112,10 +114,16 @@ def start_ray() -> RaySession:
                 logging_level=logging.WARNING,
                 _temp_dir=str(temp_dir),
             )
+        mute_ray()
     except BaseException:
         session.close()
         raise
     return session
+
+
+def mute_ray() -> None:
+    """Keep Ray from printing a paragraph on our stderr for every worker that dies: we log each in a line."""
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
 
 
 def processes_of(temp_dir: Path) -> list[psutil.Process]:
@@ -154,23 +162,3 @@ def loopback_only() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def cluster_secret(environ: Mapping[str, str] = os.environ) -> bytes:
-    """Return the secret of the file that LLAMA4_DIST_CLUSTER_SECRET_FILE names, or fresh random bytes."""
-    name = environ.get(SECRET_FILE_VARIABLE)
-    if name is None:
-        return secrets.token_bytes(SECRET_BYTES)
-    path = Path(name)
-    try:
-        status = path.stat()
-        secret = path.read_bytes()[: MAX_SECRET_FILE_BYTES + 1].strip() if stat.S_ISREG(status.st_mode) else b""
-    except OSError as error:
-        raise ConfigError(f"{SECRET_FILE_VARIABLE}={name} cannot be read: {error.strerror}") from None
-    if status.st_mode & (stat.S_IROTH | stat.S_IWOTH):
-        raise ConfigError(f"{SECRET_FILE_VARIABLE}={name} is open to everyone: chmod 600 it")
-    if not 16 <= len(secret) <= MAX_SECRET_FILE_BYTES:
-        raise ConfigError(
-            f"{SECRET_FILE_VARIABLE}={name} holds {len(secret)} bytes: write 16 to {MAX_SECRET_FILE_BYTES}"
-        )
-    return secret

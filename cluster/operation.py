@@ -68,7 +68,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """One change, now or when it ended. Times are seconds of the Unix clock; `paused_s` is how long serving stood still.
+    """One change, now or when it ended. Times are of the Unix clock; for `paused_s` seconds no step could run.
 
     `error_reason` and `error_message` are set where it failed. `epoch` is the last epoch it published, 0 if none.
     """

@@ -11,20 +11,22 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cluster.controller import ClusterPlan
-from cluster.launch import cluster_secret, ensure_ray
+from cluster.driver_control import DriverControl
+from cluster.launch import ensure_ray
 from cluster.placement import ExpertGeometry
+from cluster.plan import ClusterPlan
 from cluster.processes import ClusterProcesses, OnProgress
 from cluster.spawn import RaySpawner
 from cluster.worker import Role, WorkerConfig, WorkerStatus
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.engine.build import resolve_dtype
-from llama4_dist.engine.group import EngineGroup
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.port import EngineStats, OnOutputs
 from llama4_dist.errors import ConfigError
 from llama4_dist.request import EngineLimits, EngineRequest
-from llama4_dist.rpc.remote_engine import RemoteEngine
+from llama4_dist.rpc.cluster_secret import cluster_secret
+from llama4_dist.rpc.directory import DirectoryServer
+from llama4_dist.rpc.remote_group import RemoteGroup
 
 
 class RayEngine:
@@ -32,7 +34,8 @@ class RayEngine:
 
     `ray_address` None starts a Ray on this machine; else the cluster there is joined, and the checkpoint must lie at
     the same path on every node. `labels` maps a role to the node labels its workers demand. `host_capacity_bytes`
-    bounds the expert weights of one host. `num_threads` are an attention worker's, `expert_threads` a host's.
+    bounds the expert weights of one host. `num_threads` are an attention worker's, `expert_threads` a host's. Tests
+    strike the hosts of an `armable` cluster.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a cluster
@@ -45,17 +48,22 @@ class RayEngine:
         device: str = "cpu",
         options: EngineOptions | None = None,
         ray_address: str | None = None,
-        num_replicas: int = 1,
+        num_replicas: int = 2,
         num_threads: int | None = None,
         expert_threads: int = 1,
         host_capacity_bytes: int | None = None,
         labels: Mapping[Role, Mapping[str, str]] | None = None,
         progress: OnProgress | None = None,
         start_timeout_s: float = 300.0,
+        resume_ttl_s: float = 10.0,
+        replay_timeout_s: float = 30.0,
+        armable: bool = False,
+        secret: bytes | None = None,
+        directory: DirectoryServer | None = None,
     ) -> None:
         model_dir = Path(model_dir).resolve()
         geometry = read_geometry(model_dir, dtype)
-        secret, run_id = cluster_secret(), f"llama4-{secrets.token_hex(4)}"
+        secret, run_id = secret or cluster_secret(), f"llama4-{secrets.token_hex(4)}"
         run_dir = Path(tempfile.gettempdir()) / run_id
 
         def configs(role: Role, count: int, threads: int) -> tuple[WorkerConfig, ...]:
@@ -70,11 +78,15 @@ class RayEngine:
                     run_dir=run_dir,
                     secret=secret,
                     options=options or EngineOptions(model_name=model_dir.name),
+                    capacity_bytes=host_capacity_bytes,
+                    resume_ttl_s=resume_ttl_s,
+                    armable=armable,
                 )
                 for index in range(count)
             )
 
         plan = ClusterPlan(
+            model=(options.model_name if options else None) or model_dir.name,
             geometry=geometry,
             experts=configs(Role.EXPERT, num_expert_hosts, expert_threads),
             attention=configs(
@@ -83,17 +95,20 @@ class RayEngine:
             num_replicas=num_replicas,
             host_capacity_bytes=host_capacity_bytes,
         )
+        self._directory = directory
         with ExitStack() as resources:
             resources.callback(ensure_ray(ray_address).close)
             resources.callback(shutil.rmtree, run_dir, ignore_errors=True)
             spawner = RaySpawner(run_id=run_id, labels=labels)
-            self._processes = ClusterProcesses(plan, spawner, progress=progress)
+            self._processes = ClusterProcesses(plan, spawner, progress=progress, on_engines=self._use_engines)
             resources.callback(self._processes.close)
-            engines = []
-            for address in self._processes.start(timeout_s=start_timeout_s):
-                engines.append(RemoteEngine(address, secret=secret))
-                resources.callback(engines[-1].close)
-            self._group = EngineGroup(engines)
+            self.control = DriverControl(self._processes)
+            addresses = self._processes.start(timeout_s=start_timeout_s)
+            self._remote = RemoteGroup(addresses, secret=secret, replay_timeout_s=replay_timeout_s)
+            self._group = self._remote.group
+            resources.callback(self._remote.close)
+            if directory is not None:
+                directory.set(addresses)
             self._resources = resources.pop_all()
         atexit.register(self.close)  # Ray would end the workers, but not remove their sockets
 
@@ -110,6 +125,10 @@ class RayEngine:
         """Give a request to the least loaded attention worker."""
         self._group.submit(request)
 
+    def attach(self, request: EngineRequest) -> None:
+        """Take over a request whose gateway is gone."""
+        self._group.attach(request)
+
     def abort(self, request_id: str) -> None:
         """Cancel a request."""
         self._group.abort(request_id)
@@ -124,7 +143,17 @@ class RayEngine:
 
     def status(self) -> tuple[WorkerStatus, ...]:
         """Describe the controller and every worker; UnavailableError when the controller is gone."""
-        return self._processes.status()
+        return self.control.view().workers
+
+    def arm(self, worker: str, point: str, *, after: int = 1, action: str = "kill") -> None:
+        """Let an expert host of an `armable` cluster be struck at its `after`-th passing of a fault point."""
+        self._processes.ask_worker(worker, "arm", point, after, action)
+
+    def _use_engines(self, addresses: Mapping[str, str]) -> bool:
+        """Let the group, and gateways of other processes, know who serves now; return whether all could be reached."""
+        if self._directory is not None:
+            self._directory.set(addresses)
+        return self._remote.follow(addresses)
 
     def close(self) -> None:
         """End streams, controller, workers, placement groups and, if it was started here, Ray."""

@@ -4,30 +4,59 @@ Ray carries calls that start, ask and stop workers; no tensor of the token loop 
 """
 
 import logging
+import os
+import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from cluster.controller import CONTROLLER, ClusterPlan, Controller
+from cluster.controller import Controller
 from cluster.handle import Handle
+from cluster.nodes import Node, emptiest
+from cluster.plan import ClusterPlan
+from cluster.standing import CONTROLLER
 from cluster.worker import Location, Role, WorkerConfig
 from llama4_dist.errors import EngineError, Llama4Error, UnavailableError
 
 log = logging.getLogger(__name__)
 
 PLACEMENT_TIMEOUT_S = 60.0
-CONCURRENT_CALLS = 4  # a worker answers progress and status while it loads, the controller while it starts them
+HEAD_TIMEOUT_S = 2.0
+NODE_TIMEOUT_S = 5.0  # for room on the node we chose
+NODE_LABEL = "ray.io/node-id"
+CONCURRENT_CALLS = 8  # a worker answers progress and status while it loads, the controller while it starts them
 
 # Several workers share the cores of a node, so a thread that waits must soon sleep; but not at once, since the
 # matrices of a decode step follow each other within microseconds. With 20000 the attention worker's threads keep
 # expert hosts off the cores (benchmarks/throughput.py, 2 cores: 240 tokens/s; 255 to 275 with 100 to 2000).
 # Read when torch is imported.
 THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
+
+
+class Head:
+    """The head of Ray, asked in a thread: a call to one that is gone waits for ever."""
+
+    def __init__(self) -> None:
+        self._asking: threading.Thread | None = None
+
+    def answers(self, timeout_s: float) -> bool:
+        """Tell whether it answers in time; one question is open at a time."""
+        if self._asking is not None and self._asking.is_alive():
+            timeout_s = 0.0  # it owes an answer already
+        else:
+            self._asking = threading.Thread(target=ray.nodes, daemon=True)
+            self._asking.start()
+        self._asking.join(timeout_s)
+        return not self._asking.is_alive()
+
+
+HEAD = Head()
 
 
 class ActorHandle:
@@ -53,8 +82,11 @@ class ActorHandle:
         return answer
 
     def kill(self) -> None:
-        """End the process, whatever it is doing."""
-        ray.kill(self._actor, no_restart=True)
+        """End the process, whatever it is doing; where the head of Ray is gone, as soon as it listens."""
+        if HEAD.answers(HEAD_TIMEOUT_S):
+            ray.kill(self._actor, no_restart=True)
+        else:
+            self._actor.leave.remote()
 
     def _translated(self, error: BaseException) -> BaseException:
         if isinstance(error, RayTaskError):  # raised by the actor's own code
@@ -69,8 +101,18 @@ class ActorHandle:
         return error
 
 
+class Home(NamedTuple):
+    """Where a worker lives: what it holds of Ray, on which node if we chose it, and its process once it is started."""
+
+    role: Role
+    bundle: dict[str, float]
+    node: str | None
+    group: PlacementGroup
+    handle: ActorHandle | None
+
+
 class RaySpawner:
-    """Creates workers in placement groups, and a controller beside the driver; `close` removes the groups.
+    """Creates workers, each in a placement group of its own, and a controller beside the driver.
 
     On nodes that offer the custom resource `llama4_expert` or `llama4_attention`, workers of that role go there only.
     `labels` maps a role to the node labels it demands.
@@ -79,69 +121,133 @@ class RaySpawner:
     def __init__(self, *, run_id: str, labels: Mapping[Role, Mapping[str, str]] | None = None) -> None:
         self._run_id = run_id
         self._labels = labels or {}
-        self._groups: list[PlacementGroup] = []
+        self._lock = threading.Lock()
+        self._homes: dict[str, Home] = {}  # by worker id
+        self._num_lives: Counter[str] = Counter()
 
     def spawn(self, configs: Sequence[WorkerConfig]) -> list[ActorHandle]:
-        """Start workers of one role, spread over the nodes where there are several; return before they are up."""
-        first = configs[0]
-        bundle = worker_bundle(first, ray.cluster_resources())
-        labels = dict(self._labels.get(first.role, {}))
-        group = placement_group(
-            [bundle] * len(configs),
-            strategy="SPREAD" if num_alive_nodes() > 1 else "PACK",
-            name=f"{self._run_id}-{first.worker}",
-            bundle_label_selector=[labels] * len(configs) if labels else None,
-        )
-        self._groups.append(group)
-        try:
-            ray.get(group.ready(), timeout=PLACEMENT_TIMEOUT_S)
-        except GetTimeoutError:
+        """Start workers of one role, spread over the nodes where there are several; return before they are up.
+
+        Each has a placement group of its own, so that what it held is free again when it goes.
+        """
+        for config in configs:
+            self._reserve(config, choose_node=True)
+        if late := self._late(configs, NODE_TIMEOUT_S):
+            for config in late:  # somebody else's work is there: any node will do
+                self.end(config.worker)
+                self._reserve(config, choose_node=False)
+        if late := self._late(configs, PLACEMENT_TIMEOUT_S):
+            for config in configs:
+                self.end(config.worker)
+            bundle, labels = worker_bundle(late[0], ray.cluster_resources()), dict(self._labels.get(late[0].role, {}))
             raise UnavailableError(
-                f"Ray has no room for {len(configs)} {first.role} workers of {bundle} with labels {labels}: "
-                f"the nodes offer {ray.cluster_resources()}",
+                f"Ray has no room for {len(late)} of {len(configs)} {late[0].role} workers of {bundle} with labels "
+                f"{labels}: the nodes offer {ray.cluster_resources()}",
                 reason="INSUFFICIENT_CAPACITY",
-            ) from None
-        return [self._spawn_one(config, bundle, group, index) for index, config in enumerate(configs)]
+            )
+        return [self._spawn_one(config) for config in configs]
+
+    def end(self, worker: str) -> None:
+        """End a worker's process, whatever it is doing, and free what it held; unknown ids are no error."""
+        with self._lock:
+            home = self._homes.pop(worker, None)
+        if home is None:
+            return
+        if home.handle is not None:
+            home.handle.kill()
+        if HEAD.answers(HEAD_TIMEOUT_S):
+            remove_placement_group(home.group)
 
     def spawn_controller(self, plan: ClusterPlan, workers: Sequence[Handle]) -> ActorHandle:
         """Start the controller on the driver's node, where it takes no CPU of Ray's; return before it is up."""
         actor = (
             ACTORS[Role.CONTROLLER]
             .options(
-                name=f"{self._run_id}-{CONTROLLER}",
+                name=self._name(CONTROLLER),
                 num_cpus=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(this_node().node, soft=True),
                 max_restarts=0,
-                max_concurrency=CONCURRENT_CALLS,
+                max_concurrency=2 * CONCURRENT_CALLS,
             )
             .remote(plan, workers)
         )
         return ActorHandle(CONTROLLER, Role.CONTROLLER, actor)
 
-    def close(self) -> None:
-        """Remove the placement groups, and with them any actor that is left."""
-        while self._groups:
-            remove_placement_group(self._groups.pop())
+    def answers(self, timeout_s: float) -> bool:
+        """Tell whether the head of Ray answers in time."""
+        return HEAD.answers(timeout_s)
 
-    def _spawn_one(
-        self, config: WorkerConfig, bundle: Mapping[str, float], group: PlacementGroup, index: int
-    ) -> ActorHandle:
+    def close(self) -> None:
+        """End what is left."""
+        for worker in tuple(self._homes):
+            self.end(worker)
+
+    def _name(self, worker: str) -> str:
+        """Name an actor; Ray gives the name of one that died back when it likes, so a later life gets another."""
+        life = self._num_lives[worker]
+        self._num_lives[worker] += 1
+        return f"{self._run_id}-{worker}" + (f"-life-{life}" if life else "")
+
+    def _reserve(self, config: WorkerConfig, *, choose_node: bool) -> None:
+        """Ask for room for one worker, on the node with the fewest of its role where there are several."""
+        labels = dict(self._labels.get(config.role, {}))
+        bundle = worker_bundle(config, ray.cluster_resources())
+        node = emptiest(self._nodes(config.role), bundle, labels) if choose_node else None
+        wanted = labels if node is None else labels | {NODE_LABEL: node}
+        group = placement_group(
+            [bundle], name=f"{self._run_id}-{config.worker}", bundle_label_selector=[wanted] if wanted else None
+        )
+        with self._lock:
+            self._homes[config.worker] = Home(config.role, bundle, node, group, None)
+
+    def _late(self, configs: Sequence[WorkerConfig], timeout_s: float) -> list[WorkerConfig]:
+        """Wait for the groups; return those of these workers that have no room yet."""
+        ready = {self._homes[config.worker].group.ready(): config for config in configs}
+        _, late = ray.wait(list(ready), num_returns=len(ready), timeout=timeout_s)
+        return [ready[one] for one in late]
+
+    def _nodes(self, role: Role) -> list[Node]:
+        """Describe the live nodes, with what our workers hold there."""
+        with self._lock:
+            homes = list(self._homes.values())
+        nodes = []
+        for node in alive_nodes():
+            here = [home for home in homes if home.node == node["NodeID"]]
+            held: Counter[str] = Counter()
+            for home in here:
+                held.update(home.bundle)
+            nodes.append(
+                Node(
+                    node=node["NodeID"],
+                    offers=node["Resources"],
+                    labels=node["Labels"],
+                    held=held,
+                    num_of_role=sum(home.role is role for home in here),
+                )
+            )
+        return nodes
+
+    def _spawn_one(self, config: WorkerConfig) -> ActorHandle:
+        home = self._homes[config.worker]
         threads = str(config.num_threads)
         actor = (
             ACTORS[config.role]
             .options(
-                name=f"{self._run_id}-{config.worker}",
-                num_cpus=bundle["CPU"],
-                num_gpus=bundle.get("GPU", 0),
-                resources={name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+                name=self._name(config.worker),
+                num_cpus=home.bundle["CPU"],
+                num_gpus=home.bundle.get("GPU", 0),
+                resources={name: amount for name, amount in home.bundle.items() if name not in ("CPU", "GPU")},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(home.group, placement_group_bundle_index=0),
                 max_restarts=0,
                 max_concurrency=CONCURRENT_CALLS,
                 runtime_env={"env_vars": THREAD_ENVIRONMENT | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
             )
             .remote(config)
         )
-        return ActorHandle(config.worker, config.role, actor)
+        handle = ActorHandle(config.worker, config.role, actor)
+        with self._lock:
+            self._homes[config.worker] = home._replace(handle=handle)
+        return handle
 
 
 def worker_bundle(config: WorkerConfig, cluster_resources: Mapping[str, float]) -> dict[str, float]:
@@ -154,9 +260,9 @@ def worker_bundle(config: WorkerConfig, cluster_resources: Mapping[str, float]) 
     return bundle
 
 
-def num_alive_nodes() -> int:
-    """Count the nodes of the cluster that live."""
-    return sum(bool(node["Alive"]) for node in ray.nodes())
+def alive_nodes() -> list[dict[str, Any]]:
+    """List the nodes of the cluster that live, in Ray's words."""
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def this_node() -> Location:
@@ -182,6 +288,10 @@ class Actor:
         """Call a method of the plain class."""
         return getattr(self.plain, method)(*arguments)
 
+    def leave(self) -> None:
+        """End this process."""
+        os._exit(0)
+
 
 @ray.remote
 class ExpertHostActor(Actor):
@@ -189,9 +299,10 @@ class ExpertHostActor(Actor):
 
     def __init__(self, config: WorkerConfig) -> None:
         from cluster.expert_host import ExpertHost
+        from llama4_dist.dispatch.fault_points import FaultPoints
 
         log_to_stderr()
-        self.plain = ExpertHost(config, this_node())
+        self.plain = ExpertHost(config, this_node(), faults=FaultPoints() if config.armable else None)
 
 
 @ray.remote

@@ -23,11 +23,12 @@ class Role(StrEnum):
 
 
 class State(StrEnum):
-    """Life of a worker; LOST is the controller's word for one that does not answer."""
+    """Life of a worker; LOST is the controller's word for one that does not answer, DRAINING for one about to go."""
 
     NEW = "new"
     LOADING = "loading"
     READY = "ready"
+    DRAINING = "draining"
     LOST = "lost"
 
 
@@ -35,7 +36,9 @@ class State(StrEnum):
 class WorkerConfig:
     """What every worker is told at birth. `num_threads` is torch's; `run_dir` holds its Unix sockets.
 
-    `options` bound an attention worker's engine.
+    `options` bound an attention worker's engine. It compares two hosts' answers in every `cross_check_every`-th
+    dispatch (0 = never), and keeps requests for `resume_ttl_s` when their gateway is gone. `capacity_bytes` bounds the
+    weights an expert host holds (None = no bound). Tests strike an `armable` one at a moment of their choice.
     """
 
     worker: str
@@ -47,6 +50,10 @@ class WorkerConfig:
     run_dir: Path
     secret: bytes = field(repr=False)
     options: EngineOptions = field(default_factory=EngineOptions)
+    capacity_bytes: int | None = None
+    cross_check_every: int = 256
+    resume_ttl_s: float = 10.0
+    armable: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +86,14 @@ class Topology:
     epoch: int
     placement: Placement
     hosts: Mapping[str, HostAddress]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adopted:
+    """An attention worker's answer to a topology: its epoch is in use, and for `switch_s` seconds no step could run."""
+
+    epoch: int
+    switch_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

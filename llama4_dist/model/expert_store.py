@@ -37,6 +37,7 @@ class ExpertStore:
         self._experts = Experts({}, width=config.hidden_size, dtype=dtype, device=device)
         self._capacity_bytes = capacity_bytes
         self._changing = threading.Lock()
+        self._adopted: set[Pair] = set()
         self._fingerprints: dict[Pair, str] = {}
         self.expert_bytes = 3 * config.hidden_size * config.expert_width * dtype.itemsize
 
@@ -55,24 +56,26 @@ class ExpertStore:
 
     def adopt(self, pairs: Sequence[Pair]) -> None:
         """Bring experts here that no other host serves."""
-        self.add(pairs)
+        with self._changing:
+            fresh = set(pairs) - self.holds
+            self._add(fresh)
+            self._adopted |= fresh
 
     def add(self, pairs: Collection[Pair], progress: Callable[[int], None] = lambda num_done: None) -> None:
         """Map experts; those that are here already are no error. UnavailableError (NO_ROOM) beyond the capacity."""
         with self._changing:
-            wanted = sorted(set(pairs) - self.holds)
-            self._check_room(len(wanted))
-            for num_done, pair in enumerate(wanted, start=1):
-                self._experts.put({pair: self._checkpoint.expert(*pair)})
-                progress(num_done)
+            self._add(pairs, progress)
 
-    def remove(self, pairs: Collection[Pair]) -> None:
-        """Let go of experts and give their memory back; those that are not here are no error."""
+    def remove(self, pairs: Collection[Pair]) -> int:
+        """Let go of experts, give their memory back and return the bytes; those that are not here are no error."""
         with self._changing:
-            gone = set(pairs) & self.holds
-            self._experts.drop(gone)
-            for pair in gone:
-                self._checkpoint.release_expert(*pair)
+            return self._remove(set(pairs) & self.holds)
+
+    def keep(self, pairs: Collection[Pair], *, and_adopted: bool = False) -> int:
+        """Let go of all but these, or but these and those adopted; return the bytes given back."""
+        with self._changing:
+            kept = set(pairs) | (self._adopted if and_adopted else set())
+            return self._remove(self.holds - kept)
 
     @torch.inference_mode()
     def fingerprint(self, pair: Pair) -> str:
@@ -92,13 +95,29 @@ class ExpertStore:
             self._fingerprints[pair] = digest.hexdigest()
         return self._fingerprints[pair]
 
+    def _add(self, pairs: Collection[Pair], progress: Callable[[int], None] = lambda num_done: None) -> None:
+        wanted = sorted(set(pairs) - self.holds)
+        self._check_room(len(wanted))
+        for num_done, pair in enumerate(wanted, start=1):
+            self._experts.put({pair: self._checkpoint.expert(*pair)})
+            progress(num_done)
+
+    def _remove(self, pairs: Collection[Pair]) -> int:
+        self._experts.drop(pairs)
+        for pair in pairs:
+            self._checkpoint.release_expert(*pair)
+            self._fingerprints.pop(pair, None)  # the next one reads, and warms, what is mapped then
+        self._adopted.difference_update(pairs)
+        return len(pairs) * self.expert_bytes
+
     def _check_room(self, num_more: int) -> None:
         if self._capacity_bytes is None:
             return
         free = self._capacity_bytes - self.bytes_held
         if num_more * self.expert_bytes > free:
             raise UnavailableError(
-                f"{num_more} experts of {self.expert_bytes} bytes do not fit: {free} of {self._capacity_bytes} are free",
+                f"{num_more} experts of {self.expert_bytes} bytes do not fit: {free} of {self._capacity_bytes} are "
+                "free; give the host more capacity, or the cluster more hosts",
                 reason="NO_ROOM",
             )
 

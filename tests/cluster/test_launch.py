@@ -9,8 +9,9 @@ import psutil
 import pytest
 import ray
 
-from cluster.launch import SECRET_FILE_VARIABLE, RaySession, cluster_secret, ensure_ray
+from cluster.launch import RaySession, ensure_ray
 from llama4_dist.errors import ConfigError, UnavailableError
+from llama4_dist.rpc.cluster_secret import SECRET_FILE_VARIABLE, cluster_secret
 
 
 def test_a_secret_is_fresh_unless_a_file_is_named(tmp_path: Path) -> None:

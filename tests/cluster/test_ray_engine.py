@@ -1,6 +1,7 @@
 """The engine over real Ray actors: same tokens, also while Ray stands still; nothing left behind; clear failures."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ray.util import list_named_actors
 from ray.util.placement_group import placement_group_table
 
 from cluster.launch import ensure_ray
+from cluster.operation import Kind, Operation, Phase
 from cluster.ray_engine import RayEngine
 from cluster.worker import LoadProgress, Role, State
 from llama4_dist.engine.build import build_single_process
@@ -40,15 +42,19 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_session() -> Iterator[None]:
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    tmp_path_factory.getbasetemp()  # pytest's own folder stays where it is
+    before, tempfile.tempdir = tempfile.tempdir, tempfile.mkdtemp(prefix="l4-")  # others run clusters here too
     session = ensure_ray()
     yield
     session.close()
+    shutil.rmtree(tempfile.gettempdir())
+    tempfile.tempdir = before
 
 
 @pytest.fixture(scope="module")
 def engine(model_dir: Path, ray_session: None) -> Iterator[RayEngine]:
-    engine = RayEngine(model_dir, num_expert_hosts=2, options=OPTIONS)
+    engine = RayEngine(model_dir, num_expert_hosts=2, num_replicas=1, options=OPTIONS)
     yield engine
     engine.close()
 
@@ -189,7 +195,17 @@ def test_two_attention_workers_share_four_hosts_and_closing_leaves_nothing(model
     assert run_dirs() == dirs
 
 
-def test_a_cluster_whose_controller_was_killed_serves_on_and_still_closes_clean(model_dir: Path) -> None:
+def end_of(engine: RayEngine, operation: Operation) -> Operation:
+    wait_until(lambda: engine.control.operation(operation.name).phase.final, timeout_s=60)
+    return engine.control.operation(operation.name)
+
+
+def groups_of(engine: RayEngine, others: list[str]) -> set[str]:
+    """Workers that hold a placement group."""
+    return {name.partition("-")[2].partition("-")[2] for name in live_groups() if name not in others}
+
+
+def test_a_cluster_whose_controller_was_killed_serves_on_gets_another_and_scales(model_dir: Path) -> None:
     actors, groups, dirs = sorted(live_actors()), sorted(live_groups()), run_dirs()
     running, later = some_requests("running", max_tokens=60), some_requests("later")
     collector = Collector()
@@ -203,21 +219,69 @@ def test_a_cluster_whose_controller_was_killed_serves_on_and_still_closes_clean(
         assert "running0" not in collector.last
         os.kill(pids["controller"], signal.SIGKILL)
         wait_until(lambda: not psutil.pid_exists(pids["controller"]))
-        with pytest.raises(UnavailableError, match="controller died") as caught:
+        with pytest.raises(UnavailableError) as caught:
             engine.status()
-        assert caught.value.reason == "WORKER_LOST"
+        assert caught.value.reason in ("CONTROLLER_LOST", "WORKER_LOST")
+
+        def answers() -> bool:
+            with suppress(UnavailableError):
+                return bool(engine.status())
+            return False
+
+        wait_until(answers)
         # Ray has noticed by now, and whatever it ends with a controller would be ending.
+        now = {worker.worker: worker.pid for worker in engine.status()}
+        assert now.pop("controller") != pids["controller"]
+        assert now == {worker: pid for worker, pid in pids.items() if worker != "controller"}
+        up = end_of(engine, engine.control.scale(3))
+        assert (up.phase, up.epoch, up.change.added) == (Phase.DONE, 2, ("expert-2",))  # type: ignore[union-attr]
+        assert groups_of(engine, groups) == {"expert-0", "expert-1", "expert-2", "attention-0"}
+        down = end_of(engine, engine.control.scale(1))
+        assert (down.phase, down.epoch) == (Phase.DONE, 3)
+        (removed, also) = down.change.removed  # type: ignore[union-attr]
+        assert groups_of(engine, groups) == {"expert-0", "expert-1", "expert-2", "attention-0"} - {removed, also}
+        pids |= {worker.worker: worker.pid for worker in engine.status()}
         got = collector.run(engine, later)
         collector.wait_for([request.request_id for request in running])
         got |= {request.request_id: tuple(collector.tokens[request.request_id]) for request in running}
         assert got == reference(model_dir, [*running, *later])
-        assert all(psutil.pid_exists(pid) for worker, pid in pids.items() if worker != "controller")
     finally:
         engine.close()
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids.values()))
     wait_until(lambda: sorted(live_actors()) == actors)
     assert sorted(live_groups()) == groups
     assert run_dirs() == dirs
+
+
+def test_killed_hosts_and_attention_workers_are_replaced_while_requests_run(model_dir: Path) -> None:
+    requests, collector = some_requests("kill", max_tokens=200), Collector()
+    engine = RayEngine(model_dir, num_expert_hosts=2, num_attention_workers=2, options=OPTIONS)
+    try:
+        engine.start(collector.collect)
+        before = {worker.worker: worker.pid for worker in engine.status()}
+        for request in requests:
+            engine.submit(request)
+        collector.wait_for_tokens("kill0", 2)
+        for worker in ("expert-1", "attention-1"):
+            os.kill(before[worker], signal.SIGKILL)
+        collector.wait_for([request.request_id for request in requests])
+        assert {name: tuple(tokens) for name, tokens in collector.tokens.items()} == reference(model_dir, requests)
+
+        def replaced() -> bool:
+            now = {worker.worker: worker for worker in engine.status()}
+            return all(
+                now[worker].state is State.READY and now[worker].pid != before[worker]
+                for worker in ("expert-1", "attention-1")
+            )
+
+        wait_until(replaced, timeout_s=60)
+        wait_until(lambda: not engine.control.view().operation)
+        assert [one.kind for one in engine.control.operations() if one.phase is Phase.DONE] == [Kind.REPAIR]
+        assert all(len(hosts) == 2 for hosts in engine.control.placement().hosts_of.values())
+        later = some_requests("later")
+        assert collector.run(engine, later) == reference(model_dir, later)
+    finally:
+        engine.close()
 
 
 def test_a_controller_answers_while_it_starts_the_cluster_and_its_death_ends_the_start(model_dir: Path) -> None:
@@ -296,7 +360,7 @@ time.sleep(600)
 
 def test_workers_die_with_their_driver(model_dir: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["TMPDIR"] = tempfile.mkdtemp(prefix="l4d-")
+    environment["TMPDIR"] = tempfile.mkdtemp(prefix="l4d-", dir=Path(tempfile.gettempdir()).parent)  # a short path
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(model_dir)], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
     )

@@ -61,7 +61,7 @@ def test_labels_hold_experts_on_one_node_and_impossible_ones_are_named(
     model_dir: Path, three_nodes: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = {Role.EXPERT: {"pool": "right"}}
-    engine = RayEngine(model_dir, num_expert_hosts=2, options=OPTIONS, labels=labels)
+    engine = RayEngine(model_dir, num_expert_hosts=2, num_replicas=1, options=OPTIONS, labels=labels)
     try:
         nodes = {worker.node for worker in engine.status() if worker.role is Role.EXPERT}
         assert nodes == {three_nodes["right"]}

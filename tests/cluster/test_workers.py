@@ -1,20 +1,23 @@
 """Attention workers and expert hosts as plain objects in this process, over real Unix and TCP sockets."""
 
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.attention_worker import AttentionWorker
 from cluster.expert_host import ExpertHost
-from cluster.placement import HostSlot, place
+from cluster.placement import ExpertGeometry, HostSlot, place
 from cluster.ray_engine import read_geometry
 from cluster.worker import Location, Role, State, Topology, WorkerConfig
 from llama4_dist.engine.group import EngineGroup
 from llama4_dist.engine.options import EngineOptions
-from llama4_dist.errors import ConfigError, HandshakeError, LinkDownError, UnavailableError
+from llama4_dist.errors import ConfigError, HandshakeError, LinkDownError, PreconditionError, UnavailableError
 from llama4_dist.model.expert import Experts
 from llama4_dist.rpc.remote_engine import RemoteEngine
 from tests.checkpoints import make_checkpoint
@@ -44,7 +47,7 @@ def resources() -> Iterator[ExitStack]:
 def config(model_dir: Path, run_dir: Path, role: Role, index: int, secret: bytes = SECRET) -> WorkerConfig:
     return WorkerConfig(
         worker=f"{role}-{index}", role=role, model_dir=model_dir, dtype="auto", device="cpu", num_threads=1,
-        run_dir=run_dir, secret=secret, options=EngineOptions(num_blocks=64, max_num_seqs=8),
+        run_dir=run_dir, secret=secret, options=EngineOptions(num_blocks=64, max_num_seqs=8, expert_timeout_s=2.0),
     )  # fmt: skip
 
 
@@ -71,6 +74,7 @@ def start_attention(
     worker = AttentionWorker(config(model_dir, run_dir, Role.ATTENTION, index), HERE)
     resources.callback(worker.close)
     worker.load()
+    worker.connect(topology.hosts)
     worker.publish(topology)
     engine = RemoteEngine(worker.serve(), secret=SECRET)
     resources.callback(engine.close)
@@ -111,7 +115,7 @@ def test_a_worker_dials_unix_on_its_own_node_and_tcp_elsewhere(
     _, topology = start_hosts(model_dir, tmp_path / "run", 2, resources, locations=(HERE, ELSEWHERE))
     worker, _ = start_attention(model_dir, tmp_path / "run", 0, topology, resources)
     families = {}
-    for host, link in worker._links.items():
+    for host, link in worker._dispatcher.links.items():
         with socket.fromfd(link.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as copy:
             families[host] = copy.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
     assert families == {"expert-0": socket.AF_UNIX, "expert-1": socket.AF_INET}
@@ -122,7 +126,7 @@ def test_a_new_topology_is_adopted_between_steps_and_keeps_the_links_it_can(
 ) -> None:
     _, first = start_hosts(model_dir, tmp_path / "a", 2, resources)
     worker, engine = start_attention(model_dir, tmp_path / "a", 0, first, resources)
-    before = dict(worker._links)
+    before = dict(worker._dispatcher.links)
     collector = Collector()
     engine.start(collector.collect)
     for request in some_requests("r"):
@@ -130,11 +134,235 @@ def test_a_new_topology_is_adopted_between_steps_and_keeps_the_links_it_can(
     collector.wait_for_tokens("r0", 2)
     swapped = {pair: tuple(reversed(hosts)) for pair, hosts in first.placement.hosts_of.items()}
     same_hosts = Topology(epoch=2, placement=type(first.placement)(hosts_of=swapped), hosts=first.hosts)
-    assert worker.publish(same_hosts) == 2
-    assert worker._links == before
+    assert worker.publish(same_hosts).epoch == 2
+    assert worker._dispatcher.links == before
     assert worker.status().epoch == 2
     collector.wait_for([f"r{index}" for index in range(6)])
     assert {name: tuple(tokens) for name, tokens in collector.tokens.items()} == expected
+
+
+def next_epoch(topology: Topology, *hosts: ExpertHost, num_replicas: int = 1) -> Topology:
+    """Place on these hosts, which map what they lack."""
+    slots = [HostSlot(host=host.status().worker, node=host.location().node) for host in hosts]
+    placement = topology.placement
+    if {slot.host for slot in slots} != topology.hosts.keys():
+        geometry = ExpertGeometry(moe_layers=(0, 1, 2, 3), num_experts=16, expert_width=96, expert_bytes=1)
+        placement = place(geometry, slots, num_replicas=num_replicas)
+    addresses = {}
+    for slot, host in zip(slots, hosts, strict=True):
+        host.add(placement.held_by(slot.host))
+        address = host.address()
+        assert address is not None
+        addresses[slot.host] = address
+    return Topology(epoch=topology.epoch + 1, placement=placement, hosts=addresses)
+
+
+def finish(collector: Collector, num: int = 6) -> Tokens:
+    names = [f"r{index}" for index in range(num)]
+    collector.wait_for(names)
+    assert [collector.last[name].error for name in names] == [None] * num
+    return {name: tuple(collector.tokens[name]) for name in names}
+
+
+def until(condition: Callable[[], object], timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s"
+        time.sleep(0.005)
+
+
+def test_the_only_holder_of_experts_dies_mid_stream_and_another_host_maps_them(
+    model_dir: Path, expected: Tokens, tmp_path: Path, resources: ExitStack
+) -> None:
+    (stays, goes), topology = start_hosts(model_dir, tmp_path / "run", 2, resources)
+    _, engine = start_attention(model_dir, tmp_path / "run", 0, topology, resources)
+    collector = Collector()
+    engine.start(collector.collect)
+    for request in some_requests("r"):
+        engine.submit(request)
+    collector.wait_for_tokens("r0", 2)
+    assert "r0" not in collector.last
+    goes.close()
+    assert finish(collector) == expected
+    held = set(stays.status().experts)
+    assert held - set(topology.placement.held_by("expert-0")), "it took over"
+    stays.restore(topology.placement.held_by("expert-0"))
+    assert set(stays.status().experts) == held, "what is adopted stays as long as rows may come for it"
+    stays.keep(topology.placement.held_by("expert-0"))
+    assert set(stays.status().experts) == set(topology.placement.held_by("expert-0"))
+
+
+def test_hosts_come_and_go_under_a_running_stream(
+    model_dir: Path, expected: Tokens, tmp_path: Path, resources: ExitStack
+) -> None:
+    hosts, topology = start_hosts(model_dir, tmp_path / "run", 2, resources)
+    worker, engine = start_attention(model_dir, tmp_path / "run", 0, topology, resources)
+    collector = Collector()
+    engine.start(collector.collect)
+    for request in some_requests("r"):
+        engine.submit(request)
+    collector.wait_for_tokens("r0", 1)
+    joiner = ExpertHost(config(model_dir, tmp_path / "run", Role.EXPERT, 2), ELSEWHERE)
+    resources.callback(joiner.close)
+    joiner.load(())
+    for members, num_tokens in (([*hosts, joiner], 3), ([hosts[0], joiner], 5), ([hosts[0]], 7)):
+        topology = next_epoch(topology, *members)
+        worker.connect(topology.hosts)
+        adopted = worker.publish(topology)
+        assert (adopted.epoch, adopted.switch_s < 1.0) == (topology.epoch, True)
+        for host in (*hosts, joiner):
+            host.keep(topology.placement.held_by(host.status().worker))
+        collector.wait_for_tokens("r0", num_tokens)
+    joiner.close()
+    hosts[1].close()
+    assert finish(collector) == expected
+    assert engine.stats().host_rows.keys() == {"expert-0", "expert-1", "expert-2"}
+    assert hosts[0].stats().adopted == 0
+
+
+def test_a_topology_with_a_host_out_of_reach_is_used_and_the_host_too_when_it_comes(
+    model_dir: Path, expected: Tokens, tmp_path: Path, resources: ExitStack
+) -> None:
+    _, topology = start_hosts(model_dir, tmp_path / "run", 2, resources, num_replicas=2)
+    path = Path(topology.hosts["expert-1"].unix.removeprefix("unix:"))
+    hidden = path.rename(tmp_path / "hidden.sock")
+    worker = AttentionWorker(config(model_dir, tmp_path / "run", Role.ATTENTION, 0), HERE)
+    resources.callback(worker.close)
+    worker.load()
+    with pytest.raises(LinkDownError):
+        worker.connect(topology.hosts)
+    assert worker.publish(topology).epoch == 1
+    engine = RemoteEngine(worker.serve(), secret=SECRET)
+    resources.callback(engine.close)
+    collector = Collector()
+    engine.start(collector.collect)
+    assert collector.run(engine, some_requests("r")) == expected
+    assert engine.stats().host_rows.keys() == {"expert-0"}
+    hidden.rename(path)
+    until(lambda: worker._dispatcher.links.keys() == {"expert-0", "expert-1"})
+    assert collector.run(engine, some_requests("s")) == {f"s{name[1:]}": tokens for name, tokens in expected.items()}
+    assert engine.stats().host_rows["expert-1"] > 0
+
+
+def test_a_host_that_was_lost_and_is_back_in_the_same_life_is_used_again(
+    model_dir: Path, expected: Tokens, tmp_path: Path, resources: ExitStack
+) -> None:
+    (_, host), topology = start_hosts(model_dir, tmp_path / "run", 2, resources, num_replicas=2)
+    worker, engine = start_attention(model_dir, tmp_path / "run", 0, topology, resources)
+    collector = Collector()
+    engine.start(collector.collect)
+    for request in some_requests("r"):
+        engine.submit(request)
+    collector.wait_for_tokens("r0", 1)
+    first = worker._dispatcher.links["expert-1"]
+    with socket.fromfd(first.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as copy:  # type: ignore[arg-type]
+        copy.shutdown(socket.SHUT_RDWR)
+    until(lambda: worker._dispatcher.links.get("expert-1", first) is not first)
+    before = host.stats().rows_by_worker["attention-0"]
+    assert finish(collector) == expected
+    assert collector.run(engine, some_requests("s")) == {f"s{name[1:]}": tokens for name, tokens in expected.items()}
+    assert host.stats().rows_by_worker["attention-0"] > before
+
+
+@pytest.mark.parametrize("serving", [True, False])
+def test_an_epoch_that_is_not_newer_is_refused_and_changes_nothing(
+    model_dir: Path, tmp_path: Path, resources: ExitStack, serving: bool
+) -> None:
+    (host,), topology = start_hosts(model_dir, tmp_path / "run", 1, resources)
+    worker = AttentionWorker(config(model_dir, tmp_path / "run", Role.ATTENTION, 0), HERE)
+    resources.callback(worker.close)
+    worker.load()
+    assert worker.topology() is None
+    later = next_epoch(next_epoch(topology, host), host)
+    worker.publish(later)
+    if serving:
+        RemoteEngine(worker.serve(), secret=SECRET).close()
+    for stale in (topology, later):
+        with pytest.raises(PreconditionError, match=f"epoch {stale.epoch} is not newer than 3") as caught:
+            worker.publish(stale)
+        assert caught.value.reason == "STALE_EPOCH"
+    assert (worker.topology(), worker.status().epoch) == (later, 3)
+
+
+def test_of_epochs_published_at_once_the_newest_stays(model_dir: Path, tmp_path: Path, resources: ExitStack) -> None:
+    hosts, topology = start_hosts(model_dir, tmp_path / "run", 2, resources)
+    worker, engine = start_attention(model_dir, tmp_path / "run", 0, topology, resources)
+    engine.start(lambda outputs: None)
+    epochs = [topology]
+    for _ in range(8):
+        epochs.append(next_epoch(epochs[-1], *hosts))
+    adopted: list[int] = []
+
+    def publish(one: Topology) -> None:
+        with suppress(PreconditionError):
+            adopted.append(worker.publish(one).epoch)
+
+    threads = [threading.Thread(target=publish, args=(one,)) for one in reversed(epochs[1:])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert adopted == sorted(adopted)
+    assert worker.status().epoch == worker._dispatcher.published.epoch == epochs[-1].epoch
+    assert worker._dispatcher.links.keys() == {"expert-0", "expert-1"}
+
+
+def test_a_restored_link_is_not_thrown_away_by_a_topology_that_was_on_its_way(
+    model_dir: Path, tmp_path: Path, resources: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts, topology = start_hosts(model_dir, tmp_path / "run", 2, resources)
+    worker, engine = start_attention(model_dir, tmp_path / "run", 0, topology, resources)
+    engine.start(lambda outputs: None)
+    take = worker._links.take
+
+    def take_before_it_is_restored(addresses: Any, in_use: Any) -> Any:
+        taken = take(addresses, {host: link for host, link in in_use.items() if host == "expert-0"})
+        assert taken.keys() == {"expert-0"}, "the host refuses a second link"
+        return taken
+
+    monkeypatch.setattr(worker._links, "take", take_before_it_is_restored)
+    worker.publish(next_epoch(topology, *hosts))
+    assert worker._dispatcher.links.keys() == {"expert-0", "expert-1"}
+
+
+def test_a_link_that_fell_while_a_topology_was_on_its_way_is_dialled_again(
+    model_dir: Path, tmp_path: Path, resources: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts, topology = start_hosts(model_dir, tmp_path / "run", 2, resources)
+    worker, engine = start_attention(model_dir, tmp_path / "run", 0, topology, resources)
+    engine.start(lambda outputs: None)
+    take = worker._links.take
+
+    def take_and_fall(addresses: Any, in_use: Any) -> Any:
+        taken = take(addresses, in_use)
+        worker._engine.between_steps(lambda: worker._dispatcher._exchange.lose(("expert-1",), "LINK_DOWN"))
+        return taken
+
+    monkeypatch.setattr(worker._links, "take", take_and_fall)
+    worker.publish(next_epoch(topology, *hosts))
+    until(lambda: worker._dispatcher.links.keys() == {"expert-0", "expert-1"})
+
+
+def test_hosts_of_one_checkpoint_agree_on_their_experts_and_load_is_counted(
+    model_dir: Path, tmp_path: Path, resources: ExitStack
+) -> None:
+    (first, second), topology = start_hosts(model_dir, tmp_path / "run", 2, resources, num_replicas=2)
+    pairs = topology.placement.held_by("expert-0")
+    assert first.fingerprints(pairs) == second.fingerprints(pairs)
+    assert first.fingerprints([(0, 0), (9, 9)]).keys() == {(0, 0)}
+    assert first.keep(pairs[1:]) == first.keep(pairs) + 3 * 64 * 96 * 4
+    assert first.fingerprints([(0, 0)]) == {}
+    load = second.load_now()
+    assert (load.host, load.incarnation, load.bytes_held) == ("expert-1", second.incarnation, 64 * 3 * 64 * 96 * 4)
+
+
+def test_a_host_that_has_not_loaded_says_so(model_dir: Path, tmp_path: Path) -> None:
+    host = ExpertHost(config(model_dir, tmp_path / "run", Role.EXPERT, 0), HERE)
+    assert (host.address(), host.load_now().bytes_held, host.status().experts) == (None, 0, ())
+    for ask in (host.add, host.keep, host.restore):
+        with pytest.raises(UnavailableError, match="expert-0 has not loaded"):
+            ask([(0, 0)])
+    host.close()
 
 
 def test_a_host_maps_only_what_it_is_given_and_says_so(model_dir: Path, tmp_path: Path, resources: ExitStack) -> None:
@@ -158,7 +386,7 @@ def test_a_closed_host_leaves_neither_socket_file_nor_folder_nor_listener(
     host.close()
     assert not (tmp_path / "run").exists()
     with pytest.raises(LinkDownError):
-        worker._connect(address.tcp)
+        worker._dial(address)
     assert host.status().state is State.LOST
 
 
@@ -186,7 +414,7 @@ def test_a_worker_of_another_cluster_is_refused(model_dir: Path, tmp_path: Path,
     resources.callback(stranger.close)
     stranger.load()
     with pytest.raises((HandshakeError, LinkDownError)):
-        stranger.publish(topology)
+        stranger.connect(topology.hosts)
 
 
 def test_a_worker_of_another_checkpoint_is_refused(model_dir: Path, tmp_path: Path, resources: ExitStack) -> None:
@@ -196,7 +424,7 @@ def test_a_worker_of_another_checkpoint_is_refused(model_dir: Path, tmp_path: Pa
     resources.callback(stranger.close)
     stranger.load()
     with pytest.raises(HandshakeError, match="MODEL_HASH_DIFFERS"):
-        stranger.publish(topology)
+        stranger.connect(topology.hosts)
 
 
 def test_a_dense_model_has_nothing_to_place(tmp_path: Path) -> None:

@@ -1,0 +1,259 @@
+"""Carries one change of the expert hosts out, from its plan to the memory that is free again; undoes it if it fails.
+
+Until the new epoch is published nothing that serves is touched: hosts only map more. After it every attention worker
+has switched between two of its steps, so nothing is in flight to the old places, and they let go.
+"""
+
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, Protocol
+
+from cluster.balance import PlacementPlan
+from cluster.handle import PROGRESS_INTERVAL_S, Handle
+from cluster.ledger import OperationLedger
+from cluster.members import Members, seconds_until
+from cluster.operation import Change, ChangeOptions, Kind, Phase
+from cluster.placement import Pair
+from cluster.proofs import compare, to_prove
+from cluster.provisioning import Provisioning
+from cluster.wishes import Wish
+from cluster.worker import Adopted, HostAddress, Role, Topology
+from llama4_dist.errors import EngineError, Llama4Error, UnavailableError
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 120.0  # for a process to be there; a new node may have to come first
+LOAD_TIMEOUT_S = 3600.0
+COMMIT_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 30.0
+
+
+class Site(Protocol):
+    """What a change works on; the controller is one."""
+
+    members: Members
+    ledger: OperationLedger
+    provisioning: Provisioning
+    topology: Topology
+
+    def plan(self, wish: Wish, nodes: Mapping[str, str], kind: Kind) -> PlacementPlan: ...
+    def pays(self, kind: Kind, plan: PlacementPlan) -> bool: ...
+    def publish(self, topology: Topology, timeout_s: float) -> Mapping[str, Adopted]: ...
+
+
+class ChangeRun:
+    """One operation while it runs. `run` ends it in the ledger, whatever happens."""
+
+    def __init__(self, site: Site, name: str, kind: Kind, wish: Wish, options: ChangeOptions) -> None:
+        self._site = site
+        self._name = name
+        self._kind = kind
+        self._wish = wish
+        self._options = options
+        self._bytes_done = 0
+        self._moves_done = 0
+
+    def run(self) -> None:
+        """Carry the change out."""
+        failure: Llama4Error | None = None
+        try:
+            self._carry_out()
+        except Exception as error:  # noqa: BLE001 - told to the operator, for whom every operation has to end
+            failure = _public(error)
+        self._site.ledger.end(self._name, failure)
+
+    def _carry_out(self) -> None:
+        try:
+            prepared = self._prepare()
+        except Exception as error:
+            log.warning("operation_rolled_back name=%s", self._name, exc_info=not isinstance(error, Llama4Error))
+            self._site.ledger.update(self._name, phase=Phase.ROLLING_BACK)
+            self._roll_back()
+            raise
+        if prepared is None:
+            return
+        try:
+            self._commit(prepared)
+            self._free(prepared)
+        except Exception:  # what is published serves; the repair that follows sees to the rest
+            log.exception("operation_failed name=%s", self._name)
+            raise
+
+    def _prepare(self) -> Topology | None:
+        """Do all that can be undone; return what is to be published, None if it is not worth its price."""
+        self._enter(Phase.PROVISIONING)
+        nodes = self._start_hosts()
+        plan = self._site.plan(self._wish, nodes, self._kind)
+        self._site.ledger.update(self._name, change=change_of(self._wish, self._site.topology, plan))
+        for warning in plan.warnings:
+            self._site.ledger.warn(self._name, warning)
+        if not self._site.pays(self._kind, plan):
+            self._site.ledger.warn(
+                self._name, f"nothing was moved: {plan.num_bytes} bytes would not pay for themselves"
+            )
+            return None
+        self._enter(Phase.LOADING)
+        known = {**self._site.topology.hosts, **self._load(plan)}
+        self._enter(Phase.VERIFYING)
+        self._verify(plan)
+        topology = Topology(
+            epoch=self._site.topology.epoch + 1,
+            placement=plan.placement,
+            hosts={host: known[host] for host in self._wish.hosts},
+        )
+        attention = self._site.members.of(Role.ATTENTION)
+        calls = {worker: worker.call("connect", topology.hosts) for worker in attention}
+        self._follow(calls, "connect", timeout_s=COMMIT_TIMEOUT_S)
+        self._enter(Phase.COMMITTING)
+        return topology
+
+    def _start_hosts(self) -> dict[str, str]:
+        """Have new hosts started; return the node of every host there will be."""
+        wish = self._wish
+        nodes = {host: self._site.topology.hosts[host].node for host in wish.staying}
+        if wish.joining:
+            handles = self._site.provisioning.obtain(
+                wish.joining, Role.EXPERT, timeout_s=START_TIMEOUT_S, check=self._check_cancelled
+            )
+            self._site.members.add(handles)
+            calls = {handle: handle.call("location") for handle in handles}
+            locations = self._follow(calls, "say where it runs", timeout_s=START_TIMEOUT_S)
+            nodes |= {worker: location.node for worker, location in locations.items()}
+            self._site.ledger.update(self._name, hosts_ready=len(handles))
+        return nodes
+
+    def _load(self, plan: PlacementPlan) -> dict[str, HostAddress]:
+        """Let every host map what it will hold besides what it holds; return where the new ones listen."""
+        gains: dict[str, list[Pair]] = defaultdict(list)
+        for move in plan.moves:
+            gains[move.target].append(move.pair)
+        num_by_host = Counter(move.target for move in plan.moves)
+        expert_bytes = plan.num_bytes // max(1, len(plan.moves))
+
+        def note(worker: str) -> None:
+            self._moves_done += num_by_host[worker]
+            self._bytes_done += num_by_host[worker] * expert_bytes
+            self._site.ledger.update(self._name, moves_done=self._moves_done, bytes_done=self._bytes_done)
+
+        joining = self._wish.joining
+        calls = {
+            host: host.call("load" if host.worker in joining else "add", sorted(gains[host.worker]))
+            for host in self._hosts({*joining, *num_by_host})
+        }
+        answers = self._follow(calls, "load", timeout_s=LOAD_TIMEOUT_S, done=note)
+        return {host: answers[host] for host in joining}
+
+    def _verify(self, plan: PlacementPlan) -> None:
+        """Compare weights and answers to golden rows, layer by layer, with a host that serves the same experts."""
+        wanted = to_prove(plan.moves)
+        targets = self._hosts({move.target for move in plan.moves})
+        sources = [host for host in self._site.members.named(wanted) if host not in targets]
+        calls = {host: host.call("fingerprints", sorted(wanted[host.worker])) for host in (*targets, *sources)}
+        proofs = {host: calls[host] for host in targets}
+        prints = self._follow(proofs, "answer golden rows", timeout_s=LOAD_TIMEOUT_S)
+        wait([calls[host] for host in sources], timeout=COMMIT_TIMEOUT_S)
+        for host in sources:  # one that dies meanwhile proves nothing, and is no reason to stop
+            if calls[host].done() and calls[host].exception() is None:
+                prints[host.worker] = calls[host].result()
+        if num_unverified := compare(plan.moves, prints):
+            self._site.ledger.warn(self._name, f"{num_unverified} copies had no live replica to be compared with")
+
+    def _commit(self, topology: Topology) -> None:
+        """Publish the next epoch; each attention worker switches between two of its steps."""
+        self._site.ledger.update(self._name, epoch=topology.epoch)
+        adopted = self._site.publish(topology, self._options.drain_timeout_s)
+        self._site.ledger.update(self._name, paused_s=max((one.switch_s for one in adopted.values()), default=0.0))
+        for handle in self._site.members.of(Role.ATTENTION):
+            if handle.worker not in adopted:
+                self._site.ledger.warn(self._name, f"{handle.worker} has not switched to epoch {topology.epoch} yet")
+
+    def _free(self, topology: Topology) -> None:
+        """Let hosts that stay keep what the new epoch gives them, and end those that leave."""
+        self._enter(Phase.DRAINING)
+        calls = {
+            host.call("keep", topology.placement.held_by(host.worker)): host.worker
+            for host in self._site.members.named(self._wish.hosts)
+        }
+        done, _ = wait(calls, timeout=self._options.drain_timeout_s)
+        if greedy := sorted(worker for call, worker in calls.items() if call not in done or call.exception()):
+            self._site.ledger.warn(self._name, f"{', '.join(greedy)} did not let go of what is elsewhere now")
+        self._end(self._wish.leaving)
+
+    def _roll_back(self) -> None:
+        """Undo what was prepared: hosts that serve hold what they held, new ones go."""
+        placement = self._site.topology.placement
+        staying = self._site.members.named(self._wish.staying)
+        calls = [host.call("restore", placement.held_by(host.worker)) for host in staying]
+        wait(calls, timeout=END_TIMEOUT_S)
+        self._end(self._wish.joining)
+
+    def _end(self, workers: Collection[str]) -> None:
+        if not workers:
+            return
+        members = self._site.members
+        wait([handle.call("close") for handle in members.named(workers)], timeout=END_TIMEOUT_S)
+        members.remove(workers)
+        if late := self._site.provisioning.dismiss(workers, timeout_s=END_TIMEOUT_S):
+            self._site.ledger.warn(self._name, f"{', '.join(late)} did not end in {END_TIMEOUT_S:.0f} s")
+
+    def _hosts(self, hosts: Collection[str]) -> list[Handle]:
+        """Return the processes of hosts that are needed; UnavailableError (WORKER_LOST) if one is gone."""
+        handles = self._site.members.named(hosts)
+        if gone := sorted(set(hosts) - {handle.worker for handle in handles}):
+            raise UnavailableError(f"{', '.join(gone)} died while {self._name} ran", reason="WORKER_LOST")
+        return handles
+
+    def _follow(
+        self,
+        calls: Mapping[Handle, Future[Any]],
+        doing: str,
+        *,
+        timeout_s: float,
+        done: Callable[[str], None] = lambda worker: None,
+    ) -> dict[str, Any]:
+        """Wait for all calls and tell `done` of each; raises the first failure, or that the operation is cancelled."""
+        deadline = time.monotonic() + timeout_s
+        open_calls = {call: handle.worker for handle, call in calls.items()}
+        answers: dict[str, Any] = {}
+        while open_calls:
+            self._check_cancelled()
+            for call in wait(open_calls, timeout=PROGRESS_INTERVAL_S, return_when=FIRST_COMPLETED).done:
+                worker = open_calls.pop(call)
+                answers[worker] = call.result()
+                done(worker)
+            if open_calls and seconds_until(deadline) == 0.0:
+                late = ", ".join(sorted(open_calls.values()))
+                raise UnavailableError(f"{late} did not {doing} in {timeout_s:.0f} s", reason="TIMEOUT")
+        return answers
+
+    def _enter(self, phase: Phase) -> None:
+        self._site.ledger.enter(self._name, phase)
+        log.info("operation_phase name=%s phase=%s", self._name, phase)
+
+    def _check_cancelled(self) -> None:
+        self._site.ledger.check_cancelled(self._name)
+
+
+def change_of(wish: Wish, topology: Topology, plan: PlacementPlan) -> Change:
+    """Say in figures what a plan does."""
+    return Change(
+        hosts_before=len(topology.hosts),
+        hosts_after=len(wish.hosts),
+        added=wish.joining,
+        removed=wish.leaving,
+        num_moves=len(plan.moves),
+        num_bytes=plan.num_bytes,
+        balance_before=plan.balance_before,
+        balance_after=plan.balance_after,
+    )
+
+
+def _public(error: Exception) -> Llama4Error:
+    return (
+        error
+        if isinstance(error, Llama4Error)
+        else EngineError(f"{type(error).__name__}: the controller's log says why")
+    )

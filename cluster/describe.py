@@ -1,0 +1,43 @@
+"""Puts what a controller knows into the records that an operator sees. Asks nobody and decides nothing."""
+
+import os
+from collections.abc import Iterable
+
+import psutil
+
+from cluster.operation import PlacementView
+from cluster.placement import ExpertGeometry
+from cluster.standing import CONTROLLER
+from cluster.wishes import order
+from cluster.worker import Location, Role, State, Topology, WorkerStatus
+
+
+def own_status(location: Location, *, incarnation: int, state: State, epoch: int) -> WorkerStatus:
+    """Describe the controller itself; call in its process."""
+    return WorkerStatus(
+        worker=CONTROLLER,
+        role=Role.CONTROLLER,
+        state=state,
+        incarnation=incarnation,
+        pid=os.getpid(),
+        node=location.node,
+        epoch=epoch,
+        memory_bytes=psutil.Process().memory_info().rss,
+    )
+
+
+def in_order(statuses: Iterable[WorkerStatus], missing: Iterable[tuple[Role, str]]) -> tuple[WorkerStatus, ...]:
+    """Return workers by role and number, with those that are gone as LOST."""
+    lost = (WorkerStatus(worker=worker, role=role, state=State.LOST) for role, worker in missing)
+    return tuple(sorted((*statuses, *lost), key=lambda one: (one.role, order(one.worker))))
+
+
+def placement_view(geometry: ExpertGeometry, topology: Topology) -> PlacementView:
+    """Say who holds what."""
+    return PlacementView(
+        epoch=topology.epoch,
+        num_experts=geometry.num_experts,
+        moe_layers=geometry.moe_layers,
+        expert_bytes=geometry.expert_bytes,
+        hosts_of=topology.placement.hosts_of,
+    )

@@ -1,0 +1,32 @@
+"""What a cluster is started from: its workers, the experts they share out, and how many copies. Plain records."""
+
+from dataclasses import dataclass, replace
+
+from cluster.placement import ExpertGeometry
+from cluster.worker import Role, WorkerConfig
+from llama4_dist.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterPlan:
+    """`num_replicas` copies of every expert are kept where memory allows; `host_capacity_bytes` None = no limit."""
+
+    model: str
+    geometry: ExpertGeometry
+    experts: tuple[WorkerConfig, ...]
+    attention: tuple[WorkerConfig, ...]
+    num_replicas: int = 2
+    host_capacity_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.experts or not self.attention:
+            raise ConfigError(
+                f"num_expert_hosts={len(self.experts)}, num_attention_workers={len(self.attention)}: "
+                "a cluster needs one of each"
+            )
+        if self.num_replicas < 1:
+            raise ConfigError(f"num_replicas={self.num_replicas} must be at least 1")
+
+    def config_of(self, worker: str, role: Role) -> WorkerConfig:
+        """Return what a worker is told that is started later: what the first of its role was, but for the id."""
+        return replace((self.experts if role is Role.EXPERT else self.attention)[0], worker=worker)

@@ -1,0 +1,140 @@
+"""A cluster of fake workers under the real controller and driver's half, and what must be true when it rests."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cluster.driver_control import DriverControl
+from cluster.operation import ChangeOptions, Operation, Phase
+from cluster.processes import ClusterProcesses
+from cluster.worker import Topology
+from tests.cluster.fake_workers import GEOMETRY, FakeAttention
+from tests.cluster.fakes import FakeSpawner, plan
+
+TIMEOUT_S = 10.0
+
+FAST = {
+    "processes.ORDERS_INTERVAL_S": 0.005,
+    "watch.INTERVAL_S": 0.02,
+    "watch.ANSWER_TIMEOUT_S": 0.3,
+    "watch.FIRST_PAUSE_S": 0.05,
+    "watch.LONGEST_PAUSE_S": 0.1,
+    "revival.FIRST_PAUSE_S": 0.05,
+    "revival.LONGEST_PAUSE_S": 0.1,
+    "change.PROGRESS_INTERVAL_S": 0.02,
+}
+
+
+def hasten(monkeypatch: pytest.MonkeyPatch, **timeouts_s: float) -> None:
+    """Let everything that happens in seconds happen in milliseconds; `change__LOAD_TIMEOUT_S=…` sets more."""
+    for name, seconds in (FAST | {name.replace("__", "."): one for name, one in timeouts_s.items()}).items():
+        monkeypatch.setattr(f"cluster.{name}", seconds)
+
+
+def until(condition: Callable[[], object], what: Callable[[], object] = lambda: "") -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {TIMEOUT_S} s; {what()}"
+        time.sleep(0.002)
+
+
+class SmallCluster:
+    """Started when it is built; `close` it."""
+
+    def __init__(
+        self,
+        num_experts: int = 2,
+        num_attention: int = 2,
+        *,
+        spawner: FakeSpawner | None = None,
+        num_replicas: int = 1,
+        **options: Any,
+    ) -> None:
+        self.spawner = spawner or FakeSpawner()
+        self.plan = plan(num_experts, num_attention, num_replicas=num_replicas, **options)
+        self.engines: dict[str, str] = {}
+        self.processes = ClusterProcesses(self.plan, self.spawner, on_engines=self._note_engines)
+        self.control = DriverControl(self.processes)
+        self.engines |= self.processes.start(timeout_s=5)
+
+    def _note_engines(self, engines: Any) -> None:
+        self.engines = dict(engines)
+
+    @property
+    def topology(self) -> Topology:
+        return self.spawner.controller.topology
+
+    def end_of(self, operation: Operation) -> Operation:
+        """Wait until an operation has ended."""
+        ledger = self.spawner.controller.ledger
+        ended = ledger.wait(operation.name, TIMEOUT_S)
+        assert ended.phase.final, f"{operation.name} is still {ended.phase}"
+        return ended
+
+    def scale(self, num_hosts: int, **options: Any) -> Operation:
+        """Scale and wait for the end."""
+        return self.end_of(self.control.scale(num_hosts, options=ChangeOptions(**options)))
+
+    def scale_well(self, num_hosts: int) -> Operation:
+        """Scale, which must work and leave everything in order."""
+        ended = self.scale(num_hosts)
+        assert ended.phase is Phase.DONE, ended
+        self.rest()
+        assert len(self.topology.hosts) == num_hosts
+        return ended
+
+    def scale_when_free(self, num_hosts: int) -> Operation:
+        """As `scale_well`; repairs that are under way may end before."""
+        until(lambda: not self.spawner.controller.ledger.running)
+        self.rest()
+        return self.scale_well(num_hosts)
+
+    def rest(self) -> None:
+        """Wait until everything is in order, and say what is not if that does not happen."""
+        until(lambda: not self.disorder(), self.disorder)
+
+    def disorder(self) -> list[str]:
+        """Say what is not as it must be while nothing happens."""
+        controller, spawner = self.spawner.controller, self.spawner
+        topology = controller.topology
+        found = list(spawner.breaches)
+        if self.processes._controller is None:
+            found.append("there is no controller")
+        if controller.ledger.running:
+            found.append(f"{controller.ledger.running} runs")
+        serving = {worker.name: worker for worker in spawner.serving() if worker.served}
+        if serving.keys() != {one.worker for one in self.plan.attention}:
+            found.append(f"attention workers {sorted(serving)} serve")
+        found += [f"{name} follows {one.epochs}" for name, one in serving.items() if one.topology_in_use != topology]
+        if self.engines != {name: one.where for name, one in serving.items()}:
+            found.append(f"engines {self.engines}")
+        if set(self.processes._workers) != set(spawner.workers) - spawner.dead:
+            found.append(f"the driver knows {sorted(self.processes._workers)}")
+        return [*found, *self._disorder_of_hosts(topology)]
+
+    def _disorder_of_hosts(self, topology: Topology) -> list[str]:
+        found: list[str] = []
+        hosts = self.spawner.hosts()
+        if hosts.keys() != topology.hosts.keys():
+            found.append(f"hosts {sorted(hosts)} live, the topology names {sorted(topology.hosts)}")
+        for name, host in hosts.items():
+            if name in topology.hosts and topology.hosts[name].incarnation != host.incarnation:
+                found.append(f"{name} lives another life than the topology says")
+            if host.held != set(topology.placement.held_by(name)):
+                found.append(f"{name} holds {sorted(host.held)}, not {topology.placement.held_by(name)}")
+        wanted = min(self.plan.num_replicas, len(topology.hosts))
+        few = [pair for pair in GEOMETRY.pairs if len(topology.placement.hosts_of.get(pair, ())) < wanted]
+        if few and self.plan.host_capacity_bytes is None:
+            found.append(f"too few copies of {few}")
+        return found
+
+    def attention(self, index: int = 0) -> FakeAttention:
+        worker = self.spawner.workers[f"attention-{index}"]
+        assert isinstance(worker, FakeAttention)
+        return worker
+
+    def close(self) -> None:
+        self.spawner.faults.clear()
+        self.processes.close()
