@@ -44,6 +44,16 @@ class Site(Protocol):
     def publish(self, topology: Topology, timeout_s: float) -> Mapping[str, Adopted]: ...
 
 
+class WorkerLostError(UnavailableError):
+    """A worker died while it was asked."""
+
+    reason = "WORKER_LOST"
+
+    def __init__(self, worker: str, message: str) -> None:
+        super().__init__(message)
+        self.worker = worker
+
+
 class ChangeRun:
     """One operation while it runs. `run` ends it in the ledger, whatever happens."""
 
@@ -53,8 +63,10 @@ class ChangeRun:
         self._kind = kind
         self._wish = wish
         self._options = options
+        self._lost: set[str] = set()  # hosts that died meanwhile and are not needed for the change
         self._bytes_done = 0
         self._moves_done = 0
+        self._addresses: dict[str, HostAddress] = {}  # of new hosts that have loaded
 
     def run(self) -> None:
         """Carry the change out."""
@@ -86,7 +98,20 @@ class ChangeRun:
         """Do all that can be undone; return what is to be published, None if it is not worth its price."""
         self._enter(Phase.PROVISIONING)
         nodes = self._start_hosts()
-        plan = self._site.plan(self._wish, nodes, self._kind)
+        while True:
+            try:
+                return self._prepare_on(nodes)
+            except WorkerLostError as error:
+                if not self._can_spare(error.worker, nodes):
+                    raise
+                self._lost.add(error.worker)
+                nodes = {host: node for host, node in nodes.items() if host != error.worker}
+                self._site.ledger.warn(self._name, f"{error.worker} died meanwhile: planned again without it")
+
+    def _prepare_on(self, nodes: Mapping[str, str]) -> Topology | None:
+        """Plan on these hosts, load, verify and dial."""
+        wish = self._wish.sparing(self._lost)
+        plan = self._site.plan(wish, nodes, self._kind)
         self._site.ledger.update(self._name, change=change_of(self._wish, self._site.topology, plan))
         for warning in plan.warnings:
             self._site.ledger.warn(self._name, warning)
@@ -96,19 +121,34 @@ class ChangeRun:
             )
             return None
         self._enter(Phase.LOADING)
-        known = {**self._site.topology.hosts, **self._load(plan)}
+        self._addresses |= self._load(plan)
         self._enter(Phase.VERIFYING)
         self._verify(plan)
-        topology = Topology(
+        self._connect()
+        self._enter(Phase.COMMITTING)
+        known = {**self._site.topology.hosts, **self._addresses}
+        return Topology(
             epoch=self._site.topology.epoch + 1,
             placement=plan.placement,
-            hosts={host: known[host] for host in self._wish.hosts},
+            # A host that died meanwhile stays on the list, without an expert: its replacement is the repair's.
+            hosts={host: known[host] for host in self._wish.hosts if host in known},
         )
+
+    def _can_spare(self, worker: str, nodes: Mapping[str, str]) -> bool:
+        """Tell whether the change may go on without a host that died: not without one an operator asked for."""
+        return worker in nodes and len(nodes) > 1 and (self._kind is Kind.REPAIR or worker not in self._wish.joining)
+
+    def _connect(self) -> None:
+        """Let attention workers dial the new hosts, and then whom else they do not know; those gone are spared."""
+        known = {**self._site.topology.hosts, **self._addresses}
+        wish = self._wish.sparing(self._lost)
         attention = self._site.members.of(Role.ATTENTION)
-        calls = {worker: worker.call("connect", topology.hosts) for worker in attention}
-        self._follow(calls, "connect", timeout_s=COMMIT_TIMEOUT_S)
-        self._enter(Phase.COMMITTING)
-        return topology
+        new = {host: known[host] for host in wish.joining}
+        calls = {worker: worker.call("connect", new) for worker in attention}
+        answers = self._follow(calls, "connect", timeout_s=COMMIT_TIMEOUT_S, spare=True)
+        others = {host: known[host] for host in wish.staying}
+        # A host that died this moment is no reason to stop: attention workers do without it already.
+        wait([one.call("connect", others) for one in attention if one.worker in answers], timeout=COMMIT_TIMEOUT_S)
 
     def _start_hosts(self) -> dict[str, str]:
         """Have new hosts started; return the node of every host there will be."""
@@ -138,13 +178,13 @@ class ChangeRun:
             self._bytes_done += num_by_host[worker] * expert_bytes
             self._site.ledger.update(self._name, moves_done=self._moves_done, bytes_done=self._bytes_done)
 
-        joining = self._wish.joining
+        new = {host for host in self._wish.joining if host not in self._addresses and host not in self._lost}
         calls = {
-            host: host.call("load" if host.worker in joining else "add", sorted(gains[host.worker]))
-            for host in self._hosts({*joining, *num_by_host})
+            host: host.call("load" if host.worker in new else "add", sorted(gains[host.worker]))
+            for host in self._hosts({*new, *num_by_host})
         }
         answers = self._follow(calls, "load", timeout_s=LOAD_TIMEOUT_S, done=note)
-        return {host: answers[host] for host in joining}
+        return {host: answers[host] for host in new}
 
     def _verify(self, plan: PlacementPlan) -> None:
         """Compare weights and answers to golden rows, layer by layer, with a host that serves the same experts."""
@@ -203,7 +243,7 @@ class ChangeRun:
         """Return the processes of hosts that are needed; UnavailableError (WORKER_LOST) if one is gone."""
         handles = self._site.members.named(hosts)
         if gone := sorted(set(hosts) - {handle.worker for handle in handles}):
-            raise UnavailableError(f"{', '.join(gone)} died while {self._name} ran", reason="WORKER_LOST")
+            raise WorkerLostError(gone[0], f"{', '.join(gone)} died while {self._name} ran")
         return handles
 
     def _follow(
@@ -213,8 +253,12 @@ class ChangeRun:
         *,
         timeout_s: float,
         done: Callable[[str], None] = lambda worker: None,
+        spare: bool = False,
     ) -> dict[str, Any]:
-        """Wait for all calls and tell `done` of each; raises the first failure, or that the operation is cancelled."""
+        """Wait for all calls and tell `done` of each; raises the first failure, or that the operation is cancelled.
+
+        With `spare` the death of one that was asked is no failure.
+        """
         deadline = time.monotonic() + timeout_s
         open_calls = {call: handle.worker for handle, call in calls.items()}
         answers: dict[str, Any] = {}
@@ -222,8 +266,16 @@ class ChangeRun:
             self._check_cancelled()
             for call in wait(open_calls, timeout=PROGRESS_INTERVAL_S, return_when=FIRST_COMPLETED).done:
                 worker = open_calls.pop(call)
-                answers[worker] = call.result()
-                done(worker)
+                try:
+                    answers[worker] = call.result()
+                except UnavailableError as error:
+                    if error.reason != "WORKER_LOST":
+                        raise
+                    if not spare:
+                        raise WorkerLostError(worker, error.message) from None
+                    self._site.ledger.warn(self._name, f"{worker} died meanwhile")
+                else:
+                    done(worker)
             if open_calls and seconds_until(deadline) == 0.0:
                 late = ", ".join(sorted(open_calls.values()))
                 raise UnavailableError(f"{late} did not {doing} in {timeout_s:.0f} s", reason="TIMEOUT")

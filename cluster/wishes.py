@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 from cluster.worker import Role
@@ -15,6 +15,14 @@ class Wish:
     staying: tuple[str, ...]
     joining: tuple[str, ...] = ()
     leaving: tuple[str, ...] = ()
+
+    def sparing(self, lost: Collection[str]) -> "Wish":
+        """Return the wish without some hosts."""
+        return replace(
+            self,
+            staying=tuple(host for host in self.staying if host not in lost),
+            joining=tuple(host for host in self.joining if host not in lost),
+        )
 
     @property
     def hosts(self) -> tuple[str, ...]:
