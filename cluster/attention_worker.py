@@ -165,6 +165,10 @@ class AttentionWorker:
         done, total = self._loaded
         return LoadProgress(worker=self._config.worker, role=Role.ATTENTION, state=self._state, done=done, total=total)
 
+    def queue_age_s(self) -> float:
+        """Say how long the oldest request has waited to be admitted."""
+        return self._engine.stats().max_queue_age_s
+
     def status(self) -> WorkerStatus:
         """Describe this worker."""
         return WorkerStatus(

@@ -296,11 +296,19 @@ def change_of(wish: Wish, topology: Topology, plan: PlacementPlan) -> Change:
         hosts_after=len(wish.hosts),
         added=wish.joining,
         removed=wish.leaving,
+        freed_nodes=freed_nodes(wish, topology),
         num_moves=len(plan.moves),
         num_bytes=plan.num_bytes,
         balance_before=plan.balance_before,
         balance_after=plan.balance_after,
     )
+
+
+def freed_nodes(wish: Wish, topology: Topology) -> tuple[str, ...]:
+    """Return the nodes on which nobody is left when a wish has come true."""
+    node_of = {host: address.node for host, address in topology.hosts.items()}
+    staying = {node_of[host] for host in wish.staying if host in node_of}
+    return tuple(sorted({node_of[host] for host in wish.leaving if host in node_of} - staying))
 
 
 def _public(error: Exception) -> Llama4Error:

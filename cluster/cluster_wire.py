@@ -113,6 +113,7 @@ def change_to_proto(change: Change) -> cluster_pb2.ClusterChange:
         hosts_after=change.hosts_after,
         added_hosts=change.added,
         removed_hosts=change.removed,
+        freed_nodes=change.freed_nodes,
         num_moves=change.num_moves,
         num_bytes=change.num_bytes,
         balance_before=change.balance_before,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import wait
 
+from cluster.autoscale import AutoscalePolicy
 from cluster.balance import PlacementPlan
 from cluster.change import ChangeRun, change_of
 from cluster.describe import in_order, own_status, placement_view
@@ -207,6 +208,10 @@ class Controller:
     def pays(self, kind: Kind, plan: PlacementPlan) -> bool:
         """Say whether a plan is worth its bytes."""
         return self._planner.pays(kind, plan)
+
+    @property
+    def autoscale(self) -> AutoscalePolicy | None:
+        return self._plan.autoscale
 
     @property
     def missing_hosts(self) -> tuple[str, ...]:

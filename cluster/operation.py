@@ -60,6 +60,7 @@ class Change:
     hosts_after: int
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
+    freed_nodes: tuple[str, ...] = ()  # no host of the pool is left there: an autoscaler may take them away
     num_moves: int = 0
     num_bytes: int = 0
     balance_before: float = 1.0

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from cluster.autoscale import AutoscalePolicy
 from cluster.placement import ExpertGeometry
 from cluster.worker import Role, WorkerConfig
 from llama4_dist.errors import ConfigError
@@ -17,6 +18,7 @@ class ClusterPlan:
     attention: tuple[WorkerConfig, ...]
     num_replicas: int = 2
     host_capacity_bytes: int | None = None
+    autoscale: AutoscalePolicy | None = None  # None = the number of hosts is the operator's
 
     def __post_init__(self) -> None:
         if not self.experts or not self.attention:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from cluster.autoscale import AutoscalePolicy
 from cluster.driver_control import DriverControl
 from cluster.launch import ensure_ray
 from cluster.placement import ExpertGeometry
@@ -57,6 +58,7 @@ class RayEngine:
         start_timeout_s: float = 300.0,
         resume_ttl_s: float = 10.0,
         replay_timeout_s: float = 30.0,
+        autoscale: AutoscalePolicy | None = None,
         armable: bool = False,
         secret: bytes | None = None,
         directory: DirectoryServer | None = None,
@@ -94,12 +96,13 @@ class RayEngine:
             ),
             num_replicas=num_replicas,
             host_capacity_bytes=host_capacity_bytes,
+            autoscale=autoscale,
         )
         self._directory = directory
         with ExitStack() as resources:
             resources.callback(ensure_ray(ray_address).close)
             resources.callback(shutil.rmtree, run_dir, ignore_errors=True)
-            spawner = RaySpawner(run_id=run_id, labels=labels)
+            spawner = RaySpawner(run_id=run_id, labels=labels, tell_autoscaler=ray_address is not None)
             self._processes = ClusterProcesses(plan, spawner, progress=progress, on_engines=self._use_engines)
             resources.callback(self._processes.close)
             self.control = DriverControl(self._processes)

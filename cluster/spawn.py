@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -118,8 +119,15 @@ class RaySpawner:
     `labels` maps a role to the node labels it demands.
     """
 
-    def __init__(self, *, run_id: str, labels: Mapping[Role, Mapping[str, str]] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        labels: Mapping[Role, Mapping[str, str]] | None = None,
+        tell_autoscaler: bool = False,
+    ) -> None:
         self._run_id = run_id
+        self._tell_autoscaler = tell_autoscaler
         self._labels = labels or {}
         self._lock = threading.Lock()
         self._homes: dict[str, Home] = {}  # by worker id
@@ -132,6 +140,7 @@ class RaySpawner:
         """
         for config in configs:
             self._reserve(config, choose_node=True)
+        self._request_resources()
         if late := self._late(configs, NODE_TIMEOUT_S):
             for config in late:  # somebody else's work is there: any node will do
                 self.end(config.worker)
@@ -157,6 +166,7 @@ class RaySpawner:
             home.handle.kill()
         if HEAD.answers(HEAD_TIMEOUT_S):
             remove_placement_group(home.group)
+            self._request_resources()
 
     def spawn_controller(self, plan: ClusterPlan, workers: Sequence[Handle]) -> ActorHandle:
         """Start the controller on the driver's node, where it takes no CPU of Ray's; return before it is up."""
@@ -181,6 +191,13 @@ class RaySpawner:
         """End what is left."""
         for worker in tuple(self._homes):
             self.end(worker)
+
+    def _request_resources(self) -> None:
+        """Tell an autoscaler of Ray what all workers need together, so that nodes come at once and may go again."""
+        if self._tell_autoscaler:
+            with self._lock:
+                bundles = [home.bundle for home in self._homes.values()]
+            request_resources(bundles=bundles)
 
     def _name(self, worker: str) -> str:
         """Name an actor; Ray gives the name of one that died back when it likes, so a later life gets another."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from cluster.autoscaling import Autoscaling
 from cluster.handle import Handle
 from cluster.operation import Phase
 from cluster.revival import Revival
@@ -37,6 +38,8 @@ class Watch:
         self._clock = clock
         self._heard_s: dict[Handle, float] = {}
         self._revival = Revival(controller, clock)
+        policy = controller.autoscale
+        self._autoscaling = Autoscaling(controller, policy, clock=clock) if policy is not None else None
         self._loads_noted_s = clock()
         self._last_repair = ""
         self._respawn = True  # False while replacements cannot be started: then those left take over
@@ -75,6 +78,8 @@ class Watch:
         elif self._clock() - self._loads_noted_s >= LOADS_INTERVAL_S:
             self._loads_noted_s = self._clock()
             controller.note_loads()
+        elif self._autoscaling is not None:
+            self._autoscaling.look()
 
     def _ask(self, workers: Sequence[Handle]) -> Mapping[str, WorkerStatus]:
         """Return who answers; dismiss those that are dead, or silent for too long."""

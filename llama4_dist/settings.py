@@ -32,6 +32,10 @@ class ServeSettings(BaseModel):
     model_name: str = Field(default="", description="name clients use; default: the folder's name", max_length=128)
     experts: int = Field(default=0, ge=0, le=4096, description="expert host processes; 0 = one process, no Ray")
     attention: int = Field(default=1, ge=1, le=256, description="attention workers")
+    autoscale_max: int | None = Field(
+        default=None, ge=1, le=4096, description="most expert hosts; default: no autoscaling"
+    )
+    autoscale_min: int = Field(default=1, ge=1, le=4096, description="fewest expert hosts, with autoscale_max")
     replicas: int = Field(default=2, ge=1, le=64, description="copies of every expert, where memory allows")
     host_capacity_bytes: int | None = Field(
         default=None, ge=1, description="expert weights one host may hold, in bytes"
@@ -101,6 +105,8 @@ class ServeSettings(BaseModel):
                 host_and_port(address)
         if self.directory is not None and (self.experts or self.directory_address):
             raise ValueError("directory names another process's cluster: leave experts and directory_address out")
+        if self.autoscale_max is not None and not self.autoscale_min <= self.experts <= self.autoscale_max:
+            raise ValueError(f"experts={self.experts} must lie between autoscale_min and autoscale_max")
         if self.directory_address is not None and self.experts == 0:
             raise ValueError("directory_address needs experts >= 1: one process has no engines to be found")
         if not self.gateway and self.directory_address is None:

@@ -57,6 +57,8 @@ def serve(
     address: Annotated[str | None, typer.Option(help="host:port of the gateway [127.0.0.1:50051].")] = None,
     experts: Annotated[int | None, typer.Option(help="Expert host processes; 0 = one process, no Ray.")] = None,
     attention: Annotated[int | None, typer.Option(help="Attention workers.")] = None,
+    autoscale_max: Annotated[int | None, typer.Option(help="Most expert hosts; without it none come or go.")] = None,
+    autoscale_min: Annotated[int | None, typer.Option(help="Fewest expert hosts [1].")] = None,
     replicas: Annotated[int | None, typer.Option(help="Copies of every expert, where memory allows [2].")] = None,
     gateway: Annotated[bool | None, typer.Option(help="Serve clients from this process too.")] = None,
     admin_address: Annotated[str | None, typer.Option(help="host:port of ClusterService [127.0.0.1:50052].")] = None,

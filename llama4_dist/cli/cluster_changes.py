@@ -95,6 +95,7 @@ def summary(operation: Operation, *, planned: bool) -> dict[str, object]:
 def change_rows(operation: Operation, change: ClusterChange, *, planned: bool) -> dict[str, object]:
     """The plan, and how much of it was carried out."""
     names = [f"+{host}" for host in change.added] + [f"-{host}" for host in change.removed]
+    names += [f"node {node[:8]} is free" for node in change.freed_nodes]
     moves, size = f"{change.num_moves:,}", human_bytes(change.num_bytes)
     return {
         "hosts": f"{change.hosts_before} → {change.hosts_after}" + (f" ({', '.join(names)})" if names else ""),

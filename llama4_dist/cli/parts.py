@@ -42,9 +42,13 @@ def open_parts(settings: ServeSettings, resources: ExitStack, *, show_progress: 
         host, port = host_and_port(settings.directory_address)
         directory = DirectoryServer(host=host, port=port, secret=secret)
         resources.callback(directory.close)
+    from cluster.autoscale import AutoscalePolicy
     from cluster.ray_engine import RayEngine
 
-    cluster = engine_of(settings, show_progress=show_progress, secret=secret, directory=directory)
+    policy = None
+    if settings.autoscale_max is not None:
+        policy = AutoscalePolicy(min_hosts=settings.autoscale_min, max_hosts=settings.autoscale_max)
+    cluster = engine_of(settings, show_progress=show_progress, secret=secret, directory=directory, autoscale=policy)
     resources.callback(cluster.close)
     assert isinstance(cluster, RayEngine)
     address = directory.address if directory is not None else ""

@@ -50,6 +50,7 @@ class ClusterChange:
     hosts_after: int
     added: tuple[str, ...]
     removed: tuple[str, ...]
+    freed_nodes: tuple[str, ...]
     num_moves: int
     num_bytes: int
     balance_before: float
@@ -156,6 +157,7 @@ def change_from_proto(message: cluster_pb2.ClusterChange) -> ClusterChange:
         hosts_after=message.hosts_after,
         added=tuple(message.added_hosts),
         removed=tuple(message.removed_hosts),
+        freed_nodes=tuple(message.freed_nodes),
         num_moves=message.num_moves,
         num_bytes=message.num_bytes,
         balance_before=message.balance_before,

@@ -204,11 +204,12 @@ class DrainWorkerRequest(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., validate_only: _Optional[bool] = ..., request_id: _Optional[str] = ..., drain_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class ClusterChange(_message.Message):
-    __slots__ = ("hosts_before", "hosts_after", "added_hosts", "removed_hosts", "num_moves", "num_bytes", "balance_before", "balance_after")
+    __slots__ = ("hosts_before", "hosts_after", "added_hosts", "removed_hosts", "freed_nodes", "num_moves", "num_bytes", "balance_before", "balance_after")
     HOSTS_BEFORE_FIELD_NUMBER: _ClassVar[int]
     HOSTS_AFTER_FIELD_NUMBER: _ClassVar[int]
     ADDED_HOSTS_FIELD_NUMBER: _ClassVar[int]
     REMOVED_HOSTS_FIELD_NUMBER: _ClassVar[int]
+    FREED_NODES_FIELD_NUMBER: _ClassVar[int]
     NUM_MOVES_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     BALANCE_BEFORE_FIELD_NUMBER: _ClassVar[int]
@@ -217,11 +218,12 @@ class ClusterChange(_message.Message):
     hosts_after: int
     added_hosts: _containers.RepeatedScalarFieldContainer[str]
     removed_hosts: _containers.RepeatedScalarFieldContainer[str]
+    freed_nodes: _containers.RepeatedScalarFieldContainer[str]
     num_moves: int
     num_bytes: int
     balance_before: float
     balance_after: float
-    def __init__(self, hosts_before: _Optional[int] = ..., hosts_after: _Optional[int] = ..., added_hosts: _Optional[_Iterable[str]] = ..., removed_hosts: _Optional[_Iterable[str]] = ..., num_moves: _Optional[int] = ..., num_bytes: _Optional[int] = ..., balance_before: _Optional[float] = ..., balance_after: _Optional[float] = ...) -> None: ...
+    def __init__(self, hosts_before: _Optional[int] = ..., hosts_after: _Optional[int] = ..., added_hosts: _Optional[_Iterable[str]] = ..., removed_hosts: _Optional[_Iterable[str]] = ..., freed_nodes: _Optional[_Iterable[str]] = ..., num_moves: _Optional[int] = ..., num_bytes: _Optional[int] = ..., balance_before: _Optional[float] = ..., balance_after: _Optional[float] = ...) -> None: ...
 
 class OperationMetadata(_message.Message):
     __slots__ = ("kind", "phase", "progress_percent", "change", "hosts_ready", "moves_done", "bytes_moved", "paused_ms", "epoch", "warnings", "create_time", "end_time", "request_id")
