@@ -41,6 +41,7 @@ from llama4_dist.errors import (
 log = logging.getLogger(__name__)
 
 NOTHING = Topology(epoch=0, placement=Placement(hosts_of={}), hosts={})
+WishOf = Callable[[Mapping[str, str]], Wish]  # of the nodes of hosts that are there
 RECOVER_TIMEOUT_S = 10.0  # a worker that answers nothing for so long is not waited for
 
 
@@ -156,22 +157,22 @@ class Controller:
         if num_hosts < 1:
             description = f"{num_hosts}; a cluster keeps at least one expert host"
             raise InvalidRequestError([FieldViolation(field="num_hosts", description=description)])
-        return self._begin(Kind.SCALE, num_hosts, lambda: scaled(self._live_nodes(), num_hosts), options)
+        return self._begin(Kind.SCALE, num_hosts, lambda live: scaled(live, num_hosts), options)
 
     def rebalance(self, options: ChangeOptions) -> Operation:
         """Begin to move experts by measured load, as far as that pays."""
-        return self._begin(Kind.REBALANCE, (), lambda: without(self._live_nodes(), ()), options)
+        return self._begin(Kind.REBALANCE, (), lambda live: without(live, ()), options)
 
     def drain(self, worker: str, options: ChangeOptions) -> Operation:
         """Begin to move everything off one host and end it."""
 
-        def wish() -> Wish:
+        def wish(live: Mapping[str, str]) -> Wish:
             if worker not in self.topology.hosts:
                 raise NotFoundError(
                     f"{worker!r} is no expert host here: {', '.join(sorted(self.topology.hosts, key=order))} are",
                     metadata={"resource_type": "worker", "resource_name": worker},
                 )
-            return without(self._live_nodes(), [worker])
+            return without(live, [worker])
 
         return self._begin(Kind.DRAIN, worker, wish, options)
 
@@ -195,8 +196,8 @@ class Controller:
         """Begin to bring back what lost hosts held: on new processes of the same ids, or on those that are left."""
         joining = tuple(sorted(lost, key=order)) if respawn else ()
 
-        def wish() -> Wish:
-            return Wish(staying=without(self._live_nodes(), lost).staying, joining=joining)
+        def wish(live: Mapping[str, str]) -> Wish:
+            return Wish(staying=without(live, lost).staying, joining=joining)
 
         return self._begin(Kind.REPAIR, tuple(sorted(lost)), wish, ChangeOptions())
 
@@ -250,16 +251,17 @@ class Controller:
             log.warning("topology_not_adopted worker=%s epoch=%d cause=%s", worker, topology.epoch, error)
         return adopted
 
-    def _begin(self, kind: Kind, asked: Hashable, wish_of: Callable[[], Wish], options: ChangeOptions) -> Operation:
+    def _begin(self, kind: Kind, asked: Hashable, wish_of: WishOf, options: ChangeOptions) -> Operation:
         """Plan a change and let it run in a thread of its own."""
         with self._beginning:
             if (before := self.ledger.repeated(kind, asked, options.request_id)) is not None:
                 return before
             self._check_ready()
             self.ledger.check_free()
-            wish = wish_of()
             self.note_loads()
-            plan = self.plan(wish, likely_nodes(self._live_nodes(), wish.joining), kind)
+            live = self._live_nodes()
+            wish = wish_of(live)
+            plan = self.plan(wish, likely_nodes(live, wish.joining), kind)
             change = change_of(wish, self.topology, plan)
             if options.validate_only:
                 return Operation(name="", kind=kind, phase=Phase.DONE, change=change, warnings=plan.warnings)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from llama4_dist.chaos.faults import Fault, FaultNotVerified, Kill, Stop
 from llama4_dist.chaos.history import EventKind, History
 from llama4_dist.chaos.schedule import Action, Step
+from llama4_dist.chaos.serving import Gateway
 from llama4_dist.client.admin import AdminClient
 from llama4_dist.client.admin_results import Worker
 from llama4_dist.errors import Llama4Error
@@ -28,8 +29,9 @@ VICTIMS = {
 class Blows:
     """Strikes a cluster that `admin` speaks for. Each blow is watched by a thread until the cluster is whole again."""
 
-    def __init__(self, admin: AdminClient, history: History) -> None:
+    def __init__(self, admin: AdminClient, history: History, gateways: Sequence[Gateway] = ()) -> None:
         self._admin = admin
+        self._gateways = gateways
         self._history = history
         self._watchers: list[threading.Thread] = []
         self.num_struck = 0
@@ -41,7 +43,8 @@ class Blows:
         for step in schedule:
             if stop.wait(max(0.0, begun_s + step.at_s - time.monotonic())):
                 break
-            (self._scale if step.action is Action.SCALE else self._strike)(step)
+            deeds = {Action.SCALE: self._scale, Action.KILL_GATEWAY: self._kill_gateway}
+            deeds.get(step.action, self._strike)(step)
         for watcher in self._watchers:
             watcher.join(RECOVERY_TIMEOUT_S)
 
@@ -79,6 +82,16 @@ class Blows:
         watcher = threading.Thread(target=self._see_through, args=(fault, victim, extra, hold_s), daemon=True)
         watcher.start()
         self._watchers.append(watcher)
+
+    def _kill_gateway(self, step: Step) -> None:
+        """Kill a gateway that is a process of its own, and start it again."""
+        if not self._gateways:
+            self.num_skipped += 1
+            return
+        gateway = self._gateways[int(step.draw * len(self._gateways))]
+        with self._history.fault(Kill(gateway.pid), name=str(step.action), phase="serving"):
+            self.num_struck += 1
+            gateway.restart()
 
     def _see_through(self, fault: Fault, victim: Worker, extra: dict[str, object], hold_s: float) -> None:
         """Heal what can be healed, and note when the cluster is whole again."""

@@ -2,9 +2,12 @@
 
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from llama4_dist.chaos.blows import Blows
 from llama4_dist.chaos.cases import answers_of, make_cases, prompts_of
@@ -17,6 +20,7 @@ from llama4_dist.client import Client
 from llama4_dist.client.admin import AdminClient
 
 DRAIN_S = 120.0
+KV_USAGE = "llama4_dist_kv_cache_usage_ratio"
 TICK_S = 0.25
 
 
@@ -52,10 +56,12 @@ class ChaosResult:
     num_struck: int
     num_skipped: int
     ended_in_time: bool
+    kv_usage: float  # share of the KV cache that is held although nothing runs
 
     @property
     def has_passed(self) -> bool:
-        return self.verdict.has_passed and self.ended_in_time and self.verdict.num_compared > 0
+        sound = self.verdict.has_passed and self.verdict.num_compared > 0
+        return sound and self.ended_in_time and self.kv_usage == 0.0
 
 
 def run_chaos(
@@ -78,12 +84,26 @@ def run_chaos(
         with Client(served.addresses) as client:
             client.wait_ready(60.0)
         load = Load(served.addresses, cases, history, num_streams=options.num_streams, prefix=f"chaos-{plan.seed}")
-        blows = Blows(admin, history)
+        blows = Blows(admin, history, served.gateways)
         ended_in_time = strike_under_load(load, blows, plan, on_progress)
+        kv_usage = kv_usage_of(served.metrics_address)
     verdict = judge(read_history([history_file]), reference, Rules())
     return ChaosResult(
-        verdict=verdict, num_struck=blows.num_struck, num_skipped=blows.num_skipped, ended_in_time=ended_in_time
+        verdict=verdict,
+        num_struck=blows.num_struck,
+        num_skipped=blows.num_skipped,
+        ended_in_time=ended_in_time,
+        kv_usage=kv_usage,
     )
+
+
+def kv_usage_of(metrics_address: str | None) -> float:
+    """Read how much of the KV cache is held; 0 where there is no page to read."""
+    if metrics_address is None:
+        return 0.0
+    with urllib.request.urlopen(f"http://{metrics_address}/metrics", timeout=10) as page:
+        families = list(text_string_to_metric_families(page.read().decode()))
+    return sum(sample.value for family in families for sample in family.samples if sample.name == KV_USAGE)
 
 
 def strike_under_load(load: Load, blows: Blows, plan: ChaosPlan, on_progress: Callable[[Progress], None]) -> bool:

@@ -13,6 +13,7 @@ class Action(StrEnum):
     STOP_EXPERT = "stop_expert"
     KILL_ATTENTION = "kill_attention"
     KILL_CONTROLLER = "kill_controller"
+    KILL_GATEWAY = "kill_gateway"
     SCALE = "scale"
 
 
@@ -40,6 +41,7 @@ class ChaosPlan:
     scale_every_s: float | None = 20.0
     kill_attention_every_s: float | None = None
     kill_controller_every_s: float | None = None
+    kill_gateway_every_s: float | None = None
     hosts: tuple[int, ...] = (6, 3, 4)
     seed: int = 0
 
@@ -53,7 +55,7 @@ class ChaosPlan:
             raise ValueError(f"hosts={self.hosts}: give sizes from 1 on")
 
     def _periods(self) -> Iterator[tuple[str, float | None]]:
-        for name in ("kill", "stop", "scale", "kill_attention", "kill_controller"):
+        for name in ("kill", "stop", "scale", "kill_attention", "kill_controller", "kill_gateway"):
             yield f"{name}_every_s", getattr(self, f"{name}_every_s")
 
 
@@ -65,6 +67,7 @@ def steps(plan: ChaosPlan) -> list[Step]:
         (Action.STOP_EXPERT, plan.stop_every_s),
         (Action.KILL_ATTENTION, plan.kill_attention_every_s),
         (Action.KILL_CONTROLLER, plan.kill_controller_every_s),
+        (Action.KILL_GATEWAY, plan.kill_gateway_every_s),
         (Action.SCALE, plan.scale_every_s),
     )
     found: list[Step] = []

@@ -19,15 +19,35 @@ SHUTDOWN_S = 60
 COMMAND = (sys.executable, "-c", "from llama4_dist.cli import main; main()")
 
 
+class Gateway:
+    """A gateway in a process of its own, which can be started again at its address."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], resources: ExitStack) -> None:
+        self._environment = environment
+        self._resources = resources
+        self._process, ready = resources.enter_context(started([*command, "--address", "127.0.0.1:0"], environment))
+        self.address = str(ready["address"])
+        self._command = [*command, "--address", self.address]
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def restart(self) -> None:
+        """Start again, once the process is dead; returns when it serves."""
+        self._process.wait(SHUTDOWN_S)
+        self._process, _ = self._resources.enter_context(started(self._command, self._environment))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """What serves: gateway addresses as a client takes them, the operator's address, metrics page, process ids."""
+    """What serves: gateway addresses as a client takes them, the operator's address, metrics page, process id."""
 
     addresses: str
     admin_address: str
     metrics_address: str | None
     pid: int
-    gateway_pids: tuple[int, ...]
+    gateways: tuple[Gateway, ...] = ()
 
 
 @contextmanager
@@ -40,26 +60,23 @@ def serving(
         environment = dict(os.environ)
         apart = num_gateways > 1
         cluster = ["--experts", str(num_experts), "--attention", str(num_attention), "--admin-address", "127.0.0.1:0"]
-        common = ["--model", str(model), "--address", "127.0.0.1:0", "--log-level", "warning", "--json"]
+        common = ["--model", str(model), "--log-level", "warning", "--json"]
         if apart:
             (folder / "secret").write_text(secrets.token_hex(32))
             (folder / "secret").chmod(0o600)
             environment["LLAMA4_DIST_CLUSTER_SECRET_FILE"] = str(folder / "secret")
             cluster += ["--no-gateway", "--directory-address", "127.0.0.1:0"]
         else:
-            cluster += ["--metrics-address", "127.0.0.1:0"]
+            cluster += ["--metrics-address", "127.0.0.1:0", "--address", "127.0.0.1:0"]
         process, ready = resources.enter_context(started(["serve", *common, *cluster, *flags], environment))
-        gateways = []
-        for _ in range(num_gateways if apart else 0):
-            command = ["gateway", *common, "--directory", str(ready["directory_address"])]
-            gateways.append(resources.enter_context(started(command, environment)))
-        addresses = [answer["address"] for _, answer in gateways] if apart else [ready["address"]]
+        command = ["gateway", *common, "--directory", str(ready["directory_address"])]
+        gateways = tuple(Gateway(command, environment, resources) for _ in range(num_gateways if apart else 0))
         yield Serving(
-            addresses=",".join(addresses),
+            addresses=",".join(gateway.address for gateway in gateways) or str(ready["address"]),
             admin_address=str(ready["admin_address"]),
             metrics_address=ready["metrics_address"],
             pid=process.pid,
-            gateway_pids=tuple(gateway.pid for gateway, _ in gateways),
+            gateways=gateways,
         )
 
 

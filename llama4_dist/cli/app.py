@@ -211,6 +211,7 @@ def chaos(
     scale_every: Period = "20s",  # type: ignore[assignment]
     kill_attention_every: Period = None,
     kill_controller_every: Period = None,
+    kill_gateway_every: Period = None,
     hosts: Annotated[str, typer.Option(help="Sizes that scaling goes through.")] = "6,3,4",
     seed: Annotated[int, typer.Option(help="Draws the schedule; the same again replays it.")] = 0,
     history: Annotated[Path | None, typer.Option(help="Keep the record of every token here.")] = None,
@@ -238,6 +239,7 @@ def chaos(
             scale_every_s=scale_every or None,
             kill_attention_every_s=kill_attention_every or None,
             kill_controller_every_s=kill_controller_every or None,
+            kill_gateway_every_s=kill_gateway_every or None,
             hosts=parse_hosts(hosts),
             seed=seed,
         )

@@ -39,6 +39,8 @@ def run_chaos_command(
                     "passed": result.has_passed,
                     "blows": result.num_struck,
                     "skipped": result.num_skipped,
+                    "kv_usage": result.kv_usage,
+                    "ended_in_time": result.ended_in_time,
                     **result.verdict.as_json(),
                 }
             )
@@ -98,6 +100,8 @@ def show(result: ChaosResult, plan: ChaosPlan) -> None:
         longest_s = max(one.fault.healed_s - one.fault.injected_s for one in some)
         faults.add_row(name, phase, str(len(some)), f"{longest_s:.1f} s at most")
     console.print(faults)
+    if result.kv_usage:
+        console.print(f"[red]{result.kv_usage:.1%} of the KV cache is held although nothing runs[/]")
     for operation in verdict.operations:
         took = "never ended" if operation.seconds is None else f"{operation.seconds:.1f} s"
         console.print(f"{operation.name}: {took}", markup=False, highlight=False)

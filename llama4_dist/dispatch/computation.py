@@ -45,8 +45,9 @@ class Computation:
                 self.compute(layer, frame.header.groups, x_RD, y_RD)
             else:
                 self._run_pooled(layer, jobs)
-        except RuntimeError:
-            # Torch reports exhausted memory and device faults so; the rows are well formed: another host may succeed.
+        except (RuntimeError, KeyError):
+            # Torch reports exhausted memory and device faults by RuntimeError, and by KeyError an expert is missing
+            # that was let go after its rows had come. The rows are well formed: another host may succeed.
             log.exception("compute_failed layer=%d", layer)
             return False
         self._stats.compute_seconds += time.perf_counter() - started

@@ -5,6 +5,7 @@ referee in this process says which host is wrong. Without one nobody is accused.
 """
 
 import logging
+import random
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,25 +37,35 @@ class Sample(NamedTuple):
 
 
 class CrossCheck:
-    """Draws a sample of every `every`-th dispatch (0 = never) and compares answers."""
+    """Draws a sample of one in `every` dispatches (0 = never) and compares answers."""
 
     def __init__(self, *, every: int = 0, referee: Referee | None = None) -> None:
         self._every = every
         self._referee = referee
         self._num_seen = 0
+        self._chosen = 0
+        self._random = random.Random(0)  # noqa: S311 - spreads checks over layers, hosts and experts; no secret
         self._awaited: dict[int, tuple[str, Sample]] = {}  # by frame number; with the host that was asked
 
     def due(self) -> bool:
-        """Count a dispatch; say whether it is to be checked."""
+        """Count a dispatch; say whether it is to be checked: one of each `every` in turn, drawn.
+
+        Every step has as many dispatches as layers: a fixed period would meet the same few layers for ever.
+        """
+        if self._every <= 0:
+            return False
+        place = self._num_seen % self._every
+        if place == 0:
+            self._chosen = self._random.randrange(self._every)
         self._num_seen += 1
-        return self._every > 0 and self._num_seen % self._every == 0
+        return place == self._chosen
 
     def sample(self, in_flight: InFlight) -> Sample | None:
         """Copy some rows of one expert and their answers out of a finished dispatch."""
-        piece = in_flight.last_piece
-        if piece is None or in_flight.was_cut:
+        if not in_flight.answered or in_flight.was_cut:
             return None
-        expert, count = piece.groups[self._num_seen // max(self._every, 1) % len(piece.groups)]
+        piece = self._random.choice(in_flight.answered)
+        expert, count = self._random.choice(piece.groups)
         before = sum(rows for other, rows in piece.groups if other < expert)
         positions = piece.positions
         indices = np.arange(positions.start, positions.stop) if isinstance(positions, slice) else positions

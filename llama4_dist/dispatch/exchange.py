@@ -15,7 +15,7 @@ from llama4_dist.dispatch.layout import Indices, Layout, Share, cut, split
 from llama4_dist.dispatch.links.link import Clock, Frame, FrameHeader, FrameKind, Link
 from llama4_dist.dispatch.links.wait import LinkWaiter
 from llama4_dist.dispatch.reply_times import ReplyTimes
-from llama4_dist.dispatch.routes import Routes
+from llama4_dist.dispatch.routes import WRONG_OWNER, Routes
 from llama4_dist.dispatch.row_passes import all_finite
 from llama4_dist.dispatch.stats import DispatchStats
 from llama4_dist.errors import EngineError, FrameError, LinkDownError, UnavailableError
@@ -167,7 +167,7 @@ class Exchange:
     def _post(self, in_flight: InFlight, share: Share) -> None:
         """Send one host's share in as few frames as its link takes; keep account after that, while the host works."""
         host, slice_index, positions, groups, num_rows = share
-        link = self.links.get(host)
+        link, must_map = self.links.get(host), False
         if link is not None and num_rows > link.limits.max_rows:
             for part in split(share, link.limits.max_rows):
                 self._post(in_flight, part)
@@ -178,14 +178,14 @@ class Exchange:
         if link is None:
             self._has_orphans = True
         else:
-            must_map = self.routes.unmapped and self.routes.must_map(host, layer, groups)
+            must_map = bool(self.routes.unmapped) and self.routes.must_map(host, layer, groups)
             kind = FrameKind.ADOPT if must_map else FrameKind.ROWS
             try:
                 link.post(FrameHeader(kind, number, *in_flight.origin, num_rows, groups), in_flight.rows_for(positions))
             except LinkDownError as error:
                 lost = error.reason
         in_flight.pieces[number] = Piece(
-            host, slice_index, positions, groups, num_rows, in_flight.attempt, self._clock.monotonic(), False
+            host, slice_index, positions, groups, num_rows, in_flight.attempt, self._clock.monotonic(), False, must_map
         )
         self.active[number] = in_flight
         if lost:
@@ -312,14 +312,20 @@ class Exchange:
                 raise LinkDownError(f"host {host!r} computes wrong answers", reason="ANSWER_WRONG")
 
     def _refused(self, in_flight: InFlight, header: FrameHeader, reason: str, experts: list[int]) -> None:
-        """Bar the host for these experts of this dispatch, and send the frame's rows again under that rule."""
+        """Bar the host for these experts of this dispatch, and send the frame's rows again under that rule.
+
+        One that does not hold what it was believed to hold is not barred: it may be told to adopt it.
+        """
         piece = in_flight.pieces[header.number]
         barred = set(experts) & {expert for expert, _ in piece.groups}
         if not barred:
             raise FrameError(f"host {piece.host!r} refused experts {experts} it was not sent", reason="REPLY_MISMATCH")
         log.warning("rows_refused host=%s layer=%d experts=%s reason=%s", piece.host, header.layer, experts, reason)
         self._stats.refusals[reason] += 1
-        in_flight.refused |= {(piece.host, expert) for expert in barred}
-        self.routes.refuse(piece.host, header.layer, barred)
+        if reason == WRONG_OWNER and not piece.adopts:
+            self.routes.stray(piece.host, header.layer, barred)
+        else:
+            in_flight.refused |= {(piece.host, expert) for expert in barred}
+            self.routes.refuse(piece.host, header.layer, barred)
         self._resend(in_flight, header.number)
         self._resend_orphans()

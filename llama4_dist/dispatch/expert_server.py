@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llama4_dist.dispatch.computation import Computation, Job
 from llama4_dist.dispatch.expert_compute import ExpertCompute
+from llama4_dist.dispatch.fault_points import FaultPoints
 from llama4_dist.dispatch.frame_queue import FrameQueue
 from llama4_dist.dispatch.handshake import Hello, HostIdentity, Role
 from llama4_dist.dispatch.layout import Groups
@@ -19,6 +20,7 @@ from llama4_dist.dispatch.links.hub import Hub
 from llama4_dist.dispatch.links.inproc import inproc_pair
 from llama4_dist.dispatch.links.link import Frame, FrameHeader, FrameKind, Link, LinkLimits, dtype_name
 from llama4_dist.dispatch.links.listener import Listener
+from llama4_dist.dispatch.links.socket import SocketLink
 from llama4_dist.dispatch.stats import HostStats
 from llama4_dist.dispatch.worker_link import WorkerLink
 from llama4_dist.errors import FrameError, HandshakeError, LinkDownError, Llama4Error
@@ -45,9 +47,11 @@ class ExpertServer:
         dtype: torch.dtype,
         limits: LinkLimits,
         pool_window_s: float = 0.0,
+        faults: FaultPoints | None = None,
     ) -> None:
         self.identity = identity
         self.limits = limits
+        self._faults = faults or FaultPoints()
         self._compute = compute
         self._width = width
         self._dtype = dtype
@@ -103,6 +107,8 @@ class ExpertServer:
         """Take what has arrived, compute what is due, send replies; return the number of frames answered."""
         if self._queue.layers:  # they wait for their window
             timeout_s = self._queue.shorten(timeout_s)
+        if timeout_s > 0.0:
+            self._faults.hit("idle")
         ready, new = self._hub.wait(timeout_s)
         for link in new:
             self.attach(link)
@@ -148,6 +154,7 @@ class ExpertServer:
     def _enqueue(self, worker: WorkerLink, frame: Frame) -> None:
         header = frame.header
         self._stats.frames_in += 1
+        self._faults.hit("receiving")
         if header.kind not in _QUESTIONS:
             raise FrameError(f"worker {worker.link.peer!r} sent a {header.kind.name} frame", reason="KIND_UNEXPECTED")
         number, holds = header.layer, self._compute.holds
@@ -164,6 +171,7 @@ class ExpertServer:
     def _adopt(self, layer: int, groups: Groups) -> str:
         """Bring experts here that no other host serves; return why not, "" if it was done."""
         experts = [expert for expert, _ in groups]
+        self._faults.hit("adopting")
         try:
             self._compute.adopt([(layer, expert) for expert in experts])
         except Llama4Error as error:
@@ -208,6 +216,7 @@ class ExpertServer:
             for job in jobs:
                 self._refuse(job.worker, job.frame, "COMPUTE_FAILED", job.frame.header.groups)
             return
+        self._faults.hit("computing")
         for worker, frame, _, y_RD in jobs:
             _, number, step, microbatch, layer, num_rows, _, _ = frame.header
             self._post(worker, FrameHeader(FrameKind.REPLY, number, step, microbatch, layer, num_rows), y_RD)
@@ -248,7 +257,12 @@ class ExpertServer:
 
     def _post(self, worker: WorkerLink, header: FrameHeader, rows_RD: Tensor | None) -> None:
         try:
+            if self._faults.due("half_reply") and isinstance(worker.link, SocketLink):
+                worker.link.post_half(header, rows_RD)
+                self._faults.strike()
+                return
             worker.link.post(header, rows_RD)
+            self._faults.hit("replied")
             if worker.link.num_unsent:
                 self._hub.watch_sending(worker.link)
         except LinkDownError as error:

@@ -14,7 +14,7 @@ from llama4_dist.errors import Llama4Error
 
 
 class Piece(NamedTuple):
-    """One posted frame: the positions it asks for, of which attempt, since when, and whether a replica was asked too.
+    """One posted frame: the positions it asks for, of which attempt, since when, whether a replica was asked too.
 
     A named tuple because one is made per frame.
     """
@@ -27,6 +27,7 @@ class Piece(NamedTuple):
     attempt: int
     sent_at: float
     hedged: bool
+    adopts: bool = False  # the host was told to map what it does not hold
 
 
 class Origin(NamedTuple):
@@ -64,7 +65,7 @@ class InFlight:
         self.buffer = buffer  # the preallocated memory `rows_ND` lies in
         self.pieces: dict[int, Piece] = {}  # frame number to what it asks for; answered frames are taken out
         self.refused: set[tuple[str, int]] = set()  # (host, expert) that refused these rows
-        self.last_piece: Piece | None = None  # the frame answered last
+        self.answered: list[Piece] = []  # frames all of whose rows were taken from their own host's reply
         self.error: Llama4Error | None = None
         self.missing = num_copies  # (slice, position) pairs without an accepted reply
         self.attempt = 0
@@ -85,12 +86,12 @@ class InFlight:
         None, and nothing counts as answered, where a value of the reply is not finite.
         """
         positions = piece.positions
-        self.last_piece = piece
         output_ND = self._output(piece.slice_index)
         if self._books is None and isinstance(positions, slice):
             if not self._passes.put_if_finite(rows_RD, self.order_N, positions, output_ND):
                 return None
             self.missing -= piece.num_rows
+            self.answered.append(piece)
             return piece.num_rows
         if not all_finite(rows_RD):
             return None
@@ -101,6 +102,8 @@ class InFlight:
         self._passes.put_if_finite(rows_RD[torch.from_numpy(wanted_R)], order_R, slice(0, len(wanted)), output_ND)
         books.answered[piece.slice_index][wanted] = True
         self.missing -= len(wanted)
+        if len(wanted) == piece.num_rows:
+            self.answered.append(piece)
         return len(wanted)
 
     def unclaimed(self, piece: Piece) -> Indices:

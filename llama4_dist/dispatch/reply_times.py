@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 WINDOW = 128  # replies remembered per host and size
 ENOUGH = 8  # replies of a host before it is believed
+CEILING_FACTOR = 2.0  # however slow hosts are, one is given so many times the usual
 REFRESH = 32  # replies of a size after which its usual time is computed anew
 
 
@@ -17,19 +18,24 @@ class Deadlines:
     """When a reply is overdue, in seconds or as multiples of the usual reply time (99th percentile).
 
     After `hedge`, rows are also asked of a replica and the host is avoided for a while; after `lose` its link is given
-    up. While nothing is known of a host's times, the `unknown` ones hold: its first rows may wait for a disk.
+    up. While nothing is known of a host's times, the `unknown` ones hold: its first rows may wait for a disk. Hosts
+    that stood still for a while teach long times: only what is usually longer than `lose_ceiling_s` is waited for
+    longer.
     """
 
     hedge_floor_s: float = 0.05
     hedge_factor: float = 5.0
     lose_floor_s: float = 1.0
     lose_factor: float = 20.0
+    lose_ceiling_s: float = 30.0
     unknown_hedge_s: float = 0.25
     unknown_lose_s: float = 10.0
 
     def __post_init__(self) -> None:
         if not 0 < self.hedge_floor_s <= self.lose_floor_s or not 0 < self.unknown_hedge_s <= self.unknown_lose_s:
             raise ValueError(f"a host must be hedged before it is lost, and after more than 0 s: {self}")
+        if not self.lose_floor_s <= self.lose_ceiling_s:
+            raise ValueError(f"lose_ceiling_s must be at least lose_floor_s: {self}")
         if not 1 <= self.hedge_factor <= self.lose_factor:
             raise ValueError(f"factors must be at least 1, hedge_factor the smaller one: {self}")
 
@@ -67,7 +73,8 @@ class ReplyTimes:
         deadlines, usual_s = self._deadlines, self.usual_s(num_rows)
         if usual_s is None:
             return deadlines.unknown_lose_s
-        return max(deadlines.lose_floor_s, deadlines.lose_factor * usual_s)
+        ceiling_s = max(deadlines.lose_ceiling_s, CEILING_FACTOR * usual_s)
+        return max(deadlines.lose_floor_s, min(ceiling_s, deadlines.lose_factor * usual_s))
 
     def usual_s(self, num_rows: int) -> float | None:
         """Return the usual reply time for so many rows, from the nearest size known; None if nothing is."""

@@ -16,6 +16,7 @@ from llama4_dist.errors import UnavailableError
 Pair = tuple[int, int]
 Refused = AbstractSet[tuple[str, int]]  # (host, expert) that refused rows of one dispatch
 NONE_REFUSED: Refused = frozenset()
+WRONG_OWNER = "WRONG_OWNER"  # a host's reason for refusing rows of experts it does not hold
 
 
 class Routes:
@@ -42,9 +43,8 @@ class Routes:
                     raise _unreachable(layer, error.expert) from None
 
     def lay_out_elsewhere(self, layer: int, experts_N: Indices, refused: Refused) -> tuple[Layout, LayerView] | None:
-        """Lay out copies on replicas that exist and are not slow themselves; None where there are none."""
-        slow = {(host, expert) for host in self.suspects.avoided for expert in set(experts_N.tolist())}
-        view = self._view(layer, refused | slow)
+        """Lay out copies on replicas that exist, on slow hosts last; None where there are none."""
+        view = self._view(layer, refused)
         try:
             return lay_out(view, experts_N), view
         except NoReplicaError:
@@ -82,9 +82,21 @@ class Routes:
     def refuse(self, host: str, layer: int, experts: Iterable[int]) -> None:
         """Take back what a host could not adopt."""
         failed = {(layer, expert) for expert in experts if (host, layer, expert) in self.unmapped}
-        if failed:
-            self.unmapped -= {(host, *pair) for pair in failed}
-            self.table = self.table.without_pairs(host, failed)
+        self._take_out(host, failed)
+
+    def stray(self, host: str, layer: int, experts: Iterable[int]) -> None:
+        """Take a host out for experts that it no longer holds; those it is about to adopt again stay.
+
+        A host lets go of what it adopted when a change ends, and of what an epoch does not give it before a late worker
+        has heard of that epoch.
+        """
+        gone = {(layer, expert) for expert in experts if (host, layer, expert) not in self.unmapped}
+        self._take_out(host, gone)
+
+    def _take_out(self, host: str, pairs: AbstractSet[Pair]) -> None:
+        if pairs:
+            self.unmapped -= {(host, *pair) for pair in pairs}
+            self.table = self.table.without_pairs(host, pairs)
             self._views.clear()
 
     def _view(self, layer: int, refused: Refused) -> LayerView:

@@ -23,6 +23,8 @@ from llama4_dist.errors import HandshakeError, LinkDownError
 MAX_QUEUED_FRAMES = 1024
 _BUFFER_BYTES = 4 * 1024 * 1024  # asked of the kernel, which may give less
 _NOTHING = memoryview(b"")
+_KEEPALIVE_S = 2  # at rest, before the kernel asks whether the peer is still there, and between two such questions
+_KEEPALIVE_PROBES = 3
 
 
 class _Outgoing(NamedTuple):
@@ -83,6 +85,13 @@ class SocketLink:
         sent = self._send((head, payload))
         if sent < num_bytes:
             self._outgoing.append(_rest(_Outgoing(memoryview(head), payload), sent))
+
+    def post_half(self, header: FrameHeader, rows_ND: Tensor | None) -> None:
+        """Send the first half of a frame, which leaves the link as a process does that dies while it sends."""
+        payload = _NOTHING if rows_ND is None else payload_of(rows_ND)
+        head = encode(header, payload, self._next_out, self._rules)
+        whole = head + bytes(payload)
+        self._send((whole[: len(whole) // 2],))
 
     def poll(self, timeout_s: float) -> Sequence[Frame]:
         frames: list[Frame] = []
@@ -180,11 +189,19 @@ def connect(address: str, *, hello: Hello, secret: bytes, limits: LinkLimits, ti
 
 
 def prepare_connection(connection: socket.socket) -> None:
-    """Send small frames at once, and give large ones room: each refill of the kernel's buffer costs two wake-ups."""
+    """Send small frames at once, and give large ones room: each refill of the kernel's buffer costs two wake-ups.
+
+    A peer that went away behind a broken network says nothing: asking now and then tells a link at rest from a dead
+    one.
+    """
     if connection.family == socket.AF_UNIX:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
     else:  # TCP sizes its buffers itself, and better, as long as nobody sets them
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_S)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_S)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
 
 
 def _shake_hands(connection: socket.socket, handshake: WorkerHandshake, deadline: float) -> Agreement:
