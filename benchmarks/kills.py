@@ -14,7 +14,6 @@ import random
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,17 +26,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.engine_load import Load
 from cluster.ray_engine import RayEngine
 from cluster.worker import Role, State, WorkerStatus
-from llama4_dist.chaos.cases import Case, answers_of, make_cases, prompts_of
+from llama4_dist.chaos.cases import answers_of, make_cases, prompts_of
 from llama4_dist.chaos.history import EventKind, History, read_history
 from llama4_dist.chaos.history.stalls import Gap, Summary, gaps_of, summary
 from llama4_dist.chaos.history.verdict import Rules, Verdict, judge
 from llama4_dist.engine.options import EngineOptions
-from llama4_dist.engine.port import is_last
 from llama4_dist.errors import Llama4Error
-from llama4_dist.request import EngineRequest, TokenOutput
-from tests.faults.engine_history import EngineHistory
 
 ROOT = Path(__file__).parents[1]
 POINTS = ("receiving", "computing", "half_reply", "replied")
@@ -54,59 +51,6 @@ class Blow:
     moment: str
     action: str
     replicated: bool
-
-
-class Load:
-    """A closed loop of requests on an engine, which can be held up."""
-
-    def __init__(
-        self, engine: RayEngine, history: History, cases: Sequence[Case], num_streams: int, *, prefix: str
-    ) -> None:
-        self._engine = engine
-        self._prefix = prefix
-        self._record = EngineHistory(history, then=self._on_outputs)
-        self._cases = itertools.cycle(cases)
-        self._numbers = itertools.count()
-        self._num_streams = num_streams
-        self._lock = threading.Lock()
-        self._open = False
-        self._due = 0
-        self._wake = threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._submit_due, daemon=True)
-
-    def begin(self) -> None:
-        """Take the engine's outputs; no request yet."""
-        self._engine.start(self._record)
-        self._thread.start()
-
-    def resume(self) -> None:
-        """Let requests run."""
-        self._open = True
-        for _ in range(self._num_streams):
-            self._wake.release()
-
-    def pause(self) -> None:
-        """Begin no more, and wait for those that run."""
-        self._open = False
-        self._record.wait(WHOLE_TIMEOUT_S)
-
-    def _submit_due(self) -> None:
-        while True:
-            self._wake.acquire()
-            if not self._open:
-                continue
-            case = next(self._cases)
-            request = EngineRequest(
-                request_id=f"{self._prefix}-{next(self._numbers)}", prompt_token_ids=case.prompt, sampling=case.sampling
-            )
-            try:
-                self._record.submit(self._engine, request)
-            except Llama4Error as error:  # recorded as a refusal: the verdict names it
-                print(f"refused: {error}", file=sys.stderr)
-
-    def _on_outputs(self, outputs: Sequence[TokenOutput]) -> None:
-        for _ in range(sum(map(is_last, outputs))):
-            self._wake.release()
 
 
 class Striker:

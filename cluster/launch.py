@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import ray
 from ray._private import ray_constants
-from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray._private import worker as ray_worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from llama4_dist.errors import UnavailableError
@@ -122,8 +122,8 @@ def start_ray() -> RaySession:
 
 
 def mute_ray() -> None:
-    """Keep Ray from printing a paragraph on our stderr for every worker that dies: we log each in a line."""
-    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    """Keep Ray from printing a paragraph for every worker that dies: we log each in a line."""
+    ray_worker.print_to_stdstream = lambda *arguments, **options: None
 
 
 def processes_of(temp_dir: Path) -> list[psutil.Process]:
