@@ -191,7 +191,7 @@ def test_checks_of_sound_hosts_accuse_nobody_and_cost_what_they_say() -> None:
     dispatcher = cluster.dispatcher(checks=CrossCheck(every=5, referee=referee))
     for number in range(50):
         step(dispatcher, number)
-    assert dispatcher.stats().checked_frames == 50 // 5 - 1  # the last answer has not been read
+    assert 50 // 5 - 1 <= dispatcher.stats().checked_frames <= 50 // 5  # the last answer may not have been read
     assert not dispatcher.stats().wrong_answers
 
 
