@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export NO_PROXY := localhost,127.0.0.1,::1
 
-.PHONY: help setup demo test test-fast check format stubs bench clean
+.PHONY: help setup demo test test-fast check format stubs bench chaos soak switch-off clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,20 @@ stubs: setup ## Generate the Python stubs from protos/
 bench: setup ## Dispatch round trip against a bare socket echo; throughput side by side
 	$(BIN)/python -m benchmarks.dispatch
 	$(BIN)/python -m benchmarks.throughput
+
+chaos: setup ## Kill hosts at every moment, scale under load, five minutes of chaos; about 25 minutes
+	$(BIN)/python -m benchmarks.kills
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/llama4-dist chaos --model models/llama4-mini --kill-every 5s --stop-every 11s --scale-every 20s --duration 5m
+	$(BIN)/llama4-dist chaos --model models/llama4-mini --kill-every 9s --kill-attention-every 14s --kill-gateway-every 17s \
+		--kill-controller-every 25s --scale-every 20s --gateways 2 --experts 3 --hosts 4,2 --duration 2m
+
+soak: setup ## An hour of chaos
+	$(BIN)/llama4-dist chaos --model models/llama4-mini --kill-every 20s --stop-every 31s --scale-every 60s \
+		--kill-attention-every 97s --kill-gateway-every 71s --kill-controller-every 151s --gateways 2 --duration 1h
+
+switch-off: setup ## Take each mechanism out of a copy and see its tests fail; about 10 minutes
+	$(BIN)/python tools/switch_off.py
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

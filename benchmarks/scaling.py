@@ -75,6 +75,7 @@ def run(options: argparse.Namespace, file: Path) -> tuple[Verdict, list[Window]]
             for size in SIZES:
                 windows.append(scale(engine, size))
                 windows.append(quiet(f"after {size}", options.quiet / 2))
+            windows.append(Window(name="all scaling", begin_s=windows[2].begin_s, end_s=windows[-1].end_s))
             load.pause()
     finally:
         engine.close()

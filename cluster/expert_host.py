@@ -12,6 +12,7 @@ import torch
 
 from cluster.operation import HostLoad
 from cluster.placement import Pair
+from cluster.unhurried import unhurried
 from cluster.worker import HostAddress, LoadProgress, Location, Role, State, WorkerConfig, WorkerStatus, url_host
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.dispatch.expert_server import ExpertServer
@@ -100,7 +101,8 @@ class ExpertHost:
     def add(self, pairs: Sequence[Pair]) -> None:
         """Map more experts while those here are served; UnavailableError (NO_ROOM) beyond the capacity."""
         self._num_mapped, self._num_wanted = 0, len(set(pairs) - self._held().holds)
-        self._held().add(pairs, self._note_mapped)
+        store = self._held()
+        unhurried(lambda: store.add(pairs, self._note_mapped))
 
     def keep(self, pairs: Sequence[Pair]) -> int:
         """Let go of all but these: what was adopted meanwhile goes too. Return the bytes that are free again."""
@@ -112,7 +114,8 @@ class ExpertHost:
 
     def fingerprints(self, pairs: Sequence[Pair]) -> dict[Pair, str]:
         """Digest weights and golden rows of experts here; `ExpertStore.fingerprint` says of what."""
-        return {pair: self._held().fingerprint(pair) for pair in pairs if pair in self._held().holds}
+        store = self._held()
+        return unhurried(lambda: {pair: store.fingerprint(pair) for pair in pairs if pair in store.holds})
 
     def address(self) -> HostAddress | None:
         """Say where this host listens; None before it does."""

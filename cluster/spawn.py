@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import ray
@@ -22,6 +23,7 @@ from cluster.handle import Handle
 from cluster.nodes import Node, emptiest
 from cluster.plan import ClusterPlan
 from cluster.standing import CONTROLLER
+from cluster.unhurried import unhurried
 from cluster.worker import Location, Role, WorkerConfig
 from llama4_dist.errors import EngineError, Llama4Error, UnavailableError
 
@@ -315,6 +317,7 @@ class ExpertHostActor(Actor):
     """An expert host in a Ray actor."""
 
     def __init__(self, config: WorkerConfig) -> None:
+        unhurried(lambda: import_module("cluster.expert_host"))  # torch takes a second of a core that others serve on
         from cluster.expert_host import ExpertHost
         from llama4_dist.dispatch.fault_points import FaultPoints
 

@@ -1,0 +1,24 @@
+"""Work at the lowest priority."""
+
+import os
+import threading
+
+import pytest
+
+from cluster.unhurried import LOWEST, unhurried
+
+
+def niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def test_work_runs_at_the_lowest_priority_and_its_caller_keeps_its_own() -> None:
+    before = niceness()
+    assert unhurried(niceness) == LOWEST
+    assert niceness() == before
+
+
+def test_a_result_and_an_error_come_back() -> None:
+    assert unhurried(lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        unhurried(lambda: 1 // 0)
