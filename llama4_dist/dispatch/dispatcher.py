@@ -88,7 +88,10 @@ class Dispatcher:
         self._exchange.begin_step()
 
     def switch(self, table: RoutingTable, links: Mapping[str, Link]) -> None:
-        """Use another table and its links, between steps. Links of before that are not in `links` are aborted."""
+        """Use another table and its links, between steps.
+
+        Links of before that are not in `links` are aborted, and those to hosts that the table does not name.
+        """
         old = self._exchange
         if old.active:
             raise ValueError(f"{len(old.active)} frames are in flight; switch tables between steps")
@@ -98,8 +101,9 @@ class Dispatcher:
                 raise ValueError(
                     f"the link to {host!r} reaches incarnation {link.peer_incarnation}, the table names {expected}"
                 )
-        for host, link in old.links.items():
-            if links.get(host) is not link:
+        for host, link in (*old.links.items(), *links.items()):
+            # A host that the table gives nothing is sent nothing: its link must not keep it from being dialled later.
+            if links.get(host) is not link or host not in table.hosts:
                 link.abort()
         self._exchange = self._new_exchange(table, links, last_number=old.last_number)
         # Sockets read host memory; links inside the process take a GPU's rows as they are.

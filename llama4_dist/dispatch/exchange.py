@@ -101,7 +101,7 @@ class Exchange:
 
     def begin_step(self) -> None:
         """Forget what a failed step left in flight; see to hosts that were slow."""
-        for in_flight in set(self.active.values()):
+        for in_flight in dict.fromkeys(self.active.values()):  # each once, in the order they were sent
             self.retire(in_flight)
         # What nobody waits for may have come meanwhile.
         self.take_replies(self._checks.hosts | self._owed_since.keys())
