@@ -56,6 +56,7 @@ class AttentionWorker:
         self._loaded = (0, 0)
         self._epoch = 0
         self._topology: Topology | None = None
+        self._controller = 0  # the youngest that has spoken
         self._service: EngineServer | None = None
         self._starting = threading.Lock()
         self._publishing = threading.Lock()
@@ -122,9 +123,14 @@ class AttentionWorker:
         """Switch to a topology between two steps; when this returns nothing is in flight to the old places.
 
         A host that cannot be reached counts as lost, and is dialled again. Raises PreconditionError for an epoch that
-        is not newer: whoever publishes it has missed something.
+        is not newer, and for one of a controller that another has taken over from: whoever publishes it has missed
+        something.
         """
         with self._publishing:
+            if topology.publisher < self._controller:
+                raise PreconditionError(
+                    f"epoch {topology.epoch} is of a controller that was replaced", reason="STALE_CONTROLLER"
+                )
             if topology.epoch <= self._epoch:
                 raise PreconditionError(
                     f"epoch {topology.epoch} is not newer than {self._epoch}, which is in use here",
@@ -153,12 +159,18 @@ class AttentionWorker:
 
             switch_s = self._between_steps(switch)
             self._topology, self._epoch = topology, topology.epoch
+            self._controller = topology.publisher
         log.info("topology_adopted worker=%s epoch=%d hosts=%d", self._config.worker, self._epoch, len(taken))
         return Adopted(epoch=topology.epoch, switch_s=switch_s)
 
-    def topology(self) -> Topology | None:
-        """Return what this worker was told last, for a controller that has to begin anew."""
-        return self._topology
+    def topology(self, controller: int = 0) -> Topology | None:
+        """Return what this worker was told last, for a controller that has to begin anew.
+
+        From now on it takes nothing of an older controller, whose last word may still be on its way.
+        """
+        with self._publishing:
+            self._controller = max(self._controller, controller)
+            return self._topology
 
     def progress(self) -> LoadProgress:
         """Say how many tensors are loaded."""

@@ -34,6 +34,7 @@ END_TIMEOUT_S = 30.0
 class Site(Protocol):
     """What a change works on; the controller is one."""
 
+    incarnation: int
     members: Members
     ledger: OperationLedger
     provisioning: Provisioning
@@ -129,6 +130,7 @@ class ChangeRun:
         known = {**self._site.topology.hosts, **self._addresses}
         return Topology(
             epoch=self._site.topology.epoch + 1,
+            publisher=self._site.incarnation,
             placement=plan.placement,
             # A host that died meanwhile stays on the list, without an expert: its replacement is the repair's.
             hosts={host: known[host] for host in self._wish.hosts if host in known},

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import wait
+from dataclasses import replace
 
 from cluster.autoscale import AutoscalePolicy
 from cluster.balance import PlacementPlan
@@ -77,7 +78,7 @@ class Controller:
         for warning in plan.warnings:
             log.warning("placement_warning %s", warning)
         hosts = load_all(self.members, plan.placement, deadline, self._note)
-        topology = Topology(epoch=1, placement=plan.placement, hosts=hosts)
+        topology = Topology(epoch=1, placement=plan.placement, hosts=hosts, publisher=self.incarnation)
         self.members.ask(attention, "connect", hosts, deadline=deadline)
         self.members.ask(attention, "publish", topology, deadline=deadline)
         self.topology = topology
@@ -89,8 +90,8 @@ class Controller:
 
     def recover(self) -> None:
         """Take over a cluster that serves: learn from its workers what is published, and to whom."""
-        stock = take_stock(self.members, RECOVER_TIMEOUT_S)
-        self.topology = stock.topology
+        stock = take_stock(self.members, RECOVER_TIMEOUT_S, controller=self.incarnation)
+        self.topology = replace(stock.topology, publisher=self.incarnation)
         _, failures = self.members.try_each(stock.behind, "publish", self.topology, timeout_s=RECOVER_TIMEOUT_S)
         # An attention worker that cannot be asked may follow what only the controller before knew.
         late = [one for one in stock.behind if one.worker in failures]
@@ -157,7 +158,11 @@ class Controller:
         if num_hosts < 1:
             description = f"{num_hosts}; a cluster keeps at least one expert host"
             raise InvalidRequestError([FieldViolation(field="num_hosts", description=description)])
-        return self._begin(Kind.SCALE, num_hosts, lambda live: scaled(live, num_hosts), options)
+
+        def wish(live: Mapping[str, str]) -> Wish:
+            return scaled(live, num_hosts, taken=self._known_hosts())
+
+        return self._begin(Kind.SCALE, num_hosts, wish, options)
 
     def rebalance(self, options: ChangeOptions) -> Operation:
         """Begin to move experts by measured load, as far as that pays."""
@@ -286,6 +291,10 @@ class Controller:
     def _live_nodes(self) -> dict[str, str]:
         """Return the node of every host that is there."""
         return {host: address.node for host, address in self.topology.hosts.items() if host in self.members}
+
+    def _known_hosts(self) -> set[str]:
+        """Return the ids that may still have a process, though the topology names it no more."""
+        return {handle.worker for handle in self.members.of(Role.EXPERT)} | self.topology.hosts.keys()
 
     def _note(self, progress: LoadProgress) -> None:
         self._progress[progress.worker] = progress

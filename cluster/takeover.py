@@ -26,11 +26,14 @@ class Stock:
     statuses: Mapping[str, WorkerStatus]  # of those that answered
 
 
-def take_stock(members: Members, timeout_s: float) -> Stock:
-    """Ask every worker what it knows; takes up to three times `timeout_s` if some are silent."""
+def take_stock(members: Members, timeout_s: float, *, controller: int) -> Stock:
+    """Ask every worker what it knows, in the name of a controller, whose elders attention workers take no topology of.
+
+    It takes up to three times `timeout_s` if some are silent.
+    """
     attention = members.of(Role.ATTENTION)
     statuses, _ = members.try_each(members.all, "status", timeout_s=timeout_s)
-    told, _ = members.try_each(attention, "topology", timeout_s=timeout_s)
+    told, _ = members.try_each(attention, "topology", controller, timeout_s=timeout_s)
     engines = {
         worker: statuses[worker].addresses[0]
         for worker, topology in told.items()

@@ -29,11 +29,11 @@ class Wish:
         return (*self.staying, *self.joining)
 
 
-def scaled(nodes: Mapping[str, str], num_hosts: int) -> Wish:
-    """Wish for `num_hosts` hosts, given the node of each that is there."""
+def scaled(nodes: Mapping[str, str], num_hosts: int, *, taken: Collection[str] = ()) -> Wish:
+    """Wish for `num_hosts` hosts, given the node of each that is there; ids that are `taken` are not given anew."""
     missing = num_hosts - len(nodes)
     if missing >= 0:
-        return Wish(staying=tuple(sorted(nodes, key=order)), joining=new_names(nodes, missing))
+        return Wish(staying=tuple(sorted(nodes, key=order)), joining=new_names({*nodes, *taken}, missing))
     leaving = leaving_first(nodes)[:-missing]
     return Wish(staying=tuple(host for host in sorted(nodes, key=order) if host not in leaving), leaving=leaving)
 

@@ -81,11 +81,12 @@ class HostAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """One epoch: who holds what, and where they listen."""
+    """One epoch: who holds what, and where they listen. `publisher` is the incarnation of its controller."""
 
     epoch: int
     placement: Placement
     hosts: Mapping[str, HostAddress]
+    publisher: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

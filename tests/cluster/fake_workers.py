@@ -135,6 +135,7 @@ class FakeAttention(FakeWorker):
         self.topology_in_use: Topology | None = None
         self.served = False
         self.epochs: list[int] = []
+        self.claimed_by = 0
         self.connected: set[tuple[str, int]] = set()
 
     @property
@@ -154,6 +155,8 @@ class FakeAttention(FakeWorker):
             self.connected.add((name, address.incarnation))
 
     def publish(self, topology: Topology) -> Adopted:
+        if topology.publisher < self.claimed_by:
+            raise PreconditionError("of a controller that was replaced", reason="STALE_CONTROLLER")
         if topology.epoch <= (self.epochs[-1] if self.epochs else 0):
             raise PreconditionError("not newer", reason="STALE_EPOCH")
         self._check_ready(topology)
@@ -181,7 +184,8 @@ class FakeAttention(FakeWorker):
     def close(self) -> None:
         self.topology_in_use = None
 
-    def call_topology(self) -> Topology | None:
+    def call_topology(self, controller: int = 0) -> Topology | None:
+        self.claimed_by = max(self.claimed_by, controller)
         return self.topology_in_use
 
     def _check_ready(self, topology: Topology) -> None:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -430,3 +431,15 @@ def test_a_worker_of_another_checkpoint_is_refused(model_dir: Path, tmp_path: Pa
 def test_a_dense_model_has_nothing_to_place(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no routed experts"):
         read_geometry(make_checkpoint(tmp_path, "dense"), "auto")
+
+
+def test_what_a_replaced_controller_says_late_is_not_heard(
+    model_dir: Path, tmp_path: Path, resources: ExitStack
+) -> None:
+    _, topology = start_hosts(model_dir, tmp_path / "run", 1, resources)
+    worker, _ = start_attention(model_dir, tmp_path / "run", 0, replace(topology, publisher=7), resources)
+    assert worker.topology(8) == topology, "its successor has asked"
+    with pytest.raises(PreconditionError) as caught:
+        worker.publish(replace(topology, epoch=2, publisher=7))
+    assert caught.value.reason == "STALE_CONTROLLER"
+    assert worker.publish(replace(topology, epoch=2, publisher=8)).epoch == 2
