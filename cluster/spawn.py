@@ -8,16 +8,15 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from cluster.actor_handle import HEAD, HEAD_TIMEOUT_S, ActorHandle
 from cluster.controller import Controller
 from cluster.handle import Handle
 from cluster.nodes import Node, emptiest
@@ -25,12 +24,11 @@ from cluster.plan import ClusterPlan
 from cluster.standing import CONTROLLER
 from cluster.unhurried import unhurried
 from cluster.worker import Location, Role, WorkerConfig
-from llama4_dist.errors import EngineError, Llama4Error, UnavailableError
+from llama4_dist.errors import UnavailableError
 
 log = logging.getLogger(__name__)
 
 PLACEMENT_TIMEOUT_S = 60.0
-HEAD_TIMEOUT_S = 2.0
 NODE_TIMEOUT_S = 5.0  # for room on the node we chose
 NODE_LABEL = "ray.io/node-id"
 CONCURRENT_CALLS = 8  # a worker answers progress and status while it loads, the controller while it starts them
@@ -40,68 +38,6 @@ CONCURRENT_CALLS = 8  # a worker answers progress and status while it loads, the
 # expert hosts off the cores (benchmarks/throughput.py, 2 cores: 240 tokens/s; 255 to 275 with 100 to 2000).
 # Read when torch is imported.
 THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
-
-
-class Head:
-    """The head of Ray, asked in a thread: a call to one that is gone waits for ever."""
-
-    def __init__(self) -> None:
-        self._asking: threading.Thread | None = None
-
-    def answers(self, timeout_s: float) -> bool:
-        """Tell whether it answers in time; one question is open at a time."""
-        if self._asking is not None and self._asking.is_alive():
-            timeout_s = 0.0  # it owes an answer already
-        else:
-            self._asking = threading.Thread(target=ray.nodes, daemon=True)
-            self._asking.start()
-        self._asking.join(timeout_s)
-        return not self._asking.is_alive()
-
-
-HEAD = Head()
-
-
-class ActorHandle:
-    """One actor as driver and controller see it. The driver's copy owns the actor, the controller's does not."""
-
-    def __init__(self, worker: str, role: Role, actor: Any) -> None:
-        self.worker = worker
-        self.role = role
-        self._actor = actor
-
-    def call(self, method: str, *arguments: object) -> Future[Any]:
-        """Call a method of the actor; the future fails with one of our errors."""
-        answer: Future[Any] = Future()
-
-        def copy(remote: Future[Any]) -> None:
-            error = remote.exception()
-            if error is None:
-                answer.set_result(remote.result())
-            else:
-                answer.set_exception(self._translated(error))
-
-        self._actor.call.remote(method, *arguments).future().add_done_callback(copy)
-        return answer
-
-    def kill(self) -> None:
-        """End the process, whatever it is doing; where the head of Ray is gone, as soon as it listens."""
-        if HEAD.answers(HEAD_TIMEOUT_S):
-            ray.kill(self._actor, no_restart=True)
-        else:
-            self._actor.leave.remote()
-
-    def _translated(self, error: BaseException) -> BaseException:
-        if isinstance(error, RayTaskError):  # raised by the actor's own code
-            cause = error.cause
-            if isinstance(cause, Llama4Error | ValueError):
-                return cause
-            log.error("worker_failed worker=%s\n%s", self.worker, error)
-            return EngineError(f"{self.worker} failed: {type(cause).__name__}; its log says why")
-        if isinstance(error, RayError):
-            log.warning("worker_lost worker=%s cause=%s", self.worker, str(error).splitlines()[0])
-            return UnavailableError(f"the process of {self.worker} died", reason="WORKER_LOST")
-        return error
 
 
 class Home(NamedTuple):

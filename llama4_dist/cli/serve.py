@@ -24,7 +24,7 @@ from llama4_dist.settings import ServeSettings, load_settings
 from llama4_dist.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from cluster.admin_settings import AdminSettings
+    from cluster.admin.settings import AdminSettings
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ async def run_servers(
     async with AsyncExitStack() as stack:
         admin_port = None
         if parts.control is not None:
-            from cluster.admin_server import running_admin_server
+            from cluster.admin.server import running_admin_server
 
             admin = await stack.enter_async_context(running_admin_server(parts.control, admin_settings(settings)))
             admin_port = admin.port
@@ -85,7 +85,7 @@ async def told_to_stop() -> None:
 
 def admin_settings(settings: ServeSettings) -> "AdminSettings":
     """Pick the admin server's part: a port and a credential of its own."""
-    from cluster.admin_settings import AdminSettings
+    from cluster.admin.settings import AdminSettings
 
     return AdminSettings(
         address=settings.admin_address,

@@ -20,7 +20,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from cluster.admin_settings import AdminSettings
+from cluster.admin.settings import AdminSettings
 from llama4_dist.cli.app import app
 from llama4_dist.cli.flags import parse_seconds
 from tests.cluster.admin_serving import Served, admin_serving
@@ -28,7 +28,9 @@ from tests.cluster.memory_control import MemoryControl
 from tests.gateway.serving import eventually
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = [sys.executable, "-c", "from llama4_dist.cli import main; main()"]
+# What runs in the background of a shell ignores Ctrl-C, and its children inherit that: these heed it.
+HEED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+PROGRAM = [sys.executable, "-c", HEED + "from llama4_dist.cli import main; main()"]
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.admin_server import AdminServer, running_admin_server
-from cluster.admin_settings import AdminSettings
+from cluster.admin.server import AdminServer, running_admin_server
+from cluster.admin.settings import AdminSettings
 from cluster.control import ControlPlane
 from llama4_dist.errors import Llama4Error
 

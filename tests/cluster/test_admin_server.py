@@ -9,7 +9,7 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cluster.admin_settings import AdminSettings
+from cluster.admin.settings import AdminSettings
 from llama4_dist.client.admin import AdminClient
 from llama4_dist.client.options import ConnectOptions
 from llama4_dist.errors import ConfigError, PermissionDeniedError, UnauthenticatedError, UnavailableError
@@ -107,7 +107,7 @@ def test_health_needs_no_token_and_follows_the_controller(guarded: Served) -> No
 
 
 def test_readiness_goes_off_while_the_controller_is_away_and_on_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.admin_server.READINESS_INTERVAL_S", 0.02)
+    monkeypatch.setattr("cluster.admin.server.READINESS_INTERVAL_S", 0.02)
     control = MemoryControl()
     with admin_serving(control) as served, grpc.insecure_channel(served.address) as channel:
         states = health_pb2_grpc.HealthStub(channel).Watch(

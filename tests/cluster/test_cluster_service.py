@@ -9,8 +9,8 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2
 
-from cluster.admin_settings import AdminSettings
-from cluster.cluster_wire import operation_to_proto
+from cluster.admin.cluster_wire import operation_to_proto
+from cluster.admin.settings import AdminSettings
 from cluster.operation import Kind, Operation, Phase
 from cluster.worker import Role, State
 from llama4_dist.client.admin import AdminClient

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.admin_calls import AdminCalls
-from cluster.load_history import LoadHistory
+from cluster.admin.calls import AdminCalls
+from cluster.admin.load_history import LoadHistory
 from tests.cluster.memory_control import MemoryControl
 
 

@@ -1,6 +1,6 @@
 """Rates a reader can check by hand: hosts that start anew, join, stand still."""
 
-from cluster.load_rates import LoadRates, LoadReading, rates
+from cluster.admin.load_rates import LoadRates, LoadReading, rates
 from cluster.operation import HostLoad
 
 

@@ -4,9 +4,9 @@ import asyncio
 import time
 from collections import deque
 
-from cluster.admin_calls import AdminCalls
+from cluster.admin.calls import AdminCalls
+from cluster.admin.load_rates import LoadReading
 from cluster.control import ControlPlane
-from cluster.load_rates import LoadReading
 
 MAX_READINGS = 64
 MAX_STRETCH = 2.0  # a window reaches back at most so many times as far as asked

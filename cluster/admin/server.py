@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from google.longrunning import operations_pb2
 
-from cluster.admin_calls import AdminCalls
-from cluster.admin_settings import AdminSettings
-from cluster.cluster_service import ClusterService
+from cluster.admin.calls import AdminCalls
+from cluster.admin.cluster_service import ClusterService
+from cluster.admin.expert_service import ExpertService
+from cluster.admin.operations_service import OperationsService
+from cluster.admin.settings import AdminSettings
 from cluster.control import ControlPlane
-from cluster.expert_service import ExpertService
-from cluster.operations_service import OperationsService
 from llama4_dist.engine.port import EngineStats
 from llama4_dist.errors import Llama4Error, UnavailableError
 from llama4_dist.gateway.health import Health

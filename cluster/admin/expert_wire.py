@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from cluster.load_rates import ExpertRate, HostRate
+from cluster.admin.load_rates import ExpertRate, HostRate
 from cluster.operation import PlacementView
 from cluster.placement import Pair
 from llama4_dist.v1 import experts_pb2

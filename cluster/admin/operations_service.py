@@ -5,11 +5,11 @@ import asyncio
 from google.longrunning import operations_pb2
 from google.protobuf import empty_pb2
 
-from cluster.admin_calls import AdminCalls
-from cluster.cluster_wire import operation_to_proto
+from cluster.admin.calls import AdminCalls
+from cluster.admin.cluster_wire import operation_to_proto
+from cluster.admin.paging import invalid, page, seconds
 from cluster.control import ControlPlane
 from cluster.operation import Operation
-from cluster.paging import invalid, page, seconds
 from llama4_dist.gateway.handlers import Context
 
 PARENTS = ("", "operations")

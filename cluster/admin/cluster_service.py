@@ -8,12 +8,18 @@ from typing import Any
 
 from google.longrunning import operations_pb2
 
-from cluster.admin_calls import AdminCalls
-from cluster.cluster_wire import cluster_to_proto, operation_to_proto, options_from_proto, to_timestamp, worker_to_proto
+from cluster.admin.calls import AdminCalls
+from cluster.admin.cluster_wire import (
+    cluster_to_proto,
+    operation_to_proto,
+    options_from_proto,
+    to_timestamp,
+    worker_to_proto,
+)
+from cluster.admin.paging import invalid, page, seconds
+from cluster.admin.revised import Revised
 from cluster.control import ControlPlane
 from cluster.operation import ClusterView, Operation
-from cluster.paging import invalid, page, seconds
-from cluster.revised import Revised
 from llama4_dist.gateway.handlers import Context
 from llama4_dist.v1 import cluster_pb2
 

@@ -8,8 +8,8 @@ from google.longrunning import operations_pb2
 from google.protobuf import timestamp_pb2
 from google.rpc import code_pb2, status_pb2
 
+from cluster.admin.paging import seconds
 from cluster.operation import Change, ChangeOptions, ClusterView, Operation, Phase
-from cluster.paging import seconds
 from cluster.placement import Pair
 from cluster.worker import WorkerStatus
 from llama4_dist.errors import Llama4Error

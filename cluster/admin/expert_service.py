@@ -4,15 +4,15 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import islice
 
-from cluster.admin_calls import AdminCalls
+from cluster.admin.calls import AdminCalls
+from cluster.admin.expert_wire import change_to_proto, expert_rate_to_proto, host_rate_to_proto, placement_to_proto
+from cluster.admin.load_history import LoadHistory
+from cluster.admin.load_rates import ExpertRate, rates
+from cluster.admin.paging import invalid, page, seconds, to_duration
+from cluster.admin.revised import Revised
 from cluster.control import ControlPlane
-from cluster.expert_wire import change_to_proto, expert_rate_to_proto, host_rate_to_proto, placement_to_proto
-from cluster.load_history import LoadHistory
-from cluster.load_rates import ExpertRate, rates
 from cluster.operation import PlacementView
-from cluster.paging import invalid, page, seconds, to_duration
 from cluster.placement import Pair
-from cluster.revised import Revised
 from llama4_dist.gateway.handlers import Context
 from llama4_dist.v1 import experts_pb2
 

@@ -1,0 +1,1 @@
+"""The gRPC face of a control plane: services, wire, watching. Decides nothing about experts."""
