@@ -5,7 +5,7 @@ from pathlib import Path
 
 import cluster
 
-RAY_FILES = {"launch.py", "spawn.py"}
+RAY_FILES = {"actor_handle.py", "launch.py", "spawn.py"}
 
 
 def imported(path: Path) -> set[str]:
@@ -18,13 +18,13 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_only_launch_and_spawn_know_ray() -> None:
+def test_only_the_files_about_processes_know_ray() -> None:
     (folder,) = cluster.__path__
-    knowing = {path.name for path in Path(folder).glob("*.py") if "ray" in imported(path)}
+    knowing = {path.name for path in Path(folder).rglob("*.py") if "ray" in imported(path)}
     assert knowing == RAY_FILES
 
 
 def test_only_spawn_makes_actors() -> None:
     (folder,) = cluster.__path__
-    making = {path.name for path in Path(folder).glob("*.py") if "ray.remote" in path.read_text()}
+    making = {path.name for path in Path(folder).rglob("*.py") if "ray.remote" in path.read_text()}
     assert making == {"spawn.py"}

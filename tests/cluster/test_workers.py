@@ -105,6 +105,7 @@ def test_two_attention_workers_share_hosts(
     pairs = [start_attention(model_dir, tmp_path / "run", index, topology, resources) for index in range(2)]
     group, collector = EngineGroup([engine for _, engine in pairs]), Collector()
     group.start(collector.collect)
+    resources.callback(group.close)
     assert collector.run(group, some_requests("r")) == expected
     for host in hosts:
         assert host.stats().rows_by_worker.keys() == {"attention-0", "attention-1"}

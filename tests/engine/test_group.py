@@ -117,6 +117,7 @@ class Stepped:
     """Two engines that hold each step until told, in a group; closing one is how it is lost."""
 
     def __init__(self, **group_options: float) -> None:
+        self.threads_before = set(threading.enumerate())
         self.engines = [LocalEngine(fake_core()) for _ in range(2)]
         self.steps = [Steps(engine) for engine in self.engines]
         self.group, self.collector = EngineGroup(self.engines, **group_options), Collector()
@@ -135,11 +136,15 @@ class Stepped:
         closing.join(10.0)
         assert not closing.is_alive()
 
+    def threads_since(self, name: str) -> set[threading.Thread]:
+        """Threads of that name that were not there when this began: other tests may have left some."""
+        return {thread for thread in threading.enumerate() if thread.name == name} - self.threads_before
+
     def close(self) -> None:
         for steps in self.steps:
             steps.open()
         self.group.close()
-        assert "engine-group" not in {thread.name for thread in threading.enumerate()}
+        assert not self.threads_since("engine-group"), "a closed group has no thread"
 
 
 class Steps:

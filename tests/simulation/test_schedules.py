@@ -66,6 +66,15 @@ def test_a_few_schedules_end_well() -> None:
     check(simulate("seeds", 0, NUM_QUICK))
 
 
+@pytest.mark.timeout(300)
+def test_what_a_search_interleaves_ends_well() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/simulation/test_machine.py"]
+    environment = os.environ | {"PYTHONHASHSEED": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_no_schedule_loses_a_request_or_changes_a_token() -> None:
