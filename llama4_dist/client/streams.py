@@ -17,19 +17,11 @@ from llama4_dist.rpc import status
 OpenCall = Callable[[Any, StreamMessage], Any]
 
 
-class CompletionStream:
-    """Iterates over deltas; `completion` is the whole answer once they are exhausted. Leaving early cancels."""
+class StreamProgress:
+    """What both streams know of their request."""
 
-    def __init__(self, endpoints: Endpoints, method: str, progress: Progress, open_call: OpenCall) -> None:
+    def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._deltas = self._run(endpoints, method, progress, open_call)
-
-    def __iter__(self) -> Iterator[Delta]:
-        return self._deltas
-
-    def close(self) -> None:
-        """Cancel the request if it still runs."""
-        self._deltas.close()
 
     @property
     def request_id(self) -> str:
@@ -45,6 +37,21 @@ class CompletionStream:
     def completion(self) -> Completion:
         """The whole answer; EngineError before the stream's end."""
         return self._progress.assembler.completion
+
+
+class CompletionStream(StreamProgress):
+    """Iterates over deltas; `completion` is the whole answer once they are exhausted. Leaving early cancels."""
+
+    def __init__(self, endpoints: Endpoints, method: str, progress: Progress, open_call: OpenCall) -> None:
+        super().__init__(progress)
+        self._deltas = self._run(endpoints, method, progress, open_call)
+
+    def __iter__(self) -> Iterator[Delta]:
+        return self._deltas
+
+    def close(self) -> None:
+        """Cancel the request if it still runs."""
+        self._deltas.close()
 
     def _run(
         self, endpoints: Endpoints, method: str, progress: Progress, open_call: OpenCall
@@ -67,11 +74,11 @@ class CompletionStream:
             time.sleep(progress.after(error))
 
 
-class AsyncCompletionStream:
+class AsyncCompletionStream(StreamProgress):
     """Iterates over deltas; `completion` is the whole answer once they are exhausted. Leaving early cancels."""
 
     def __init__(self, endpoints: Endpoints, method: str, progress: Progress, open_call: OpenCall) -> None:
-        self._progress = progress
+        super().__init__(progress)
         self._deltas = self._run(endpoints, method, progress, open_call)
 
     def __aiter__(self) -> AsyncIterator[Delta]:
@@ -80,21 +87,6 @@ class AsyncCompletionStream:
     async def close(self) -> None:
         """Cancel the request if it still runs."""
         await self._deltas.aclose()
-
-    @property
-    def request_id(self) -> str:
-        """The request's id; "" before the first delta."""
-        return self._progress.assembler.request_id
-
-    @property
-    def seed(self) -> int | None:
-        """The seed in use; None before the request has begun. With it the request repeats exactly."""
-        return self._progress.seed
-
-    @property
-    def completion(self) -> Completion:
-        """The whole answer; EngineError before the stream's end."""
-        return self._progress.assembler.completion
 
     async def _run(
         self, endpoints: Endpoints, method: str, progress: Progress, open_call: OpenCall
