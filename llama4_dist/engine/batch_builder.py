@@ -50,7 +50,7 @@ def build_batch(planned_spans: Iterable[PlannedSpan], *, step: int, device: str)
             sampled_rows.append(len(logit_rows))
             logit_rows.append(len(token_ids) + count - 1)
         token_ids += sequence.tokens[first : first + count]
-        spans.append(SequenceSpan(num_tokens=count, num_cached=first, blocks=tuple(sequence.blocks)))
+        spans.append(SequenceSpan(num_tokens=count, num_cached=first, pages=sequence.pages))
     batch = Batch(
         step=step,
         token_ids_T=torch.tensor(token_ids, dtype=torch.int64, device=device),

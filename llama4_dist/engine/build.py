@@ -47,19 +47,22 @@ def build_engine(
     """Load the attention side of a checkpoint and return an engine that reaches experts through `dispatcher`."""
     config = checkpoint.config
     model = Llama4.load(checkpoint, dtype=dtype, device=device, progress=progress)
-    num_blocks = kv_sizing.num_blocks(config, options, dtype_bytes=dtype.itemsize, memory_bytes=_memory_bytes(device))
+    num_pages = kv_sizing.num_pages(config, options, dtype_bytes=dtype.itemsize, memory_bytes=_memory_bytes(device))
+    cache = KVCache(config, num_pages=num_pages, block_size=options.block_size, dtype=dtype, device=device)
     limits = EngineLimits(
         model=options.model_name or checkpoint.path.name,
         vocab_size=config.vocab_size,
-        max_context=min(kv_sizing.max_context(config, options), num_blocks * options.block_size),
+        max_context=kv_sizing.longest_sequence(
+            cache.layout, num_pages, options.block_size, at_most=kv_sizing.wanted_context(config, options)
+        ),
         max_waiting=options.max_waiting,
     )
     core = EngineCore(
         model,
-        KVCache(config, num_blocks=num_blocks, block_size=options.block_size, dtype=dtype, device=device),
+        cache,
         dispatcher,
         limits=limits,
-        options=replace(options, num_blocks=num_blocks),
+        options=replace(options, num_blocks=num_pages),
         eos_token_ids=checkpoint.generation.eos_token_ids or config.eos_token_ids,
         device=device,
     )

@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from llama4_dist.dispatch.dispatcher import Dispatcher
-from llama4_dist.engine.block_allocator import BlockAllocator
 from llama4_dist.engine.counters import Counters
 from llama4_dist.engine.intake import check_fits, make_sequence
 from llama4_dist.engine.options import EngineOptions
+from llama4_dist.engine.page_allocator import PageAllocator
 from llama4_dist.engine.sampler import Sampled
 from llama4_dist.engine.scheduler import Scheduler
 from llama4_dist.engine.sequence import SequenceState
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineCore:
-    """Owns the sequences and the KV blocks. Not thread-safe: one thread calls everything."""
+    """Owns the sequences and the KV pages. Not thread-safe: one thread calls everything."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class EngineCore:
         self.limits = limits
         self.options = options
         assert options.num_blocks is not None, "engine.build resolves num_blocks"
-        self.scheduler = Scheduler(BlockAllocator(options.num_blocks), options)
+        self.scheduler = Scheduler(PageAllocator(options.num_blocks), cache.layout, options)
         self.counters = Counters()
         self.runner = StepRunner(model, cache, dispatcher, counters=self.counters, clock=clock, device=device)
         self.clock = clock

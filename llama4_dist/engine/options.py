@@ -10,12 +10,13 @@ from llama4_dist.errors import ConfigError
 class EngineOptions:
     """Bounds of one engine. Names are vLLM's where it has one.
 
-    `num_blocks` wins over `kv_cache_bytes`; with neither, a share of the memory is taken (`engine.kv_sizing`).
+    `num_blocks` counts pages: `block_size` positions of one group of layers (`model.kv_layout`). It wins over
+    `kv_cache_bytes`; with neither, a share of the memory is taken (`engine.kv_sizing`).
     `max_logit_rows` bounds the float32 rows of logits a step makes for prompt log-probabilities or scoring: a row of
     Llama 4's vocabulary is 0.8 MB. `max_score_bytes` bounds the logits that one call of `score` returns.
     `expert_timeout_s` is how long requests wait for an expert that no host serves before they fail as retriable.
-    `debug_invariants` checks block conservation after every step. `model_name` is what clients call the model: the
-    checkpoint's folder name, if left out.
+    `debug_invariants` checks the conservation of pages after every step. `model_name` is what clients call the
+    model: the checkpoint's folder name, if left out.
     """
 
     max_num_seqs: int = 256

@@ -1,95 +1,152 @@
 """Decides what one step computes: pure functions of sequence state that return a plan and change nothing."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from llama4_dist.engine.options import EngineOptions
+from llama4_dist.engine.page_move import PageMove, num_covered, page_ids
 from llama4_dist.engine.sequence import SequenceState
+from llama4_dist.model.kv_layout import KVLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlannedSpan:
-    """`num_tokens` pending tokens of one sequence, and the blocks it must get first."""
+    """`num_tokens` pending tokens of one sequence, and how its pages move first (None: they stay)."""
 
     sequence: SequenceState
     num_tokens: int
-    num_new_blocks: int
+    move: PageMove | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepPlan:
-    """One step: preempt, admit, then compute the spans in order."""
+    """One step: preempt, admit, move the pages of all spans, then compute the spans in order."""
 
     spans: tuple[PlannedSpan, ...]
     preempted: tuple[SequenceState, ...]
     admitted: tuple[SequenceState, ...]
 
 
-def blocks_for(num_tokens: int, block_size: int) -> int:
-    """Return how many blocks hold `num_tokens` positions."""
-    return -(-num_tokens // block_size)
+class PagePool(Protocol):
+    """What a plan reads of the pages; `PageAllocator` is one."""
+
+    @property
+    def num_free(self) -> int: ...
+    def num_holders(self, page: int) -> int: ...
 
 
 def plan_step(
-    running: Sequence[SequenceState], waiting: Sequence[SequenceState], *, num_free: int, options: EngineOptions
+    running: Sequence[SequenceState],
+    waiting: Sequence[SequenceState],
+    *,
+    pool: PagePool,
+    layout: KVLayout,
+    options: EngineOptions,
 ) -> StepPlan:
     """Plan decodes first, then prefill chunks of running sequences, then admissions; all oldest first.
 
-    A sequence gets blocks for all its known tokens when it is admitted, so only decoding can run out; then the
-    youngest running sequence is preempted (vLLM's recompute policy). The oldest is preempted for no other, and any
-    single sequence fits an empty cache, hence the oldest always advances. Both inputs are sorted by `order`.
+    A sequence gets pages for all its known tokens when it is admitted, in chunked layers for its chunk, so only
+    decoding can run out; then the youngest running sequence is preempted (vLLM's recompute policy). The oldest is
+    preempted for no other, and any single sequence fits an empty cache, hence the oldest always advances. Both inputs
+    are sorted by `order`.
     """
-    kept, preempted, num_free = _grow_decodes(running, num_free, options.block_size)
-    budget = _Budget(options.max_num_batched_tokens, options.max_logit_rows)
+    kept, preempted, moves, num_free = _keep_room(running, pool, layout, options.block_size)
+    budget = _Budget(options, layout, num_free)
     decodes = [s for s in kept if s.num_pending == 1]
     prefills = [s for s in kept if s.num_pending > 1]
-    spans = [span for s in (*decodes, *prefills) if (span := budget.spend(s, options.block_size))]
+    spans = [span for s in (*decodes, *prefills) if (span := budget.spend(s, moves.get(s.request_id)))]
     admitted: list[SequenceState] = []
-    # After a preemption nothing is admitted: it would take back the blocks that were just freed.
+    # After a preemption nothing is admitted: it would take back the pages that were just freed.
     for sequence in () if preempted else waiting:
-        need = blocks_for(len(sequence.tokens), options.block_size)
-        if need > num_free or len(kept) + len(admitted) >= options.max_num_seqs:
+        move = next_move(sequence, layout, options.block_size)
+        assert move is not None, "a waiting sequence holds no pages"
+        if move.num_taken > budget.num_free or len(kept) + len(admitted) >= options.max_num_seqs:
             break  # no overtaking: a long prompt at the head is not starved by short ones behind it
-        span = budget.spend(sequence, options.block_size)
+        budget.num_free -= move.num_taken
+        span = budget.spend(sequence, move)
         if span is None:
             break
-        num_free -= need
         admitted.append(sequence)
         spans.append(span)
     return StepPlan(spans=tuple(spans), preempted=tuple(preempted), admitted=tuple(admitted))
 
 
-def _grow_decodes(
-    running: Sequence[SequenceState], num_free: int, block_size: int
-) -> tuple[list[SequenceState], list[SequenceState], int]:
-    """Find room for one more token of every running sequence, preempting from the youngest end."""
+def next_move(sequence: SequenceState, layout: KVLayout, block_size: int, *, end: int | None = None) -> PageMove | None:
+    """Return how pages must move before positions up to `end` (default: the next one) are computed; None if not."""
+    first, num_known = sequence.num_cached, len(sequence.tokens)
+    if num_known - first == 1 and num_known <= num_covered(sequence.pages, block_size):
+        return None
+    blocks = layout.blocks(num_cached=first, end=end or first + 1, num_known=num_known, block_size=block_size)
+    return PageMove(pages=sequence.pages, blocks=blocks)
+
+
+def _keep_room(
+    running: Sequence[SequenceState], pool: PagePool, layout: KVLayout, block_size: int
+) -> tuple[list[SequenceState], list[SequenceState], dict[str, PageMove], int]:
+    """Find room for the next tokens of every running sequence, preempting from the youngest end."""
     kept = list(running)
     preempted: list[SequenceState] = []
-    needed = {s.request_id: _missing_blocks(s, block_size) for s in kept}
-    while sum(needed[s.request_id] for s in kept) > num_free:
-        victim = kept.pop()
-        preempted.append(victim)
-        num_free += len(victim.blocks)
-    return kept, preempted, num_free - sum(needed[s.request_id] for s in kept)
+    moves = {s.request_id: move for s in kept if (move := next_move(s, layout, block_size))}
+    while (num_free := _num_left(kept, preempted, moves, pool)) < 0:
+        preempted.append(kept.pop())
+    return kept, preempted, moves, num_free
 
 
-def _missing_blocks(sequence: SequenceState, block_size: int) -> int:
-    return max(0, blocks_for(len(sequence.tokens), block_size) - len(sequence.blocks))
+def _num_left(
+    kept: Iterable[SequenceState],
+    preempted: Iterable[SequenceState],
+    moves: dict[str, PageMove],
+    pool: PagePool,
+) -> int:
+    """Return how many pages are free once the preempted ones gave theirs back and the kept ones moved theirs."""
+    given_back: Counter[int] = Counter()
+    num_taken = 0
+    for sequence in preempted:
+        given_back.update(page_ids(sequence.pages))
+    for sequence in kept:
+        if move := moves.get(sequence.request_id):
+            given_back.update(move.dropped)
+            num_taken += move.num_taken
+    return pool.num_free + sum(count == pool.num_holders(page) for page, count in given_back.items()) - num_taken
 
 
 class _Budget:
-    """Tokens and logit rows left in this step."""
+    """Tokens, logit rows and pages left in this step."""
 
-    def __init__(self, num_tokens: int, num_logit_rows: int) -> None:
-        self.num_tokens = num_tokens
-        self.num_logit_rows = num_logit_rows
+    def __init__(self, options: EngineOptions, layout: KVLayout, num_free: int) -> None:
+        self.num_tokens = options.max_num_batched_tokens
+        self.num_logit_rows = options.max_logit_rows
+        self.num_free = num_free
+        self._layout = layout
+        self._block_size = options.block_size
 
-    def spend(self, sequence: SequenceState, block_size: int) -> PlannedSpan | None:
+    def spend(self, sequence: SequenceState, move: PageMove | None) -> PlannedSpan | None:
+        """Plan the next tokens of a sequence whose `move` has been paid for."""
         count = min(sequence.num_pending, self.num_tokens)
         if sequence.wants_prompt_logprobs:
             count = min(count, self.num_logit_rows)
-            self.num_logit_rows -= count
+        if count > 1:
+            count, move = self._up_to_the_edge(sequence, count, move)
         if count == 0:
             return None
+        if sequence.wants_prompt_logprobs:
+            self.num_logit_rows -= count
         self.num_tokens -= count
-        return PlannedSpan(sequence=sequence, num_tokens=count, num_new_blocks=_missing_blocks(sequence, block_size))
+        return PlannedSpan(sequence=sequence, num_tokens=count, move=move)
+
+    def _up_to_the_edge(
+        self, sequence: SequenceState, count: int, move: PageMove | None
+    ) -> tuple[int, PageMove | None]:
+        """Stop a span at the edge of its chunk unless there are pages for the chunks on both sides of it."""
+        first = sequence.num_cached
+        edge = self._layout.next_edge(first)
+        if edge is None or first + count <= edge:
+            return count, move
+        across = next_move(sequence, self._layout, self._block_size, end=first + count)
+        num_more = (across.num_taken if across else 0) - (move.num_taken if move else 0)
+        if num_more > self.num_free:
+            return edge - first, move
+        self.num_free -= num_more
+        return count, across

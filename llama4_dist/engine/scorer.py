@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from llama4_dist.engine.engine import EngineCore
-from llama4_dist.engine.plan import blocks_for
 from llama4_dist.errors import FieldViolation, InvalidRequestError
 from llama4_dist.model.batch import Batch, SequenceSpan
 
@@ -19,7 +18,6 @@ class ScoreJob:
     owner: str
     token_ids: tuple[int, ...]
     chunk_size: int
-    blocks: tuple[int, ...] = ()
     num_cached: int = 0
     parts: list[Tensor] = field(default_factory=list)
 
@@ -46,11 +44,12 @@ def make_job(core: EngineCore, owner: str, token_ids: Sequence[int], chunk_size:
 
 
 def advance(core: EngineCore, job: ScoreJob) -> None:
-    """Score the next chunk; the first one borrows the blocks, preempting the youngest sequences if it must."""
-    if not job.blocks:
-        job.blocks = core.scheduler.borrow(job.owner, blocks_for(len(job.token_ids), core.options.block_size))
-    chunk = job.token_ids[job.num_cached : job.num_cached + job.chunk_size]
-    span = SequenceSpan(num_tokens=len(chunk), num_cached=job.num_cached, blocks=job.blocks)
+    """Score the next chunk, within one chunk of attention; its pages may cost the youngest sequences theirs."""
+    scheduler, first, num_known = core.scheduler, job.num_cached, len(job.token_ids)
+    end = min(first + job.chunk_size, num_known, scheduler.layout.next_edge(first) or num_known)
+    chunk = job.token_ids[first:end]
+    pages = scheduler.borrow(job.owner, num_cached=first, end=end, num_known=num_known)
+    span = SequenceSpan(num_tokens=len(chunk), num_cached=first, pages=pages)
     batch = Batch(
         step=core.counters.next_step(),
         token_ids_T=torch.tensor(chunk, dtype=torch.int64, device=core.runner.device),

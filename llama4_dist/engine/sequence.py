@@ -3,12 +3,13 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from llama4_dist.engine.page_move import Pages
 from llama4_dist.request import EngineRequest, PositionLogprobs, Sampling
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class SequenceState:
-    """A sequence: its tokens, how many of them are in the KV cache, and the blocks that hold them.
+    """A sequence: its tokens, how many of them are in the KV cache, and the pages that hold them.
 
     `tokens` is prompt + output. `num_cached` positions are in the cache; the rest is pending. A preempted sequence
     falls back to `num_cached = 0` and keeps its tokens, so it recomputes and continues. `order` is the place in the
@@ -24,7 +25,7 @@ class SequenceState:
     deadline_s: float | None
     tokens: list[int]
     num_cached: int = 0
-    blocks: list[int] = field(default_factory=list)
+    pages: Pages = ()
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
     first_output: bool = True

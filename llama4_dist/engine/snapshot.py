@@ -19,7 +19,7 @@ def snapshot(core: EngineCore) -> EngineStats:
     return EngineStats(
         requests_running=len(scheduler.running),
         requests_waiting=len(waiting),
-        kv_blocks_total=scheduler.allocator.num_blocks,
+        kv_blocks_total=scheduler.allocator.num_pages,
         kv_blocks_free=scheduler.allocator.num_free,
         steps=counters.steps,
         prompt_tokens=counters.prompt_tokens,

@@ -25,14 +25,13 @@ class Attention:
         self.has_rope = config.rope_layers[layer]
         self.has_qk_norm = config.use_qk_norm and self.has_rope
         self.has_temperature = config.temperature_tuning and not self.has_rope
-        self.is_chunked = config.chunked_layers[layer]
         self.eps = config.rms_norm_eps
         prefix = f"model.layers.{layer}.self_attn"
         self.qkv_weight = weights.linear(*(f"{prefix}.{name}_proj.weight" for name in "qkv"))
         self.o_weight = weights.linear(f"{prefix}.o_proj.weight")
 
     def __call__(self, x_TD: Tensor, plan: StepPlan, cache: KVCache) -> Tensor:
-        layer_plan = plan.chunked if self.is_chunked else plan.full
+        layer_plan = plan.for_layer(self.layer)
         heads_THC = linear(x_TD, self.qkv_weight).view(x_TD.shape[0], -1, self.head_dim)
         qk_THC, v_TGC = heads_THC.tensor_split([self.num_heads + self.num_kv_heads], dim=1)
         if self.has_rope:

@@ -1,18 +1,24 @@
 """Decides, once per step, who attends to what: positions, cache slots, masks, rotation. Knows no weights and no values.
 
-Which queries share an attention call is decided in `query_runs`.
+Which queries share an attention call is decided in `query_runs`; what the layers of a kind have in common is made once,
+and for each group of layers only the places of its keys.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llama4_dist.config import ModelConfig
 from llama4_dist.model.batch import SequenceSpan
-from llama4_dist.model.linear import ROW_TILE, padded_rows
-from llama4_dist.model.query_runs import QueryRun, decode_groups, padded_keys, query_runs
+from llama4_dist.model.key_axes import KeyAxes
+from llama4_dist.model.kv_layout import KVLayout
+from llama4_dist.model.linear import padded_rows
+from llama4_dist.model.query_runs import QueryRun
 from llama4_dist.model.rope import query_temperature, rotation_table
 
 
@@ -35,13 +41,72 @@ class DecodeAttention:
     mask_B11S: Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerPlan:
-    """The attention of all layers of one kind: where new keys go, and one entry per attention call."""
+    """The attention of one group of layers. Each part is made when it is first asked for, once a step.
 
-    slots_T: Tensor
-    prefill: tuple[PrefillAttention, ...]
-    decode: tuple[DecodeAttention, ...]
+    `pages_BN` are int32 page ids: entry n of row b holds block `first_block_B[b] + n` of the step's sequence b. A row
+    ends in repetitions of its last page. `slots_T` are the slots where the step's new keys go. `axes` says, for each
+    row of the step, whose it is and which keys it sees; `prefill` and `decode` say the same as gathers and masks.
+    """
+
+    def __init__(self, group: int, spans: Sequence[SequenceSpan], axes: KeyAxes, block_size: int) -> None:
+        self.axes = axes
+        self._runs = [span.pages[group] for span in spans]
+        self._block_size = block_size
+
+    @cached_property
+    def slots_T(self) -> Tensor:
+        return self._to_device(self._slots(self.axes.sequences, self.axes.positions))
+
+    @cached_property
+    def pages_BN(self) -> Tensor:
+        return self._to_device(self._table.astype(np.int32))
+
+    @cached_property
+    def first_block_B(self) -> Tensor:
+        return self._to_device(self._first_blocks.astype(np.int32))
+
+    @cached_property
+    def prefill(self) -> tuple[PrefillAttention, ...]:
+        return tuple(
+            PrefillAttention(
+                start=run.row, stop=run.row + run.num_queries, slots_1S=self._key_slots([run]), mask_QS=mask
+            )
+            for run, mask in self.axes.prefill
+        )
+
+    @cached_property
+    def decode(self) -> tuple[DecodeAttention, ...]:
+        return tuple(
+            DecodeAttention(rows_B=rows, slots_BS=self._key_slots(runs), mask_B11S=mask)
+            for runs, rows, mask in self.axes.decode
+        )
+
+    @cached_property
+    def _table(self) -> NDArray[np.int64]:
+        width = max(len(run.ids) for run in self._runs)
+        table = np.empty((len(self._runs), width), dtype=np.int64)
+        for row, run in zip(table, self._runs, strict=True):
+            row[: len(run.ids)] = run.ids_N
+            row[len(run.ids) :] = run.ids[-1]
+        return table
+
+    @cached_property
+    def _first_blocks(self) -> NDArray[np.int64]:
+        return np.array([run.first_block for run in self._runs], dtype=np.int64)
+
+    def _key_slots(self, runs: Sequence[QueryRun]) -> Tensor:
+        sequences, positions = self.axes.keys(runs)
+        return self._to_device(self._slots(sequences, positions))
+
+    def _slots(self, sequences: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the slots of positions of sequences, by their index in the step; both broadcast."""
+        blocks, offsets = np.divmod(positions, self._block_size)
+        pages = self._table[sequences, blocks - self._first_blocks[sequences]]
+        return pages * self._block_size + offsets
+
+    def _to_device(self, array: NDArray[np.integer]) -> Tensor:
+        return torch.from_numpy(array).to(self.axes.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,8 +116,12 @@ class StepPlan:
     num_tokens: int  # without padding rows
     rotation_T1C: Tensor
     temperature_T11: Tensor
-    full: LayerPlan
-    chunked: LayerPlan
+    layout: KVLayout
+    groups: tuple[LayerPlan, ...]
+
+    def for_layer(self, layer: int) -> LayerPlan:
+        """Return the plan of the group that a layer belongs to."""
+        return self.groups[self.layout.group_of[layer]]
 
 
 def plan_step(
@@ -60,93 +129,26 @@ def plan_step(
     *,
     config: ModelConfig,
     frequencies_C: Tensor,
+    layout: KVLayout,
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> StepPlan:
     """Return the plan of a step; its masks have `dtype`, its tensors lie on `device`."""
-    num_tokens = sum(span.num_tokens for span in spans)
-    positions_T = torch.zeros(padded_rows(num_tokens), dtype=torch.int64)
-    positions_T[:num_tokens] = torch.cat([torch.arange(s.num_cached, s.num_cached + s.num_tokens) for s in spans])
-    blocks = BlockTable(spans, block_size)
-    full = _plan_layers(spans, blocks, positions_T[:num_tokens], None, dtype, device)
-    chunked = full
-    if any(config.chunked_layers):
-        chunked = _plan_layers(spans, blocks, positions_T[:num_tokens], config.chunk_size, dtype, device)
+    axes: dict[int | None, KeyAxes] = {}
+    for group in layout.groups:
+        if group.chunk_size not in axes:
+            axes[group.chunk_size] = KeyAxes(spans, group.chunk_size, dtype, device)
+    positions = next(iter(axes.values())).positions
+    num_tokens = len(positions)
+    positions_T = torch.from_numpy(np.pad(positions, (0, padded_rows(num_tokens) - num_tokens)))
     temperature_T = query_temperature(positions_T, config.floor_scale, config.attn_scale)
     return StepPlan(
         num_tokens=num_tokens,
         rotation_T1C=rotation_table(positions_T, frequencies_C).to(device),
         temperature_T11=temperature_T[:, None, None].to(device),
-        full=full,
-        chunked=chunked,
+        layout=layout,
+        groups=tuple(
+            LayerPlan(number, spans, axes[group.chunk_size], block_size) for number, group in enumerate(layout.groups)
+        ),
     )
-
-
-class BlockTable:
-    """The cache blocks of a step's sequences, to look up slots of many positions at once."""
-
-    def __init__(self, spans: Sequence[SequenceSpan], block_size: int) -> None:
-        width = max(len(span.blocks) for span in spans)
-        self._blocks_BN = torch.tensor([span.blocks + (0,) * (width - len(span.blocks)) for span in spans])
-        self._block_size = block_size
-
-    def slots(self, sequences: Tensor, positions: Tensor) -> Tensor:
-        """Return the cache slots of positions of sequences, by their index in the step; both broadcast."""
-        blocks = self._blocks_BN[sequences, positions // self._block_size]
-        return blocks * self._block_size + positions % self._block_size
-
-
-def _plan_layers(
-    spans: Sequence[SequenceSpan],
-    blocks: BlockTable,
-    positions_T: Tensor,
-    chunk_size: int | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> LayerPlan:
-    sequence_T = torch.repeat_interleave(torch.tensor([span.num_tokens for span in spans]))
-    runs = list(query_runs(spans, chunk_size))
-    singles = [run for run in runs if run.num_queries == 1]
-    return LayerPlan(
-        slots_T=blocks.slots(sequence_T, positions_T).to(device),
-        prefill=tuple(_plan_prefill(run, blocks, dtype, device) for run in runs if run.num_queries > 1),
-        decode=tuple(_plan_decode(group, blocks, dtype, device) for group in decode_groups(singles)),
-    )
-
-
-def _plan_prefill(run: QueryRun, blocks: BlockTable, dtype: torch.dtype, device: torch.device) -> PrefillAttention:
-    num_rows = padded_rows(run.num_queries, ROW_TILE)
-    num_keys_Q = torch.arange(run.num_keys, run.num_keys + num_rows).clamp(max=run.num_keys_of_last)
-    key_S = torch.arange(padded_keys(run.num_keys_of_last))
-    return PrefillAttention(
-        start=run.row,
-        stop=run.row + run.num_queries,
-        slots_1S=_key_slots([run], key_S, blocks).to(device),
-        mask_QS=_mask(key_S, num_keys_Q[:, None], dtype).to(device),
-    )
-
-
-def _plan_decode(
-    runs: Sequence[QueryRun], blocks: BlockTable, dtype: torch.dtype, device: torch.device
-) -> DecodeAttention:
-    num_keys_B1 = torch.tensor([[run.num_keys] for run in runs])
-    key_S = torch.arange(padded_keys(runs[0].num_keys))
-    return DecodeAttention(
-        rows_B=torch.tensor([run.row for run in runs]).to(device),
-        slots_BS=_key_slots(runs, key_S, blocks).to(device),
-        mask_B11S=_mask(key_S, num_keys_B1, dtype)[:, None, None, :].to(device),
-    )
-
-
-def _key_slots(runs: Sequence[QueryRun], key_S: Tensor, blocks: BlockTable) -> Tensor:
-    sequence_B1 = torch.tensor([[run.sequence] for run in runs])
-    first_key_B1 = torch.tensor([[run.first_key] for run in runs])
-    last_key_B1 = torch.tensor([[run.num_keys_of_last - 1] for run in runs])
-    # Padding repeats the sequence's own last key: what another sequence holds must not reach this one, not even as NaN.
-    return blocks.slots(sequence_B1, first_key_B1 + torch.minimum(key_S, last_key_B1))
-
-
-def _mask(key_S: Tensor, num_keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return 0 where a key is seen and -inf elsewhere."""
-    return torch.zeros(1, dtype=dtype).masked_fill(key_S >= num_keys, float("-inf"))

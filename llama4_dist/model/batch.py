@@ -1,20 +1,43 @@
 """What one step computes: tokens of several sequences, packed, and where their keys and values live."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PageRun:
+    """The pages of one sequence in one group of layers: `ids[i]` holds block `first_block + i` of its positions.
+
+    A run is replaced when pages come or go and kept while they stay, so what is derived from it is derived once.
+    """
+
+    first_block: int
+    ids: tuple[int, ...]
+
+    @property
+    def stop_block(self) -> int:
+        return self.first_block + len(self.ids)
+
+    @cached_property
+    def ids_N(self) -> NDArray[np.int64]:
+        """The ids as an array."""
+        return np.array(self.ids, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SequenceSpan:
     """One sequence's part of a step: `num_tokens` new tokens after `num_cached` positions already in the cache.
 
-    `blocks` are the sequence's cache blocks in order of position; they cover the new tokens too.
+    `pages` has a run for each group of the cache's layout. It covers the new tokens and all that they see.
     """
 
     num_tokens: int
     num_cached: int
-    blocks: tuple[int, ...]
+    pages: tuple[PageRun, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -1,38 +1,58 @@
-"""The tensors that hold keys and values of all sequences; which block belongs to whom is the engine's business."""
+"""The tensors that hold keys and values of all sequences; which page belongs to whom is the engine's business."""
 
 import torch
 from torch import Tensor
 
 from llama4_dist.config import ModelConfig
+from llama4_dist.model.kv_layout import layout_of
 
 
 class KVCache:
-    """Per layer keys and values [num_blocks · block_size, G, C]; slot = block · block_size + offset in the block.
+    """One pool of pages for all groups of layers: [layers_per_group, 2, num_pages · block_size, G · C].
 
-    Keys are stored after rotation and QK-norm, so a position's entry never changes.
+    Layer l is row `layout.index_in_group[l]`; slot = page · block_size + offset in the block. Keys are stored after
+    rotation and QK-norm, so a position's entry never changes. `dtype` is what is stored, `compute_dtype` what `read`
+    returns; every query reads what is stored, its own key too, so no token depends on what was computed when.
     """
 
     def __init__(
-        self, config: ModelConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        *,
+        num_pages: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
-        self.num_blocks = num_blocks
+        self.layout = layout_of(config)
+        self.num_pages = num_pages
         self.block_size = block_size
+        self.dtype = dtype
+        self.compute_dtype = compute_dtype or dtype
         self._row = (config.num_kv_heads, config.head_dim)
         width = config.num_kv_heads * config.head_dim
-        shape = (config.num_layers, 2, num_blocks * block_size, width)
+        shape = (self.layout.layers_per_group, 2, num_pages * block_size, width)
         # Zeros, not empty memory: whatever a slot holds takes part in a product before it is masked away.
-        self._slots = [tuple(layer) for layer in torch.zeros(shape, dtype=dtype, device=device)]
+        self._storage = torch.zeros(shape, dtype=dtype, device=device)
+        rows = [tuple(row) for row in self._storage]
+        self._slots = [rows[index] for index in self.layout.index_in_group]
         self._gathered = torch.empty((2, 0, width), dtype=dtype, device=device)
 
     @property
     def num_bytes(self) -> int:
-        return sum(slots.nbytes for layer in self._slots for slots in layer)
+        return self._storage.nbytes
+
+    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the stored keys and values [num_pages · block_size, G · C] that a layer shares with other groups'."""
+        keys, values = self._slots[layer]
+        return keys, values
 
     def write(self, layer: int, slots_T: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> None:
         """Store the keys and values of new tokens."""
         keys, values = self._slots[layer]
-        keys.index_copy_(0, slots_T, k_TGC.flatten(1))
-        values.index_copy_(0, slots_T, v_TGC.flatten(1))
+        keys.index_copy_(0, slots_T, k_TGC.flatten(1).to(self.dtype))
+        values.index_copy_(0, slots_T, v_TGC.flatten(1).to(self.dtype))
 
     def read(self, layer: int, slots_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Copy out the keys and values at `slots_BS`, each a view [B, G, S, C] that the next `read` overwrites."""
@@ -41,5 +61,5 @@ class KVCache:
             self._gathered = self._gathered.new_empty((2, len(slots_S), self._gathered.shape[2]))
         for tensor, gathered_SD in zip(self._slots[layer], self._gathered, strict=True):
             torch.index_select(tensor, 0, slots_S, out=gathered_SD[: len(slots_S)])
-        k_BSGC, v_BSGC = self._gathered[:, : len(slots_S)].view(2, *slots_BS.shape, *self._row)
+        k_BSGC, v_BSGC = self._gathered[:, : len(slots_S)].to(self.compute_dtype).view(2, *slots_BS.shape, *self._row)
         return k_BSGC.transpose(1, 2), v_BSGC.transpose(1, 2)

@@ -87,6 +87,7 @@ class Llama4:
             batch.spans,
             config=self.config,
             frequencies_C=self.frequencies_C,
+            layout=cache.layout,
             block_size=cache.block_size,
             dtype=embedding_VD.dtype,
             device=embedding_VD.device,

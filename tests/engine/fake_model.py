@@ -6,6 +6,7 @@ two owners, a wrong position or a lost token changes what it says.
 
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -15,12 +16,14 @@ from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.stats import DispatchStats
 from llama4_dist.engine.engine import EngineCore
 from llama4_dist.engine.options import EngineOptions
-from llama4_dist.model.batch import Batch
+from llama4_dist.model.batch import Batch, PageRun
 from llama4_dist.model.kv_cache import KVCache
+from llama4_dist.model.kv_layout import KVGroup, KVLayout
 from llama4_dist.request import EngineLimits, TokenOutput
 
 VOCAB_SIZE = 97
 EOS = 96
+LAYOUT = KVLayout(groups=(KVGroup(layers=(0,), chunk_size=None),))
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -52,13 +55,13 @@ class FakeModel:
         token_ids = batch.token_ids_T.tolist()
         for span in batch.spans:
             for position in range(span.num_cached, span.num_cached + span.num_tokens):
-                self.slots[self._slot(span.blocks, position)] = token_ids.pop(0)
-                tokens = [self.slots[self._slot(span.blocks, i)] for i in range(position + 1)]
+                self.slots[self._slot(span.pages, position)] = token_ids.pop(0)
+                tokens = [self.slots[self._slot(span.pages, i)] for i in range(position + 1)]
                 rows.append((torch.arange(VOCAB_SIZE) - next_token(tokens)).remainder(VOCAB_SIZE) / -8)
         return torch.stack(rows)[list(batch.logit_rows)]
 
-    def _slot(self, blocks: tuple[int, ...], position: int) -> int:
-        return blocks[position // self.block_size] * self.block_size + position % self.block_size
+    def _slot(self, pages: tuple[PageRun, ...], position: int) -> int:
+        return pages[0].ids[position // self.block_size] * self.block_size + position % self.block_size
 
 
 class FakeDispatcher:
@@ -82,7 +85,7 @@ def fake_core(
     engine_options = EngineOptions(num_blocks=num_blocks, **fields)
     return EngineCore(
         FakeModel(engine_options.block_size),
-        cast(KVCache, None),
+        cast(KVCache, SimpleNamespace(layout=LAYOUT)),
         cast(Dispatcher, FakeDispatcher()),
         limits=EngineLimits(
             model="fake",

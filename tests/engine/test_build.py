@@ -12,6 +12,7 @@ from llama4_dist.engine.build import build_single_process, resolve_dtype
 from llama4_dist.engine.local import LocalEngine
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError, UnavailableError
+from llama4_dist.model.kv_layout import page_bytes
 from tests.checkpoints import make_checkpoint
 from tests.engine.collector import Collector
 from tests.engine.fake_model import tokens
@@ -51,7 +52,7 @@ def test_a_checkpoint_in_bfloat16_runs_in_it_and_loading_reports_progress(tmp_pa
 def test_the_name_and_the_limits_come_from_folder_config_and_options(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "tiny-scout", "scout")
     limits = build_single_process(path, options=EngineOptions(num_blocks=20)).limits
-    assert (limits.model, limits.vocab_size, limits.max_context) == ("tiny-scout", 320, 20 * 16)
+    assert (limits.model, limits.vocab_size, limits.max_context) == ("tiny-scout", 320, (20 - 3) * 16)
     named = build_single_process(path, options=EngineOptions(max_context=100, model_name="mine", max_waiting=7)).limits
     assert (named.model, named.max_context, named.max_waiting) == ("mine", 100, 7)
     assert build_single_process(path).limits.max_context == 1024
@@ -59,20 +60,21 @@ def test_the_name_and_the_limits_come_from_folder_config_and_options(tmp_path: P
 
 def test_blocks_follow_the_memory_and_never_exceed_what_can_be_used(tmp_path: Path) -> None:
     config = read_config(make_checkpoint(tmp_path, "scout"))
-    # keys and values x 4 layers x 2 heads x 16 wide x 16 positions x 4 bytes
-    assert kv_sizing.block_bytes(config, block_size=16, dtype_bytes=4) == 2 * 4 * 2 * 16 * 16 * 4
-    size = 16384
+    # keys and values x 1 layer x 2 heads x 16 wide x 16 positions x 4 bytes
+    size = page_bytes(config, block_size=16, dtype_bytes=4)
+    assert size == 2 * 1 * 2 * 16 * 16 * 4
 
     def blocks(memory_bytes: int = 10**12, **fields: Any) -> int:
-        return kv_sizing.num_blocks(config, EngineOptions(**fields), dtype_bytes=4, memory_bytes=memory_bytes)
+        return kv_sizing.num_pages(config, EngineOptions(**fields), dtype_bytes=4, memory_bytes=memory_bytes)
 
     assert blocks(num_blocks=7) == 7
     assert blocks(kv_cache_bytes=10 * size + 1) == 10
     assert blocks(memory_bytes=1000 * size) == 100
-    assert blocks(max_num_seqs=3) == 3 * 64
-    assert blocks(max_num_seqs=3, max_context=17) == 3 * 2
+    # One group keeps everything, three keep a chunk of 16.
+    assert blocks(max_num_seqs=3) == 3 * (64 + 3)
+    assert blocks(max_num_seqs=3, max_context=17) == 3 * (2 + 3)
     with pytest.raises(ConfigError, match="kv_cache_bytes"):
-        blocks(kv_cache_bytes=size - 1)
+        blocks(kv_cache_bytes=4 * size - 1)
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,21 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from llama4_dist.engine.block_allocator import BlockAllocator
 from llama4_dist.engine.options import EngineOptions
+from llama4_dist.engine.page_allocator import PageAllocator
 from llama4_dist.engine.plan import StepPlan
 from llama4_dist.engine.scheduler import Scheduler
 from llama4_dist.engine.sequence import SequenceState
+from llama4_dist.model.kv_layout import KVGroup, KVLayout
+from tests.engine.fake_model import LAYOUT
 from tests.engine.sequences import sequence
 
+CHUNKED = KVLayout(groups=(KVGroup(layers=(0,), chunk_size=None), KVGroup(layers=(1,), chunk_size=8)))
 
-def make_scheduler(num_blocks: int, **options: Any) -> Scheduler:
+
+def make_scheduler(num_blocks: int, layout: KVLayout = LAYOUT, **options: Any) -> Scheduler:
     fields = {"block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 16} | options
-    return Scheduler(BlockAllocator(num_blocks), EngineOptions(**fields))
+    return Scheduler(PageAllocator(num_blocks), layout, EngineOptions(**fields))
 
 
 def compute(plan: StepPlan) -> list[SequenceState]:
@@ -78,7 +82,7 @@ def test_the_youngest_is_preempted_when_blocks_run_out_and_keeps_its_tokens() ->
         scheduler.check()
     (young,) = scheduler.waiting
     assert young.request_id == "young"
-    assert (young.num_cached, young.blocks, young.tokens) == (0, [], [2] * 7 + [7] * 2)
+    assert (young.num_cached, young.pages, young.tokens) == (0, (), [2] * 7 + [7] * 2)
     assert [s.request_id for s in scheduler.running] == ["old"]
 
 
@@ -94,7 +98,7 @@ def test_blocks_can_be_borrowed_at_the_cost_of_the_youngest() -> None:
     for arrival, name in enumerate("ab"):
         scheduler.add(sequence(name, (1,) * 7, arrival=arrival))
     compute(scheduler.schedule())
-    scheduler.borrow("score", 2)
+    scheduler.borrow("score", num_cached=0, end=5, num_known=5)
     scheduler.check()
     assert [s.request_id for s in scheduler.running] == ["a"]
     assert scheduler.schedule().admitted == ()
@@ -104,14 +108,54 @@ def test_blocks_can_be_borrowed_at_the_cost_of_the_youngest() -> None:
     scheduler.check()
 
 
+def held(sequence_: SequenceState) -> list[tuple[int, int]]:
+    """First and last + 1 block of each group."""
+    return [(run.first_block, run.stop_block) for run in sequence_.pages]
+
+
+def test_chunked_layers_give_their_pages_back_at_the_edge() -> None:
+    scheduler = make_scheduler(100, CHUNKED, max_num_batched_tokens=6)
+    scheduler.add(sequence("a", tuple(range(11)), arrival=0))
+    seen = []
+    for _ in range(8):
+        plan = scheduler.schedule()
+        seen.append((*spans(plan), *held(scheduler.running[0])))
+        compute(plan)
+        scheduler.check()
+    # Blocks of 4, chunks of 8: [0, 6), [6, 11) over the edge with the pages of both chunks, then one by one.
+    assert seen[:2] == [(("a", 6), (0, 3), (0, 2)), (("a", 5), (0, 3), (0, 3))]
+    assert seen[2:] == [
+        (("a", 1), (0, 3), (0, 3)),  # position 11 has room: what is behind the edge is let go with the next page
+        *[(("a", 1), (0, 4), (2, 4))] * 4,
+        (("a", 1), (0, 5), (4, 5)),
+    ]
+    assert scheduler.allocator.num_free == 100 - 6
+
+
+def test_a_span_stops_at_the_edge_when_there_are_no_pages_for_both_chunks() -> None:
+    scheduler = make_scheduler(7, CHUNKED, max_num_batched_tokens=16)
+    scheduler.add(sequence("a", tuple(range(16)), arrival=0))
+    seen = []
+    for _ in range(2):
+        plan = scheduler.schedule()
+        seen.append((*spans(plan), *held(scheduler.running[0])))
+        compute(plan)
+        scheduler.check()
+    assert seen == [(("a", 8), (0, 4), (0, 2)), (("a", 8), (0, 4), (2, 4))]
+    assert scheduler.num_preemptions == 0
+
+
 class SchedulerMachine(RuleBasedStateMachine):
-    """Any interleaving of submit, step, abort, finish and borrow: no block is lost, every bound holds."""
+    """Any interleaving of submit, step, abort, finish and borrow: no page is lost, every bound holds."""
 
     NUM_BLOCKS = 9
+    LAYOUT = LAYOUT
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = make_scheduler(self.NUM_BLOCKS, max_num_seqs=3, max_num_batched_tokens=8, max_logit_rows=3)
+        self.scheduler = make_scheduler(
+            self.NUM_BLOCKS, self.LAYOUT, max_num_seqs=3, max_num_batched_tokens=8, max_logit_rows=3
+        )
         self.arrivals = 0
         self.borrowed: list[str] = []
 
@@ -139,7 +183,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(span.num_tokens >= 1 for span in plan.spans)
         assert sum(span.num_tokens for span in plan.spans if span.sequence.wants_prompt_logprobs) <= 3
         for span in plan.spans:
-            assert len(span.sequence.blocks) * 4 >= span.sequence.num_cached + span.num_tokens
+            end = span.sequence.num_cached + span.num_tokens
+            for group, run in zip(self.LAYOUT.groups, span.sequence.pages, strict=True):
+                assert run.first_block * 4 <= group.first_key(span.sequence.num_cached) < end <= run.stop_block * 4
         if oldest is not None and not self.borrowed:
             advanced = [span.sequence for span in plan.spans]
             assert oldest in advanced or oldest not in self.scheduler.running or not before, "the oldest starved"
@@ -155,9 +201,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.remove(data.draw(st.sampled_from(self.scheduler.live())))
 
     @precondition(lambda self: not self.borrowed)
-    @rule(count=st.integers(1, NUM_BLOCKS))
+    @rule(count=st.integers(1, 9))
     def borrow(self, count: int) -> None:
-        assert len(self.scheduler.borrow("score", count)) == count
+        (run, *_) = self.scheduler.borrow("score", num_cached=0, end=1, num_known=count * 4)
+        assert len(run.ids) == count
         self.borrowed.append("score")
 
     @precondition(lambda self: self.borrowed)
@@ -188,3 +235,14 @@ SchedulerMachine.TestCase.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, database=None
 )
 TestScheduler = SchedulerMachine.TestCase
+
+
+class ChunkedSchedulerMachine(SchedulerMachine):
+    """The same where one group of layers keeps chunks of 8."""
+
+    NUM_BLOCKS = 11
+    LAYOUT = CHUNKED
+
+
+ChunkedSchedulerMachine.TestCase.settings = SchedulerMachine.TestCase.settings
+TestChunkedScheduler = ChunkedSchedulerMachine.TestCase

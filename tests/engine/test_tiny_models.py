@@ -103,6 +103,16 @@ def test_greedy_tokens_are_those_of_transformers_however_they_are_batched(
         assert tokens(alone[name])[: len(expected)] == expected
 
 
+def test_a_prompt_over_chunk_edges_gives_the_same_tokens_at_once_and_token_by_token(run: Run) -> None:
+    """At once needs the pages of seven chunks in one step, token by token never more than one; scarce: cut at edges."""
+    requests = [request("a", PROMPTS["p100"], max_tokens=40, ignore_eos=True)]
+    at_once = run(requests)
+    assert ids(run(requests, max_num_batched_tokens=1, max_num_seqs=1)) == ids(at_once)
+    assert ids(run(requests, max_num_batched_tokens=23, max_num_seqs=1)) == ids(at_once)
+    assert ids(run(requests, num_blocks=12, block_size=16)) == ids(at_once)
+    assert ids(run(requests, num_blocks=43, block_size=5)) == ids(at_once)
+
+
 def test_preemption_changes_no_token(run: Run) -> None:
     roomy = run(greedy_requests(max_tokens=40))
     assert run.preemptions == 0  # type: ignore[attr-defined]

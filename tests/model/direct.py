@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from llama4_dist.checkpoint.reader import Checkpoint
-from llama4_dist.model.batch import Batch, SequenceSpan
+from llama4_dist.model.batch import Batch, PageRun, SequenceSpan
 from llama4_dist.model.expert import Experts
 from llama4_dist.model.kv_cache import KVCache
+from llama4_dist.model.kv_layout import layout_of
 from llama4_dist.model.llama4 import Llama4
 from llama4_dist.model.moe import Dispatcher
 
@@ -54,7 +56,7 @@ class DirectDispatcher:
 
 @dataclass
 class RunningSequence:
-    blocks: tuple[int, ...]
+    pages: tuple[PageRun, ...]  # one run per group of layers; nothing is ever given back
     num_cached: int = 0
 
 
@@ -80,15 +82,16 @@ class Runner:
         block_size: int = 5,
         seed: int = 0,
     ) -> "Runner":
-        """Give each sequence blocks strewn over the cache, so that no test passes because slots lie in order."""
+        """Give each sequence pages strewn over the cache, so that no test passes because slots lie in order."""
         model = Llama4.load(checkpoint, dtype=dtype, device="cpu")
-        per_sequence = -(-max_tokens // block_size)
-        num_blocks = per_sequence * num_sequences
-        cache = KVCache(checkpoint.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device="cpu")
-        order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
-        blocks = [tuple(order[i * per_sequence : (i + 1) * per_sequence]) for i in range(num_sequences)]
+        num_blocks, num_groups = -(-max_tokens // block_size), len(layout_of(checkpoint.config).groups)
+        num_pages = num_blocks * num_groups * num_sequences
+        cache = KVCache(checkpoint.config, num_pages=num_pages, block_size=block_size, dtype=dtype, device="cpu")
+        order = iter(torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).tolist())
         runner = cls(model, DirectDispatcher(all_experts(checkpoint, dtype)), cache, max_tokens)
-        runner.sequences = [RunningSequence(b) for b in blocks]
+        for _ in range(num_sequences):
+            runs = [PageRun(first_block=0, ids=tuple(islice(order, num_blocks))) for _ in range(num_groups)]
+            runner.sequences.append(RunningSequence(tuple(runs)))
         return runner
 
     def run(self, parts: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
@@ -96,7 +99,7 @@ class Runner:
         spans, token_ids = [], []
         for index, tokens in parts:
             sequence = self.sequences[index]
-            spans.append(SequenceSpan(num_tokens=len(tokens), num_cached=sequence.num_cached, blocks=sequence.blocks))
+            spans.append(SequenceSpan(num_tokens=len(tokens), num_cached=sequence.num_cached, pages=sequence.pages))
             sequence.num_cached += len(tokens)
             token_ids.extend(tokens)
         self.step += 1

@@ -5,28 +5,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama4_dist.model.attention_plan import BlockTable, LayerPlan, _plan_layers
-from llama4_dist.model.batch import SequenceSpan
+from llama4_dist.model.attention_plan import LayerPlan
+from llama4_dist.model.batch import PageRun, SequenceSpan
+from llama4_dist.model.key_axes import KeyAxes
 from llama4_dist.model.query_runs import MAX_GATHERED_KEYS, QueryRun, decode_groups, padded_keys, query_runs
 
 BLOCK_SIZE = 4
 CPU = torch.device("cpu")
 
 
-def spans_of(parts: list[tuple[int, int]]) -> list[SequenceSpan]:
-    """Spans of (tokens, cached) with blocks handed out backwards, so that no slot is where its position is."""
+def spans_of(parts: list[tuple[int, int]], chunk_size: int | None = None) -> list[SequenceSpan]:
+    """Spans of (tokens, cached) with pages handed out backwards, so that no slot is where its position is.
+
+    A run begins with the chunk of its first new position: that is all a sequence still holds then.
+    """
     spans, next_block = [], 1000
     for num_tokens, num_cached in parts:
         num_blocks = -(-(num_tokens + num_cached) // BLOCK_SIZE)
-        blocks = tuple(range(next_block - 1, next_block - 1 - num_blocks, -1))
+        first_block = 0 if chunk_size is None else num_cached // chunk_size * chunk_size // BLOCK_SIZE
+        ids = tuple(range(next_block - 1, next_block - 1 - num_blocks + first_block, -1))
         next_block -= num_blocks
-        spans.append(SequenceSpan(num_tokens=num_tokens, num_cached=num_cached, blocks=blocks))
+        pages = (PageRun(first_block=first_block, ids=ids),)
+        spans.append(SequenceSpan(num_tokens=num_tokens, num_cached=num_cached, pages=pages))
     return spans
 
 
 def plan_of(spans: list[SequenceSpan], chunk_size: int | None) -> LayerPlan:
-    positions_T = torch.tensor([s.num_cached + i for s in spans for i in range(s.num_tokens)])
-    return _plan_layers(spans, BlockTable(spans, BLOCK_SIZE), positions_T, chunk_size, torch.float32, CPU)
+    return LayerPlan(0, spans, KeyAxes(spans, chunk_size, torch.float32, CPU), BLOCK_SIZE)
 
 
 def seen_slots(plan: LayerPlan) -> dict[int, list[int]]:
@@ -43,7 +48,7 @@ def seen_slots(plan: LayerPlan) -> dict[int, list[int]]:
 
 
 def slot(span: SequenceSpan, position: int) -> int:
-    return span.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+    return span.pages[0].ids[position // BLOCK_SIZE - span.pages[0].first_block] * BLOCK_SIZE + position % BLOCK_SIZE
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,7 +57,7 @@ def slot(span: SequenceSpan, position: int) -> int:
     st.sampled_from([None, 1, 3, 16, 33]),
 )
 def test_a_query_sees_the_keys_of_its_chunk_up_to_itself(parts: list[tuple[int, int]], chunk_size: int | None) -> None:
-    spans = spans_of(parts)
+    spans = spans_of(parts, chunk_size)
     plan = plan_of(spans, chunk_size)
     seen, row, written = seen_slots(plan), 0, []
     for span in spans:
@@ -68,9 +73,9 @@ def test_a_query_sees_the_keys_of_its_chunk_up_to_itself(parts: list[tuple[int, 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 70)), min_size=2, max_size=5))
 def test_padding_keys_belong_to_the_same_sequence(parts: list[tuple[int, int]]) -> None:
-    spans = spans_of(parts)
+    spans = spans_of(parts, 16)
     plan = plan_of(spans, 16)
-    owner = {block: index for index, span in enumerate(spans) for block in span.blocks}
+    owner = {block: index for index, span in enumerate(spans) for block in span.pages[0].ids}
     rows = [index for index, span in enumerate(spans) for _ in range(span.num_tokens)]
     for part in plan.prefill:
         assert {owner[s // BLOCK_SIZE] for s in part.slots_1S.flatten().tolist()} == {rows[part.start]}
@@ -87,7 +92,7 @@ def test_padding_keys_belong_to_the_same_sequence(parts: list[tuple[int, int]]) 
 def test_the_length_of_a_key_axis_depends_on_the_position_alone(
     parts: list[tuple[int, int]], chunk_size: int | None
 ) -> None:
-    spans = spans_of(parts)
+    spans = spans_of(parts, chunk_size)
     plan, row = plan_of(spans, chunk_size), 0
     lengths = {row: part.slots_1S.shape[1] for part in plan.prefill for row in range(part.start, part.stop)}
     lengths |= {row: group.slots_BS.shape[1] for group in plan.decode for row in group.rows_B.tolist()}
@@ -121,5 +126,5 @@ def test_many_long_sequences_are_not_gathered_at_once() -> None:
     ("chunk_size", "expected"), [(None, [(0, 20, 0, 31)]), (16, [(0, 2, 16, 15), (2, 16, 32, 1), (18, 2, 48, 1)])]
 )
 def test_a_span_is_cut_at_chunk_edges(chunk_size: int | None, expected: list[tuple[int, ...]]) -> None:
-    runs = query_runs(spans_of([(20, 30)]), chunk_size)
+    runs = query_runs(spans_of([(20, 30)], chunk_size), chunk_size)
     assert [(run.row, run.num_queries, run.first_key, run.num_keys) for run in runs] == expected

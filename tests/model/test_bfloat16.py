@@ -14,8 +14,9 @@ from torch import Tensor
 
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.model.attention_plan import StepPlan, plan_step
-from llama4_dist.model.batch import SequenceSpan
+from llama4_dist.model.batch import PageRun, SequenceSpan
 from llama4_dist.model.kv_cache import KVCache
+from llama4_dist.model.kv_layout import layout_of
 from llama4_dist.model.llama4 import Llama4
 from llama4_dist.model.moe import MixtureOfExperts
 from llama4_dist.model.router import Router
@@ -50,15 +51,19 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     reference_logits(reference, token_ids)
     checkpoint = Checkpoint.open(path)
     model = Llama4.load(checkpoint, dtype=torch.bfloat16, device="cpu")
+    layout = layout_of(model.config)
+    num_pages = 10 * len(layout.groups)
+    pages = tuple(PageRun(first_block=0, ids=tuple(range(first, first + 10))) for first in range(0, num_pages, 10))
     plan = plan_step(
-        [SequenceSpan(num_tokens=NUM_TOKENS, num_cached=0, blocks=tuple(range(10)))],
+        [SequenceSpan(num_tokens=NUM_TOKENS, num_cached=0, pages=pages)],
         config=model.config,
         frequencies_C=model.frequencies_C,
+        layout=layout,
         block_size=10,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
     )
-    cache = KVCache(model.config, num_blocks=10, block_size=10, dtype=torch.bfloat16, device="cpu")
+    cache = KVCache(model.config, num_pages=num_pages, block_size=10, dtype=torch.bfloat16, device="cpu")
     return Case(model, DirectDispatcher(all_experts(checkpoint, torch.bfloat16)), plan, cache, seen)
 
 

@@ -47,22 +47,22 @@ def test_weights_stored_otherwise_are_cast_to_the_compute_dtype(checkpoint: Chec
 def test_what_another_sequence_left_in_the_cache_does_not_reach_this_one(checkpoint: Checkpoint) -> None:
     """Not even as NaN, which no mask would stop."""
     runner = Runner.load(checkpoint, num_sequences=2)
-    index = 1 if 0 in runner.sequences[0].blocks else 0  # block 0 is where a careless plan would point its padding
+    owned = [{page for run in sequence.pages for page in run.ids} for sequence in runner.sequences]
+    index = 1 if 0 in owned[0] else 0  # page 0 is where a careless plan would point its padding
     expected_TV = runner.in_chunks(list(range(40)), [30, 1], index)
     runner.restart()
-    own = torch.tensor([block * 5 + i for block in runner.sequences[index].blocks for i in range(5)])
-    for layer in runner.cache._slots:
-        for slots in layer:
-            kept = slots[own]
-            slots.fill_(float("nan"))
-            slots[own] = kept
+    own = torch.tensor([page * 5 + i for page in sorted(owned[index]) for i in range(5)])
+    for slots in {id(slots): slots for layer in range(4) for slots in runner.cache.slots(layer)}.values():
+        kept = slots[own]
+        slots.fill_(float("nan"))
+        slots[own] = kept
     assert torch.equal(runner.in_chunks(list(range(40)), [30, 1], index), expected_TV)
 
 
 def test_only_the_wanted_rows_get_logits_and_the_step_is_announced(checkpoint: Checkpoint) -> None:
     runner = Runner.load(checkpoint)
     (expected_TV,) = runner.run([(0, [5, 6, 7, 8])])
-    span = SequenceSpan(num_tokens=4, num_cached=0, blocks=runner.sequences[0].blocks)
+    span = SequenceSpan(num_tokens=4, num_cached=0, pages=runner.sequences[0].pages)
     for rows in ((), (3,), (1, 3)):
         batch = Batch(step=9, token_ids_T=torch.tensor([5, 6, 7, 8]), spans=(span,), logit_rows=rows)
         logits_PV = runner.model.forward(batch, runner.cache, runner.dispatcher)

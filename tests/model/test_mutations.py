@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.checkpoint.reader import Checkpoint
-from llama4_dist.model import attention, attention_plan, llama4, router
+from llama4_dist.model import attention, attention_plan, key_axes, llama4, router
 from llama4_dist.model.batch import SequenceSpan
 from llama4_dist.model.query_runs import QueryRun
 from tests.checkpoints import make_checkpoint
@@ -68,19 +68,19 @@ def softmax_scores(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_chunks(patch: pytest.MonkeyPatch) -> None:
-    honest = attention_plan.query_runs
-    patch.setattr(attention_plan, "query_runs", lambda spans, chunk_size: honest(spans, None))
+    honest = key_axes.query_runs
+    patch.setattr(key_axes, "query_runs", lambda spans, chunk_size: honest(spans, None))
 
 
 def no_chunks_in_decode(patch: pytest.MonkeyPatch) -> None:
     """What Meta's own reference does: with one query it passes no mask."""
-    honest = attention_plan.query_runs
+    honest = key_axes.query_runs
 
     def query_runs(spans: list[SequenceSpan], size: int | None) -> list[QueryRun]:
         is_decode = all(span.num_tokens == 1 for span in spans)
         return list(honest(spans, None if is_decode else size))
 
-    patch.setattr(attention_plan, "query_runs", query_runs)
+    patch.setattr(key_axes, "query_runs", query_runs)
 
 
 def no_qk_norm(patch: pytest.MonkeyPatch) -> None:

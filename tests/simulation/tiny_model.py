@@ -7,6 +7,7 @@ All values are integers below 2**24, hence exact in float32 in any order. It kno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -21,6 +22,7 @@ from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import Llama4Error
 from llama4_dist.model.batch import Batch, SequenceSpan
 from llama4_dist.model.kv_cache import KVCache
+from llama4_dist.model.kv_layout import KVGroup, KVLayout
 from llama4_dist.request import EngineLimits, EngineRequest, FinishReason, Sampling
 
 MODULUS = 101
@@ -31,6 +33,7 @@ NUM_SLOTS = 2  # K
 VOCAB_SIZE = 97
 EOS = 96
 BLOCK_SIZE = 2
+LAYOUT = KVLayout(groups=(KVGroup(layers=(0,), chunk_size=None),))
 
 Numbers = NDArray[np.int64]
 
@@ -95,7 +98,7 @@ class TinyModel:
 
 
 def _slots(span: SequenceSpan) -> Numbers:
-    slots = np.asarray(span.blocks)[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)
+    slots = np.asarray(span.pages[0].ids)[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)
     return slots.reshape(-1)[: span.num_cached + span.num_tokens]
 
 
@@ -146,7 +149,7 @@ def engine_core(dispatcher: Any, *, num_blocks: int, clock: Any, **options: Any)
     """An engine over the model; it checks its blocks after every step."""
     return EngineCore(
         TinyModel(num_blocks),
-        cast(KVCache, None),
+        cast(KVCache, SimpleNamespace(layout=LAYOUT)),
         dispatcher,
         limits=EngineLimits(model="tiny", vocab_size=VOCAB_SIZE, max_context=num_blocks * BLOCK_SIZE, max_waiting=100),
         options=EngineOptions(num_blocks=num_blocks, block_size=BLOCK_SIZE, debug_invariants=True, **options),
