@@ -18,7 +18,7 @@ from llama4_dist.engine.local import LocalEngine
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.kv_cache import KVCache
-from llama4_dist.model.llama4 import Llama4
+from llama4_dist.model.load import load_model
 from llama4_dist.request import EngineLimits
 
 Progress = Callable[[int, int], None]
@@ -46,7 +46,7 @@ def build_engine(
 ) -> LocalEngine:
     """Load the attention side of a checkpoint and return an engine that reaches experts through `dispatcher`."""
     config = checkpoint.config
-    model = Llama4.load(checkpoint, dtype=dtype, device=device, progress=progress)
+    model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
     num_pages = kv_sizing.num_pages(config, options, dtype_bytes=dtype.itemsize, memory_bytes=_memory_bytes(device))
     cache = KVCache(config, num_pages=num_pages, block_size=options.block_size, dtype=dtype, device=device)
     limits = EngineLimits(

@@ -1,14 +1,17 @@
 """The routed experts of one host: a stateless function of (layer, expert, rows)."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.model.activation import swiglu
-from llama4_dist.model.few_rows import MAX_ROWS, project_groups, warm_up
+from llama4_dist.model.cpu.feed_forward import Network, network_of, run_networks
+from llama4_dist.model.cpu.panels import is_native
+from llama4_dist.model.linear import linear
 
 
 class Experts:
@@ -28,25 +31,25 @@ class Experts:
         self.width = width
         self.dtype = dtype
         self.device = torch.device(device)
-        self._weights: dict[tuple[int, int], ExpertWeights] = {}
+        self._is_native = is_native(dtype, device)
+        self._held: dict[tuple[int, int], HeldExpert] = {}
         self.holds: frozenset[tuple[int, int]] = frozenset()
         self.put(weights)
 
     def put(self, weights: Mapping[tuple[int, int], ExpertWeights]) -> None:
         """Hold more experts; rows of others may be computed meanwhile, in another thread."""
-        moved = {key: _moved(value, self.dtype, self.device) for key, value in weights.items()}
-        warm_up({self.width, *(held.down_FD.shape[0] for held in moved.values())}, self.dtype, self.device)
-        self._weights = {**self._weights, **moved}
-        self.holds = frozenset(self._weights)
+        held = {key: HeldExpert(_moved(value, self.dtype, self.device)) for key, value in weights.items()}
+        self._held = {**self._held, **held}
+        self.holds = frozenset(self._held)
 
     def drop(self, pairs: Collection[tuple[int, int]]) -> None:
         """Hold these no longer. Rows that are being computed end well: they have the weights in hand."""
         self.holds -= frozenset(pairs)
-        self._weights = {key: value for key, value in self._weights.items() if key in self.holds}
+        self._held = {key: value for key, value in self._held.items() if key in self.holds}
 
     def weights(self, layer: int, expert: int) -> ExpertWeights:
         """Return the weights of a held expert, as they are multiplied."""
-        return self._weights[layer, expert]
+        return self._held[layer, expert].weights
 
     @torch.inference_mode()
     def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None:
@@ -56,44 +59,37 @@ class Experts:
         """
         covered = sum([num_rows for _, num_rows in groups])
         assert covered == len(x_RD) == len(out_RD), "groups do not cover the rows"
+        if self._is_native:
+            present = [(self._held[layer, expert].network, num_rows) for expert, num_rows in groups if num_rows]
+            if present:
+                run_networks([network for network, _ in present], [num_rows for _, num_rows in present], x_RD, out_RD)
+            return
         start = 0
-        for run in runs(groups):
-            nums_rows = [num_rows for _, num_rows in run]
-            stop = start + sum(nums_rows)
-            weights = [self._weights[layer, expert] for expert, _ in run]
-            apply_experts(x_RD[start:stop], nums_rows, weights, out_RD[start:stop])
+        for expert, num_rows in groups:
+            stop = start + num_rows
+            if num_rows:
+                apply_expert(x_RD[start:stop], self._held[layer, expert].weights, out_RD[start:stop])
             start = stop
 
 
-def runs(groups: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Cut groups into runs to be computed in one go: neighbours of few rows together, a larger group alone.
+@dataclass(frozen=True, eq=False)
+class HeldExpert:
+    """An expert's weights, and from its first rows on the same for the native pass: mapping alone takes no memory."""
 
-    Groups without rows are left out.
-    """
-    together: list[tuple[int, int]] = []
-    for group in groups:
-        if group[1] > MAX_ROWS:
-            if together:
-                yield together
-                together = []
-            yield [group]
-        elif group[1]:
-            together.append(group)
-    if together:
-        yield together
+    weights: ExpertWeights
+
+    @cached_property
+    def network(self) -> Network:
+        return network_of(self.weights)
 
 
-def apply_experts(x_RD: Tensor, nums_rows: Sequence[int], weights: Sequence[ExpertWeights], out_RD: Tensor) -> None:
-    """Write down(silu(gate x) · up x) of each expert's rows."""
-    hidden_R2F = x_RD.new_empty(len(x_RD), 2 * weights[0].down_FD.shape[0])
-    gate_RF, up_RF = hidden_R2F.chunk(2, dim=-1)
-    fused = [expert.gate_up_D2F for expert in weights if expert.gate_up_D2F is not None]
-    if len(fused) == len(weights):
-        project_groups(x_RD, nums_rows, fused, hidden_R2F)
+def apply_expert(x_RD: Tensor, weights: ExpertWeights, out_RD: Tensor) -> None:
+    """Write down(silu(gate x) · up x)."""
+    if weights.gate_up_D2F is not None:
+        gate_RF, up_RF = linear(x_RD, weights.gate_up_D2F.T).chunk(2, dim=-1)
     else:
-        project_groups(x_RD, nums_rows, [expert.gate_DF for expert in weights], gate_RF)
-        project_groups(x_RD, nums_rows, [expert.up_DF for expert in weights], up_RF)
-    project_groups(swiglu(gate_RF, up_RF), nums_rows, [expert.down_FD for expert in weights], out_RD)
+        gate_RF, up_RF = linear(x_RD, weights.gate_DF.T), linear(x_RD, weights.up_DF.T)
+    out_RD.copy_(linear(swiglu(gate_RF, up_RF), weights.down_FD.T))
 
 
 def _moved(weights: ExpertWeights, dtype: torch.dtype, device: torch.device | str) -> ExpertWeights:

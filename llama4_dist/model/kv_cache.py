@@ -6,6 +6,8 @@ from torch import Tensor
 from llama4_dist.config import ModelConfig
 from llama4_dist.model.kv_layout import layout_of
 
+KEYS_TOGETHER = 16  # slots whose keys the native passes keep side by side
+
 
 class KVCache:
     """One pool of pages for all groups of layers: [layers_per_group, 2, num_pages · block_size, G · C].
@@ -32,7 +34,8 @@ class KVCache:
         self.compute_dtype = compute_dtype or dtype
         self._row = (config.num_kv_heads, config.head_dim)
         width = config.num_kv_heads * config.head_dim
-        shape = (self.layout.layers_per_group, 2, num_pages * block_size, width)
+        num_slots = -(-num_pages * block_size // KEYS_TOGETHER) * KEYS_TOGETHER
+        shape = (self.layout.layers_per_group, 2, num_slots, width)
         # Zeros, not empty memory: whatever a slot holds takes part in a product before it is masked away.
         self._storage = torch.zeros(shape, dtype=dtype, device=device)
         rows = [tuple(row) for row in self._storage]
@@ -47,6 +50,11 @@ class KVCache:
         """Return the stored keys and values [num_pages · block_size, G · C] that a layer shares with other groups'."""
         keys, values = self._slots[layer]
         return keys, values
+
+    def addresses(self, layer: int) -> tuple[int, int]:
+        """Return where the keys and the values of a layer begin; native passes order the keys of 16 slots their way."""
+        keys, values = self._slots[layer]
+        return keys.data_ptr(), values.data_ptr()
 
     def write(self, layer: int, slots_T: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> None:
         """Store the keys and values of new tokens."""

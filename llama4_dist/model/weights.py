@@ -12,7 +12,7 @@ class Weights:
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
         self._checkpoint = checkpoint
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self.num_parameters = 0
 
@@ -20,7 +20,7 @@ class Weights:
         """Return one tensor as stored."""
         tensor = self._checkpoint.tensor(name)
         self.num_parameters += tensor.numel()
-        return tensor.to(device=self._device, dtype=self._dtype)
+        return tensor.to(device=self._device, dtype=self.dtype)
 
     def linear(self, *names: str) -> Tensor:
         """Return the linears `names` of one input as one packed weight [sum of out, in], for `linear.linear` alone."""

@@ -6,6 +6,7 @@ machines of different kinds serves all of them. Without a compiler everything wo
 """
 
 import atexit
+import fcntl
 import hashlib
 import logging
 import os
@@ -15,12 +16,15 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # A product and its sum are fused, as in the library whose bits these passes must have.
 FLAGS = (
     *("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC"),
@@ -44,8 +48,9 @@ def library() -> Path | None:
     try:
         folder = cache_folder()
         path = folder / f"{fingerprint(compiler)}.so"
-        if not path.exists():
-            compile_into(compiler, path)
+        with locked(folder):  # who comes second waits for the first one's library
+            if not path.exists():
+                compile_into(compiler, path)
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("native_passes_off reason=%s", _first_line(error))
         return None
@@ -68,9 +73,20 @@ def cache_folder() -> Path:
     return folder
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep others that lock the folder out; the lock goes with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def fingerprint(compiler: str) -> str:
     """Return a name for what this compiler makes of these sources on this processor."""
-    parts = [source.read_bytes() for source in SOURCES]
+    parts = [source.read_bytes() for source in (*SOURCES, *HEADERS)]
     parts += [_run([compiler, "--version"]), " ".join(FLAGS).encode(), _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 

@@ -2,13 +2,15 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llama4_dist.engine import build
 from llama4_dist.engine.apart import apart
 from llama4_dist.engine.build import build_single_process
 from llama4_dist.engine.options import EngineOptions
-from llama4_dist.model.llama4 import Llama4
+from llama4_dist.model.load import load_model
 from tests.checkpoints import make_checkpoint
 
 
@@ -16,13 +18,12 @@ def test_weights_are_loaded_in_a_thread_that_is_gone_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaders: list[threading.Thread] = []
-    load = Llama4.load.__func__  # type: ignore[attr-defined]
 
-    def watched(cls: type[Llama4], *args: object, **kwargs: object) -> Llama4:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         loaders.append(threading.current_thread())
-        return load(cls, *args, **kwargs)
+        return load_model(*args, **kwargs)
 
-    monkeypatch.setattr(Llama4, "load", classmethod(watched))
+    monkeypatch.setattr(build, "load_model", watched)
     engine = build_single_process(make_checkpoint(tmp_path, "scout"), options=EngineOptions(num_blocks=8))
     engine.close()
     assert len(loaders) == 1

@@ -1,6 +1,6 @@
 """The obvious versions of what surrounds the model: experts computed on the spot, sequences advanced by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -9,10 +9,12 @@ from torch import Tensor
 
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.model.batch import Batch, PageRun, SequenceSpan
+from llama4_dist.model.cpu.llama4 import CpuLlama4
 from llama4_dist.model.expert import Experts
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.kv_layout import layout_of
 from llama4_dist.model.llama4 import Llama4
+from llama4_dist.model.load import load_model
 from llama4_dist.model.moe import Dispatcher
 
 
@@ -64,7 +66,7 @@ class RunningSequence:
 class Runner:
     """One model with its cache; `run` advances any number of sequences by one step and returns all their logits."""
 
-    model: Llama4
+    model: Llama4 | CpuLlama4
     dispatcher: Dispatcher
     cache: KVCache
     max_tokens: int
@@ -81,9 +83,10 @@ class Runner:
         max_tokens: int = 128,
         block_size: int = 5,
         seed: int = 0,
+        load: Callable[..., Llama4 | CpuLlama4] = load_model,
     ) -> "Runner":
         """Give each sequence pages strewn over the cache, so that no test passes because slots lie in order."""
-        model = Llama4.load(checkpoint, dtype=dtype, device="cpu")
+        model = load(checkpoint, dtype=dtype, device="cpu")
         num_blocks, num_groups = -(-max_tokens // block_size), len(layout_of(checkpoint.config).groups)
         num_pages = num_blocks * num_groups * num_sequences
         cache = KVCache(checkpoint.config, num_pages=num_pages, block_size=block_size, dtype=dtype, device="cpu")

@@ -33,7 +33,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(scope="module", params=DTYPES, ids=str)
-def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+def runner(arithmetic: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     path: Path = make_checkpoint(tmp_path_factory.mktemp("middle"), "scout", dtype=request.param, **MIDDLE)
     return Runner.load(Checkpoint.open(path), dtype=request.param, num_sequences=16, max_tokens=640, block_size=16)
 

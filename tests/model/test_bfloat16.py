@@ -40,7 +40,7 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=["scout", "maverick", "topk2"])
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(in_torch: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     path: Path = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, dtype=torch.bfloat16)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     reference = load_reference(path, request.param, dtype=torch.bfloat16, attention="sdpa")

@@ -25,7 +25,7 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=[(p, s) for p in PRESETS for s in (0, 1)], ids=lambda p: f"{p[0]}-{p[1]}")
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(arithmetic: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     preset, seed = request.param
     path: Path = make_checkpoint(tmp_path_factory.mktemp(preset), preset, seed=seed)
     reference = load_reference(path, preset)

@@ -27,7 +27,7 @@ TOKEN_IDS = torch.randint(0, 256, (100,), generator=torch.Generator().manual_see
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def checkpoint(in_torch: None, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("scout"), "scout"))
 
 

@@ -44,7 +44,7 @@ def test_it_is_compiled_once_and_found_again(own_cache: Path, compiler: Callable
     first = library()
     assert first is not None
     assert first.parent == own_cache
-    assert hasattr(ctypes.CDLL(str(first)), "l4d_multiply_few_rows")
+    assert hasattr(ctypes.CDLL(str(first)), "l4d_feed_forward_float32_float32")
     library.cache_clear()
     assert library() == first
     assert (tmp_path / "runs").read_text() == "run\n"

@@ -1,0 +1,40 @@
+"""The attention half of a decoder layer as one native pass."""
+
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from llama4_dist.config import ModelConfig
+from llama4_dist.model.cpu.panels import NAME_OF, pack
+from llama4_dist.model.cpu.plan import CpuPlan
+from llama4_dist.model.kv_cache import KVCache
+from llama4_dist.model.weights import Weights
+from llama4_dist.native.bindings import AttentionLayer, Cache, passes
+
+
+class Attention:
+    """x += attention(norm(x)). The same as `model.attention.Attention` with the layer's norm and residual."""
+
+    def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
+        prefix = f"model.layers.{layer}"
+        has_rope = config.rope_layers[layer]
+        self._layer = layer
+        self._heads = (config.num_kv_heads, config.head_dim)
+        self._norm_D = weights.tensor(f"{prefix}.input_layernorm.weight").float()
+        self._qkv = pack(torch.cat([weights.tensor(f"{prefix}.self_attn.{name}_proj.weight") for name in "qkv"]))
+        self._o = pack(weights.tensor(f"{prefix}.self_attn.o_proj.weight"))
+        self._struct = AttentionLayer(
+            *(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim),
+            *(has_rope, config.use_qk_norm and has_rope, config.temperature_tuning and not has_rope),
+            *(config.rms_norm_eps, self._norm_D.data_ptr(), self._qkv.address, self._o.address),
+        )
+        self._name = NAME_OF[self._qkv.strips.dtype]
+
+    def __call__(self, x_TD: Tensor, plan: CpuPlan, cache: KVCache) -> None:
+        """Add the output to the residual stream, float32 [T, D], in place."""
+        keys, values = cache.addresses(self._layer)
+        run = getattr(passes(), f"l4d_attention_{self._name}_{NAME_OF[cache.dtype]}")
+        step = plan.groups[cache.layout.group_of[self._layer]]
+        where = Cache(keys, values, *self._heads)
+        run(byref(self._struct), byref(step), byref(where), x_TD.data_ptr(), torch.get_num_threads())

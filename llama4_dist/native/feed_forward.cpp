@@ -1,0 +1,106 @@
+// down(silu(gate x) · up x) of several groups of rows, each by its own weights: routed experts, a shared one, a dense one.
+
+#include <omp.h>
+
+#include "work.h"
+
+namespace l4d {
+namespace {
+
+thread_local Scratch rows_scratch, gate_scratch, up_scratch, out_scratch;
+thread_local std::vector<Piece> wide_pieces, narrow_pieces;
+
+// gate = silu(gate) · up
+inline void activate(float* gate, const float* up, int64_t num_columns) {
+    int64_t c = 0;
+    for (; c + LANES <= num_columns; c += LANES) store(gate + c, silu_of(load(gate + c)) * load(up + c));
+    if (c == num_columns) return;
+    float rest[2][LANES] = {};
+    std::memcpy(rest[0], gate + c, (num_columns - c) * sizeof(float));
+    std::memcpy(rest[1], up + c, (num_columns - c) * sizeof(float));
+    store(rest[0], silu_of(load(rest[0])) * load(rest[1]));
+    std::memcpy(gate + c, rest[0], (num_columns - c) * sizeof(float));
+}
+
+}  // namespace
+
+struct FeedForward {
+    int64_t width, hidden;
+    int64_t gate_stride, down_stride;  // between rows of a weight as stored; 0 = packed
+};
+
+struct Groups {
+    int64_t num_groups;
+    const int64_t *first_rows, *nums_rows;
+    const void *const *gates, *const *ups, *const *downs;
+};
+
+template <typename W>
+inline Matrix<W> matrix(const void* data, int64_t width, int64_t num_columns, int64_t stride) {
+    return {static_cast<const W*>(data), width, num_columns, stride};
+}
+
+template <typename W, typename X>
+void feed_forward(const FeedForward& f, const Groups& groups, const X* x, int64_t x_stride, int64_t num_rows, X* out,
+                  int num_threads) {
+    constexpr bool converts = !std::is_same_v<X, float>;
+    float* gate = gate_scratch.take(num_rows * f.hidden);
+    float* up = up_scratch.take(num_rows * f.hidden);
+    float* rows = converts ? rows_scratch.take(num_rows * f.width) : nullptr;
+    float* sums = converts ? out_scratch.take(num_rows * f.width) : reinterpret_cast<float*>(out);
+    auto &wide = wide_pieces, &narrow = narrow_pieces;
+    cut(wide, groups.num_groups, groups.first_rows, groups.nums_rows, f.hidden, !f.gate_stride,
+        num_threads);
+    cut(narrow, groups.num_groups, groups.first_rows, groups.nums_rows, f.width, !f.down_stride,
+        num_threads);
+    const float* in = converts ? rows : reinterpret_cast<const float*>(x);
+    const int64_t in_stride = converts ? f.width : x_stride;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+        if (converts) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < num_rows; ++row)
+                for (int64_t c = 0; c < f.width; ++c) rows[row * f.width + c] = to_float(x[row * x_stride + c]);
+        }
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < wide.size(); ++i) {
+            const Piece& p = wide[i];
+            multiply_piece(matrix<W>(groups.gates[p.group], f.width, f.hidden, f.gate_stride), p, in, in_stride, gate);
+            multiply_piece(matrix<W>(groups.ups[p.group], f.width, f.hidden, f.gate_stride), p, in, in_stride, up);
+            for (int64_t r = p.first_row; r < p.first_row + p.num_rows; ++r)
+                activate(gate + r * f.hidden + p.first_column, up + r * f.hidden + p.first_column, p.num_columns);
+        }
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < narrow.size(); ++i) {
+            const Piece& p = narrow[i];
+            multiply_piece(matrix<W>(groups.downs[p.group], f.hidden, f.width, f.down_stride), p, gate, f.hidden, sums);
+        }
+        if (converts) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < num_rows * f.width; ++i) from_float(sums[i], out[i]);
+        }
+    }
+}
+
+}  // namespace l4d
+
+using l4d::Bfloat16;
+using l4d::FeedForward;
+using l4d::Groups;
+
+// Groups lie one after the other in x and out; out is contiguous. The name says the type of the weights and of the rows.
+extern "C" void l4d_feed_forward_float32_float32(const FeedForward* f, const Groups* groups, const float* x,
+                                                 int64_t x_stride, int64_t num_rows, float* out, int num_threads) {
+    l4d::feed_forward<float>(*f, *groups, x, x_stride, num_rows, out, num_threads);
+}
+
+extern "C" void l4d_feed_forward_bfloat16_float32(const FeedForward* f, const Groups* groups, const float* x,
+                                                  int64_t x_stride, int64_t num_rows, float* out, int num_threads) {
+    l4d::feed_forward<Bfloat16>(*f, *groups, x, x_stride, num_rows, out, num_threads);
+}
+
+extern "C" void l4d_feed_forward_bfloat16_bfloat16(const FeedForward* f, const Groups* groups, const Bfloat16* x,
+                                                   int64_t x_stride, int64_t num_rows, Bfloat16* out,
+                                                   int num_threads) {
+    l4d::feed_forward<Bfloat16>(*f, *groups, x, x_stride, num_rows, out, num_threads);
+}

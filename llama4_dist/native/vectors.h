@@ -1,0 +1,97 @@
+// Vectors of 16 floats, lowered by the compiler to the widest registers there are, and the functions of one vector.
+//
+// Every lane goes through the same operations in the same order, so a value's bits do not depend on its lane, on the
+// vector width of the processor, or on what else is computed.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace l4d {
+
+constexpr int LANES = 16;
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(alignof(float)), may_alias));
+typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(alignof(int32_t)), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(alignof(uint16_t)), may_alias));
+typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(alignof(uint32_t)), may_alias));
+
+// bfloat16 as its 16 bits: the upper half of a float.
+struct Bfloat16 {
+    uint16_t bits;
+};
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(Bfloat16 value) {
+    const uint32_t bits = uint32_t(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+inline void from_float(float value, float& to) { to = value; }
+
+// Rounds to nearest, ties to even, as torch does; a NaN stays one.
+inline void from_float(float value, Bfloat16& to) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    to.bits = is_nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+
+inline Vector load(const Bfloat16* from) {
+    const Words words = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16;
+    return (Vector)words;
+}
+
+inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
+
+inline Vector all(float value) { return Vector{} + value; }
+
+// The sum of a vector's lanes, always added in this order.
+inline float sum_of(Vector v) {
+    float lane[LANES];
+    store(lane, v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+    return lane[0];
+}
+
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+inline float largest_of(Vector v) {
+    float lane[LANES];
+    store(lane, v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+    return lane[0];
+}
+
+// e^x with an error below 2 units in the last place; exponents are held within float's normal range, a NaN stays one.
+// e^x = 2^n · e^r with |r| <= ln 2 / 2, e^r by its Taylor series (Cephes' split of ln 2 keeps r exact).
+inline Vector exp_of(Vector x) {
+    x = x < all(-87.3f) ? all(-87.3f) : x;
+    x = x > all(88.3f) ? all(88.3f) : x;
+    const float to_integer = 12582912.0f;  // 1.5 · 2^23: adding it leaves the rounded integer in the low bits
+    const Vector shifted = x * 1.44269504088896341f + to_integer;
+    const Vector n = shifted - to_integer;
+    const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Vector e = all(1.0f / 5040);
+    e = e * r + 1.0f / 720;
+    e = e * r + 1.0f / 120;
+    e = e * r + 1.0f / 24;
+    e = e * r + 1.0f / 6;
+    e = e * r + 0.5f;
+    e = e * r + 1.0f;
+    e = e * r + 1.0f;
+    return e * (Vector)(((Integers)shifted + 127) << 23);
+}
+
+inline Vector sigmoid_of(Vector x) { return 1.0f / (exp_of(-x) + 1.0f); }
+
+inline Vector silu_of(Vector x) { return x / (exp_of(-x) + 1.0f); }
+
+}  // namespace l4d
