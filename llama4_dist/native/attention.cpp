@@ -1,9 +1,8 @@
 // The attention half of a decoder layer: norm, projections, rotation, cache, attention, projection back, residual.
 
-#include <omp.h>
-
 #include "attention.h"
 #include "norm.h"
+#include "team.h"
 
 namespace l4d {
 
@@ -92,29 +91,25 @@ void attention(const AttentionLayer& layer, const AttentionStep& step, const Cac
     auto &projections = qkv_pieces, &outputs = o_pieces;
     cut(projections, 1, &first_row, &num_tokens, qkv_width, true, num_threads);
     cut(outputs, 1, &first_row, &num_tokens, width, true, num_threads);
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
-    {
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < num_tokens; ++t)
+    together(num_threads, [&](Member& member) {
+        member.each(num_tokens, [&](int64_t t) {
             rms_norm(x + t * width, layer.norm, width, float(layer.eps), normed + t * width);
-#pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < projections.size(); ++i)
-            multiply_piece(qkv_weight, projections[i], normed, width, qkv);
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < num_tokens; ++t) finish_token(layer, step, cache, t, qkv + t * qkv_width);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < step.num_blocks * layer.num_kv_heads; ++i)
+        });
+        member.each(projections.size(),
+                    [&](int64_t i) { multiply_piece(qkv_weight, projections[i], normed, width, qkv); });
+        member.each(num_tokens, [&](int64_t t) { finish_token(layer, step, cache, t, qkv + t * qkv_width); });
+        member.each(step.num_blocks * layer.num_kv_heads, [&](int64_t i) {
             attend_head(layer, cache, step.blocks[i / layer.num_kv_heads], i % layer.num_kv_heads, qkv, qkv_width,
                         attended);
-#pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < outputs.size(); ++i) {
+        });
+        member.each(outputs.size(), [&](int64_t i) {
             const Piece& p = outputs[i];
             multiply_piece(o_weight, p, attended, q_width, out);
             const int64_t end = p.first_column + p.num_columns;
             for (int64_t r = p.first_row; r < p.first_row + p.num_rows; ++r)
                 for (int64_t c = p.first_column; c < end; ++c) x[r * width + c] += out[r * width + c];
-        }
-    }
+        });
+    });
 }
 
 }  // namespace

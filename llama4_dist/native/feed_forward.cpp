@@ -1,7 +1,6 @@
 // down(silu(gate x) · up x) of several groups of rows, each by its own weights: routed experts, a shared one, a dense one.
 
-#include <omp.h>
-
+#include "team.h"
 #include "work.h"
 
 namespace l4d {
@@ -55,31 +54,27 @@ void feed_forward(const FeedForward& f, const Groups& groups, const X* x, int64_
         num_threads);
     const float* in = converts ? rows : reinterpret_cast<const float*>(x);
     const int64_t in_stride = converts ? f.width : x_stride;
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
-    {
-        if (converts) {
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < num_rows; ++row)
+    together(num_threads, [&](Member& member) {
+        if constexpr (converts)
+            member.each(num_rows, [&](int64_t row) {
                 for (int64_t c = 0; c < f.width; ++c) rows[row * f.width + c] = to_float(x[row * x_stride + c]);
-        }
-#pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < wide.size(); ++i) {
+            });
+        member.each(wide.size(), [&](int64_t i) {
             const Piece& p = wide[i];
             multiply_piece(matrix<W>(groups.gates[p.group], f.width, f.hidden, f.gate_stride), p, in, in_stride, gate);
             multiply_piece(matrix<W>(groups.ups[p.group], f.width, f.hidden, f.gate_stride), p, in, in_stride, up);
             for (int64_t r = p.first_row; r < p.first_row + p.num_rows; ++r)
                 activate(gate + r * f.hidden + p.first_column, up + r * f.hidden + p.first_column, p.num_columns);
-        }
-#pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < narrow.size(); ++i) {
+        });
+        member.each(narrow.size(), [&](int64_t i) {
             const Piece& p = narrow[i];
             multiply_piece(matrix<W>(groups.downs[p.group], f.hidden, f.width, f.down_stride), p, gate, f.hidden, sums);
-        }
-        if (converts) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < num_rows * f.width; ++i) from_float(sums[i], out[i]);
-        }
-    }
+        });
+        if constexpr (converts)
+            member.each(num_rows, [&](int64_t row) {
+                for (int64_t c = 0; c < f.width; ++c) from_float(sums[row * f.width + c], out[row * f.width + c]);
+            });
+    });
 }
 
 }  // namespace l4d

@@ -27,7 +27,7 @@ SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # A product and its sum are fused, as in the library whose bits these passes must have.
 FLAGS = (
-    *("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC"),
+    *("-std=c++20", "-O3", "-pthread", "-shared", "-fPIC"),
     *("-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast"),
 )
 COMPILE_TIMEOUT_S = 120

@@ -1,7 +1,6 @@
 // One product of rows with a packed weight, and the layout of a packed weight.
 
-#include <omp.h>
-
+#include "team.h"
 #include "work.h"
 
 namespace l4d {
@@ -16,8 +15,9 @@ void linear(const float* x, int64_t x_stride, int64_t num_rows, const void* weig
     const int64_t first_row = 0;
     auto& all_pieces = pieces;
     cut(all_pieces, 1, &first_row, &num_rows, num_columns, true, num_threads);
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
-    for (size_t i = 0; i < all_pieces.size(); ++i) multiply_piece(m, all_pieces[i], x, x_stride, y);
+    together(num_threads, [&](Member& member) {
+        member.each(all_pieces.size(), [&](int64_t i) { multiply_piece(m, all_pieces[i], x, x_stride, y); });
+    });
 }
 
 }  // namespace

@@ -1,8 +1,7 @@
 // The front of a mixture-of-experts layer: norm, router, the likeliest experts of each token and their scores.
 
-#include <omp.h>
-
 #include "norm.h"
+#include "team.h"
 #include "work.h"
 
 namespace l4d {
@@ -44,17 +43,15 @@ void route(const Router& router, const float* x, int64_t num_tokens, float* norm
     const int64_t first_row = 0;
     auto& all_pieces = pieces;
     cut(all_pieces, 1, &first_row, &num_tokens, num_experts, true, num_threads);
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && num_tokens > 1)
-    {
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < num_tokens; ++t)
+    together(num_tokens > 1 ? num_threads : 1, [&](Member& member) {
+        member.each(num_tokens, [&](int64_t t) {
             rms_norm(x + t * width, router.norm, width, float(router.eps), normed + t * width);
-#pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < all_pieces.size(); ++i) multiply_piece(weight, all_pieces[i], normed, width, logits);
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < num_tokens; ++t)
+        });
+        member.each(all_pieces.size(), [&](int64_t i) { multiply_piece(weight, all_pieces[i], normed, width, logits); });
+        member.each(num_tokens, [&](int64_t t) {
             choose(logits + t * num_experts, num_experts, count, experts + t * count, scores + t * count);
-    }
+        });
+    });
 }
 
 }  // namespace
