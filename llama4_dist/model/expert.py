@@ -51,7 +51,6 @@ class Experts:
         """Return the weights of a held expert, as they are multiplied."""
         return self._held[layer, expert].weights
 
-    @torch.inference_mode()
     def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None:
         """Write the outputs of `x_RD` into `out_RD`; `groups` are (expert, number of rows), one after the other.
 
@@ -64,12 +63,13 @@ class Experts:
             if present:
                 run_networks([network for network, _ in present], [num_rows for _, num_rows in present], x_RD, out_RD)
             return
-        start = 0
-        for expert, num_rows in groups:
-            stop = start + num_rows
-            if num_rows:
-                apply_expert(x_RD[start:stop], self._held[layer, expert].weights, out_RD[start:stop])
-            start = stop
+        with torch.inference_mode():
+            start = 0
+            for expert, num_rows in groups:
+                stop = start + num_rows
+                if num_rows:
+                    apply_expert(x_RD[start:stop], self._held[layer, expert].weights, out_RD[start:stop])
+                start = stop
 
 
 @dataclass(frozen=True, eq=False)

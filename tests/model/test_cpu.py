@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.checkpoint.reader import Checkpoint
-from llama4_dist.model.cpu import attention, feed_forward, llama4, moe, norm, panels
+from llama4_dist.model.cpu import attention, feed_forward, moe, norm, panels
 from llama4_dist.model.cpu.feed_forward import Network, network_of, run_networks
 from llama4_dist.model.cpu.llama4 import CpuLlama4
 from llama4_dist.model.cpu.panels import pack
@@ -129,11 +129,12 @@ def test_a_processor_with_narrow_vectors_gives_the_same_bits(tmp_path: Path, mon
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path, "scout"))
     wide_TV = Runner.load(checkpoint).in_chunks(TOKEN_IDS, [33, 1])
     narrow = compiled(tmp_path, "-mno-avx512f", "-mprefer-vector-width=256")
-    for module in (attention, feed_forward, llama4, moe, norm, panels):
-        if hasattr(module, "passes"):
-            monkeypatch.setattr(module, "passes", narrow)
+    for module in (attention, feed_forward, moe, norm, panels):
+        monkeypatch.setattr(module, "passes", narrow)
+    feed_forward._passes.cache_clear()
     assert narrow().l4d_strip() < bindings.passes().l4d_strip()
     assert torch.equal(Runner.load(checkpoint).in_chunks(TOKEN_IDS, [33, 1]), wide_TV)
+    feed_forward._passes.cache_clear()
 
 
 def compiled(folder: Path, *flags: str) -> Callable[[], Any]:
@@ -160,15 +161,8 @@ def run(network: Network, x_RD: Tensor) -> Tensor:
 def packed_network(weights: ExpertWeights) -> Network:
     parts = [pack(part.T.contiguous()) for part in (weights.gate_DF, weights.up_DF, weights.down_FD)]
     gate, up, down = (part.strips for part in parts)
-    return Network(
-        width=weights.gate_DF.shape[0],
-        hidden=weights.gate_DF.shape[1],
-        strides=(0, 0),
-        gate=gate,
-        up=up,
-        down=down,
-        addresses=(gate.data_ptr(), up.data_ptr(), down.data_ptr()),
-    )
+    width, hidden = weights.gate_DF.shape
+    return Network(gate, up, down, width=width, hidden=hidden, strides=(0, 0))
 
 
 def obvious(weights: ExpertWeights, x_RD: Tensor) -> Tensor:

@@ -29,12 +29,13 @@ class Attention:
             *(has_rope, config.use_qk_norm and has_rope, config.temperature_tuning and not has_rope),
             *(config.rms_norm_eps, self._norm_D.data_ptr(), self._qkv.address, self._o.address),
         )
-        self._name = NAME_OF[self._qkv.strips.dtype]
+        name = NAME_OF[self._qkv.strips.dtype]
+        self._runs = {dtype: getattr(passes(), f"l4d_attention_{name}_{NAME_OF[dtype]}") for dtype in NAME_OF}
 
     def __call__(self, x_TD: Tensor, plan: CpuPlan, cache: KVCache) -> None:
         """Add the output to the residual stream, float32 [T, D], in place."""
         keys, values = cache.addresses(self._layer)
-        run = getattr(passes(), f"l4d_attention_{self._name}_{NAME_OF[cache.dtype]}")
         step = plan.groups[cache.layout.group_of[self._layer]]
         where = Cache(keys, values, *self._heads)
+        run = self._runs[cache.dtype]
         run(byref(self._struct), byref(step), byref(where), x_TD.data_ptr(), torch.get_num_threads())

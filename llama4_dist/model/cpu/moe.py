@@ -25,7 +25,7 @@ class MixtureOfExperts:
         self._router = pack(weights.tensor(f"{prefix}.feed_forward.router.weight"))
         self._experts_per_token = config.experts_per_token
         self._dtype = weights.dtype
-        self._name = NAME_OF[self._dtype]
+        self._route = getattr(passes(), f"l4d_route_{NAME_OF[self._dtype]}")
         self._struct = Router(
             *(config.hidden_size, config.num_experts, config.experts_per_token),
             *(config.rms_norm_eps, self._norm_D.data_ptr(), self._router.address),
@@ -37,8 +37,7 @@ class MixtureOfExperts:
         normed_TD = torch.empty_like(x_TD)
         experts_TK = torch.empty(num_tokens, self._experts_per_token, dtype=torch.int64)
         scores_TK = torch.empty(num_tokens, self._experts_per_token)
-        route = getattr(passes(), f"l4d_route_{self._name}")
-        route(
+        self._route(
             byref(self._struct),
             x_TD.data_ptr(),
             num_tokens,
