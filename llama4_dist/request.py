@@ -79,7 +79,8 @@ class EngineRequest:
 
     `output_token_ids` are tokens already emitted by another engine (a replay): they count as output for penalties,
     limits and positions, and are not emitted again. `timeout_s` counts from submission. `sequence_index` is the
-    sequence's place among the request's `n` and enters the seed. `digest` is of what the caller asked for: whoever
+    sequence's place among the request's `n` and enters the seed. `tenant` says whose it is: tenants share no cached
+    prefix. `digest` is of what the caller asked for: whoever
     knows id and digest may take the request over when its owner is gone; empty means nobody may.
     """
 
@@ -91,6 +92,7 @@ class EngineRequest:
     timeout_s: float | None = None
     priority: int = 0
     digest: bytes = b""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

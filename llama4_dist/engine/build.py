@@ -48,7 +48,14 @@ def build_engine(
     config = checkpoint.config
     model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
     num_pages = kv_sizing.num_pages(config, options, dtype_bytes=dtype.itemsize, memory_bytes=_memory_bytes(device))
-    cache = KVCache(config, num_pages=num_pages, block_size=options.block_size, dtype=dtype, device=device)
+    cache = KVCache(
+        config,
+        num_pages=num_pages,
+        block_size=options.block_size,
+        dtype=dtype,
+        device=device,
+        model_hash=checkpoint.model_hash,
+    )
     limits = EngineLimits(
         model=options.model_name or checkpoint.path.name,
         vocab_size=config.vocab_size,

@@ -9,6 +9,7 @@ from llama4_dist.engine.counters import Counters
 from llama4_dist.engine.intake import check_fits, make_sequence
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.page_allocator import PageAllocator
+from llama4_dist.engine.plan import StepPlan
 from llama4_dist.engine.sampler import Sampled
 from llama4_dist.engine.scheduler import Scheduler
 from llama4_dist.engine.sequence import SequenceState
@@ -39,13 +40,15 @@ class EngineCore:
         self.limits = limits
         self.options = options
         assert options.num_blocks is not None, "engine.build resolves num_blocks"
-        self.scheduler = Scheduler(PageAllocator(options.num_blocks), cache.layout, options)
+        allocator = PageAllocator(options.num_blocks)
+        self.scheduler = Scheduler(allocator, cache.layout, options, fingerprint=cache.fingerprint)
         self.counters = Counters()
         self.runner = StepRunner(model, cache, dispatcher, counters=self.counters, clock=clock, device=device)
         self.clock = clock
         self.held_since_s: float | None = None  # since when steps wait for an expert that no host serves
         self._eos_token_ids = frozenset(eos_token_ids)
         self._num_arrived = 0
+        self._num_wrong_answers = 0
 
     @property
     def has_work(self) -> bool:
@@ -87,11 +90,22 @@ class EngineCore:
                 self.counters.prompt_tokens += sequence.num_prompt_tokens
         self.counters.add_seconds("schedule", self.clock() - started_s)
         if plan.spans:
-            outputs += [self._commit(sequence, result) for sequence, result in self.runner.run(plan.spans)]
+            results = self.runner.run(plan.spans)
+            self._keep_prefixes(plan)  # before a sequence ends and gives its pages back
+            outputs += [self._commit(sequence, result) for sequence, result in results]
             outputs += self._hold(self.runner.held)
         if self.options.debug_invariants:
             self.scheduler.check()
         return outputs
+
+    def _keep_prefixes(self, plan: StepPlan) -> None:
+        """Let what was computed be found, unless a host has been proved a liar: nobody knows since when it lied."""
+        num_wrong_answers = self.runner.dispatcher.stats().wrong_answers.total()
+        if num_wrong_answers > self._num_wrong_answers:
+            self._num_wrong_answers = num_wrong_answers
+            self.scheduler.forget_prefixes()
+        else:
+            self.scheduler.keep_prefixes(plan.spans)
 
     def _commit(self, sequence: SequenceState, result: Sampled | Llama4Error) -> TokenOutput:
         """Append a sampled token and say so; tokens leave the engine only here, after the whole step."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llama4_dist.engine.options import EngineOptions
-from llama4_dist.engine.page_move import PageMove, num_covered, page_ids
+from llama4_dist.engine.page_move import PageMove, Pages, num_covered, page_ids
+from llama4_dist.engine.prefix import NO_HIT, Key, PrefixHit, find_prefix
 from llama4_dist.engine.sequence import SequenceState
 from llama4_dist.model.kv_layout import KVLayout
 
@@ -22,11 +23,12 @@ class PlannedSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepPlan:
-    """One step: preempt, admit, move the pages of all spans, then compute the spans in order."""
+    """One step: preempt, admit with the prefixes found, move the pages of all spans, compute the spans in order."""
 
     spans: tuple[PlannedSpan, ...]
     preempted: tuple[SequenceState, ...]
     admitted: tuple[SequenceState, ...]
+    hits: tuple[PrefixHit, ...]  # parallel to `admitted`
 
 
 class PagePool(Protocol):
@@ -35,6 +37,7 @@ class PagePool(Protocol):
     @property
     def num_free(self) -> int: ...
     def num_holders(self, page: int) -> int: ...
+    def page_of(self, key: Key) -> int | None: ...
 
 
 def plan_step(
@@ -56,30 +59,51 @@ def plan_step(
     budget = _Budget(options, layout, num_free)
     decodes = [s for s in kept if s.num_pending == 1]
     prefills = [s for s in kept if s.num_pending > 1]
-    spans = [span for s in (*decodes, *prefills) if (span := budget.spend(s, moves.get(s.request_id)))]
+    spans = [span for s in (*decodes, *prefills) if (span := budget.spend(s, s.num_cached, moves.get(s.request_id)))]
     admitted: list[SequenceState] = []
+    hits: list[PrefixHit] = []
+    woken: set[int] = set()  # idle pages that an admission of this step holds
     # After a preemption nothing is admitted: it would take back the pages that were just freed.
     for sequence in () if preempted else waiting:
-        move = next_move(sequence, layout, options.block_size)
-        assert move is not None, "a waiting sequence holds no pages"
-        if move.num_taken > budget.num_free or len(kept) + len(admitted) >= options.max_num_seqs:
+        if not budget.num_tokens or len(kept) + len(admitted) >= options.max_num_seqs:
+            break
+        hit = _hit(sequence, pool, layout, options.block_size)
+        idle = {page for page in page_ids(hit.pages) if not pool.num_holders(page)}
+        move = _move(hit.pages, hit.num_blocks * options.block_size, len(sequence.tokens), layout, options.block_size)
+        num_needed = move.num_taken + len(idle - woken)
+        if num_needed > budget.num_free:
             break  # no overtaking: a long prompt at the head is not starved by short ones behind it
-        budget.num_free -= move.num_taken
-        span = budget.spend(sequence, move)
+        budget.num_free -= num_needed
+        span = budget.spend(sequence, hit.num_blocks * options.block_size, move)
         if span is None:
             break
+        woken |= idle
         admitted.append(sequence)
+        hits.append(hit)
         spans.append(span)
-    return StepPlan(spans=tuple(spans), preempted=tuple(preempted), admitted=tuple(admitted))
+    return StepPlan(spans=tuple(spans), preempted=tuple(preempted), admitted=tuple(admitted), hits=tuple(hits))
 
 
-def next_move(sequence: SequenceState, layout: KVLayout, block_size: int, *, end: int | None = None) -> PageMove | None:
-    """Return how pages must move before positions up to `end` (default: the next one) are computed; None if not."""
+def _hit(sequence: SequenceState, pool: PagePool, layout: KVLayout, block_size: int) -> PrefixHit:
+    if sequence.chain is None or sequence.wants_prompt_logprobs:
+        return NO_HIT
+    return find_prefix(sequence.chain, len(sequence.tokens), layout=layout, block_size=block_size, page_of=pool.page_of)
+
+
+def _move(
+    pages: Pages, num_cached: int, num_known: int, layout: KVLayout, block_size: int, *, end: int | None = None
+) -> PageMove:
+    """Return how pages must move before positions up to `end` (default: the next one) are computed."""
+    blocks = layout.blocks(num_cached=num_cached, end=end or num_cached + 1, num_known=num_known, block_size=block_size)
+    return PageMove(pages=pages, blocks=blocks)
+
+
+def _next_move(sequence: SequenceState, layout: KVLayout, block_size: int) -> PageMove | None:
+    """Return how the pages of a running sequence must move before its next position; None if they stay."""
     first, num_known = sequence.num_cached, len(sequence.tokens)
     if num_known - first == 1 and num_known <= num_covered(sequence.pages, block_size):
         return None
-    blocks = layout.blocks(num_cached=first, end=end or first + 1, num_known=num_known, block_size=block_size)
-    return PageMove(pages=sequence.pages, blocks=blocks)
+    return _move(sequence.pages, first, num_known, layout, block_size)
 
 
 def _keep_room(
@@ -88,7 +112,7 @@ def _keep_room(
     """Find room for the next tokens of every running sequence, preempting from the youngest end."""
     kept = list(running)
     preempted: list[SequenceState] = []
-    moves = {s.request_id: move for s in kept if (move := next_move(s, layout, block_size))}
+    moves = {s.request_id: move for s in kept if (move := _next_move(s, layout, block_size))}
     while (num_free := _num_left(kept, preempted, moves, pool)) < 0:
         preempted.append(kept.pop())
     return kept, preempted, moves, num_free
@@ -122,13 +146,13 @@ class _Budget:
         self._layout = layout
         self._block_size = options.block_size
 
-    def spend(self, sequence: SequenceState, move: PageMove | None) -> PlannedSpan | None:
-        """Plan the next tokens of a sequence whose `move` has been paid for."""
-        count = min(sequence.num_pending, self.num_tokens)
+    def spend(self, sequence: SequenceState, first: int, move: PageMove | None) -> PlannedSpan | None:
+        """Plan the next tokens of a sequence, from position `first` on; its `move` has been paid for."""
+        count = min(len(sequence.tokens) - first, self.num_tokens)
         if sequence.wants_prompt_logprobs:
             count = min(count, self.num_logit_rows)
-        if count > 1:
-            count, move = self._up_to_the_edge(sequence, count, move)
+        if count > 1 and move is not None:
+            count, move = self._up_to_the_edge(sequence, first, count, move)
         if count == 0:
             return None
         if sequence.wants_prompt_logprobs:
@@ -136,16 +160,13 @@ class _Budget:
         self.num_tokens -= count
         return PlannedSpan(sequence=sequence, num_tokens=count, move=move)
 
-    def _up_to_the_edge(
-        self, sequence: SequenceState, count: int, move: PageMove | None
-    ) -> tuple[int, PageMove | None]:
+    def _up_to_the_edge(self, sequence: SequenceState, first: int, count: int, move: PageMove) -> tuple[int, PageMove]:
         """Stop a span at the edge of its chunk unless there are pages for the chunks on both sides of it."""
-        first = sequence.num_cached
         edge = self._layout.next_edge(first)
         if edge is None or first + count <= edge:
             return count, move
-        across = next_move(sequence, self._layout, self._block_size, end=first + count)
-        num_more = (across.num_taken if across else 0) - (move.num_taken if move else 0)
+        across = _move(move.pages, first, len(sequence.tokens), self._layout, self._block_size, end=first + count)
+        num_more = across.num_taken - move.num_taken
         if num_more > self.num_free:
             return edge - first, move
         self.num_free -= num_more

@@ -18,17 +18,23 @@ class EngineStats:
 
     `station_seconds` sums wall time per station of a step: schedule, model (all of the forward pass), dispatch_wait
     (the part of model spent waiting for expert rows), sample. `host_*` are per expert host. `requests_replayed` counts
-    the times a group gave a request to another engine because its own was lost.
+    the times a group gave a request to another engine because its own was lost. `kv_blocks_cached` are free pages kept
+    for the prefixes in them; `prefix_hits` admissions that found some, `prefix_tokens` the positions they did not
+    compute, `prefix_evictions` cached pages that were needed for something else.
     """
 
     requests_running: int = 0
     requests_waiting: int = 0
     kv_blocks_total: int = 0
     kv_blocks_free: int = 0
+    kv_blocks_cached: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+    prefix_hits: int = 0
+    prefix_tokens: int = 0
+    prefix_evictions: int = 0
     requests_admitted: int = 0
     requests_finished: int = 0
     requests_cancelled: int = 0

@@ -1,11 +1,13 @@
 """Holds the waiting and the running sequences and carries out step plans on them; knows no model and no clock."""
 
 from bisect import insort
+from collections.abc import Iterable, Iterator
 
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.page_allocator import PageAllocator
 from llama4_dist.engine.page_move import PageMove, Pages, page_ids
-from llama4_dist.engine.plan import StepPlan, plan_step
+from llama4_dist.engine.plan import PlannedSpan, StepPlan, plan_step
+from llama4_dist.engine.prefix import PrefixChain, PrefixHit
 from llama4_dist.engine.sequence import SequenceState
 from llama4_dist.model.kv_layout import KVLayout
 
@@ -17,13 +19,19 @@ def _order(sequence: SequenceState) -> tuple[int, int]:
 class Scheduler:
     """Continuous batching: every step decides anew who runs. Deterministic in the order of calls."""
 
-    def __init__(self, allocator: PageAllocator, layout: KVLayout, options: EngineOptions) -> None:
+    def __init__(
+        self, allocator: PageAllocator, layout: KVLayout, options: EngineOptions, *, fingerprint: bytes = b""
+    ) -> None:
+        """`fingerprint` stands for all that the contents of a page depend on besides the tokens."""
         self.allocator = allocator
         self.layout = layout
         self.options = options
         self.waiting: list[SequenceState] = []  # both sorted by order: first come, first served within a priority
         self.running: list[SequenceState] = []
         self.num_preemptions = 0
+        self.num_prefix_hits = 0
+        self.num_prefix_tokens = 0
+        self._fingerprint = fingerprint
         self._by_id: dict[str, SequenceState] = {}
         self._lent: dict[str, Pages] = {}
 
@@ -31,6 +39,9 @@ class Scheduler:
         """Queue a new sequence."""
         assert sequence.request_id not in self._by_id, f"{sequence.request_id} is live already"
         self._by_id[sequence.request_id] = sequence
+        if self.options.enable_prefix_caching:
+            root = b"\0".join((self._fingerprint, sequence.request.tenant.encode()))
+            sequence.chain = PrefixChain(sequence.tokens, root=root, block_size=self.options.block_size)
         insort(self.waiting, sequence, key=_order)
 
     def get(self, request_id: str) -> SequenceState | None:
@@ -44,15 +55,33 @@ class Scheduler:
         plan = plan_step(self.running, self.waiting, pool=self.allocator, layout=self.layout, options=self.options)
         for sequence in plan.preempted:
             self._preempt(sequence)
-        for sequence in plan.admitted:
+        for sequence, hit in zip(plan.admitted, plan.hits, strict=True):
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_order)
+            self._start_after(sequence, hit)
         moves = [(span.sequence, span.move) for span in plan.spans if span.move is not None]
         for _, move in moves:
             self.allocator.release(move.dropped)
         for sequence, move in moves:
             sequence.pages = move.apply(self.allocator.take(move.num_taken))
         return plan
+
+    def keep_prefixes(self, spans: Iterable[PlannedSpan]) -> None:
+        """Name the blocks that a computed step has filled, so that others find them."""
+        for span in spans:
+            sequence = span.sequence
+            if sequence.chain is None:
+                continue
+            num_full = sequence.num_cached // self.options.block_size
+            for block in range(sequence.num_named, num_full):
+                self._name(sequence, block)
+            sequence.num_named = num_full
+
+    def forget_prefixes(self) -> None:
+        """Let nothing be found that was computed up to now, nor what running sequences will build on it."""
+        self.allocator.forget_names()
+        for sequence in self.running:
+            sequence.chain = None
 
     def remove(self, sequence: SequenceState) -> None:
         """Forget a sequence that ended; its pages are free at once."""
@@ -84,6 +113,8 @@ class Scheduler:
         assert all(not s.pages and s.num_cached == 0 for s in self.waiting), "a waiting sequence holds pages"
         held = [*(s.pages for s in self.running), *self._lent.values()]
         self.allocator.check(page for pages in held for page in page_ids(pages))
+        for sequence in self.running:
+            self._check_names(sequence)
 
     def _preempt(self, sequence: SequenceState) -> None:
         self.running.remove(sequence)
@@ -92,6 +123,37 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _release(self, sequence: SequenceState) -> None:
-        self.allocator.release(page_ids(sequence.pages))
+        self.allocator.release(_ends_first(sequence.pages))
         sequence.pages = ()
-        sequence.num_cached = 0
+        sequence.num_cached = sequence.num_named = 0
+
+    def _start_after(self, sequence: SequenceState, hit: PrefixHit) -> None:
+        """Let a sequence begin behind a prefix that others have computed."""
+        self.allocator.hold(page_ids(hit.pages))
+        sequence.pages = hit.pages
+        sequence.num_named = hit.num_blocks
+        sequence.num_cached = hit.num_blocks * self.options.block_size
+        self.num_prefix_hits += hit.num_blocks > 0
+        self.num_prefix_tokens += sequence.num_cached
+
+    def _name(self, sequence: SequenceState, block: int) -> None:
+        assert sequence.chain is not None, "only what has a chain is named"
+        key = sequence.chain.key(block)
+        for group, run in enumerate(sequence.pages):
+            if run.first_block <= block < run.stop_block:
+                self.allocator.name(run.ids[block - run.first_block], (group, key))
+
+    def _check_names(self, sequence: SequenceState) -> None:
+        """Assert that what a sequence shares is full, its own tenant's, and the very tokens it has."""
+        for group, run in enumerate(sequence.pages):
+            for block, page in enumerate(run.ids, start=run.first_block):
+                if (name := self.allocator.key_of(page)) is not None:
+                    assert block < sequence.num_named, "a page with a name may be written to"
+                    assert sequence.chain is not None, "a named page is in a sequence that names none"
+                    assert name == (group, sequence.chain.key(block)), "a page holds other tokens, or another tenant's"
+
+
+def _ends_first(pages: Pages) -> Iterator[int]:
+    """Return all pages, the last blocks first: a prefix is of use without its end, not without its start."""
+    blocks = sorted(((run.first_block + i, page) for run in pages for i, page in enumerate(run.ids)), reverse=True)
+    return (page for _, page in blocks)

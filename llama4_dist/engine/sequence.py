@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from llama4_dist.engine.page_move import Pages
+from llama4_dist.engine.prefix import PrefixChain
 from llama4_dist.request import EngineRequest, PositionLogprobs, Sampling
 
 
@@ -13,7 +14,8 @@ class SequenceState:
 
     `tokens` is prompt + output. `num_cached` positions are in the cache; the rest is pending. A preempted sequence
     falls back to `num_cached = 0` and keeps its tokens, so it recomputes and continues. `order` is the place in the
-    queue: (priority, arrival); lower runs earlier, as in vLLM. Times are seconds of the engine's clock.
+    queue: (priority, arrival); lower runs earlier, as in vLLM. `chain` names blocks where prefixes are cached, and
+    `num_named` of them have been named. Times are seconds of the engine's clock.
     """
 
     request: EngineRequest
@@ -26,6 +28,8 @@ class SequenceState:
     tokens: list[int]
     num_cached: int = 0
     pages: Pages = ()
+    chain: PrefixChain | None = None
+    num_named: int = 0
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
     first_output: bool = True

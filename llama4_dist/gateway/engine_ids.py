@@ -29,6 +29,10 @@ class EngineIds:
         """Return the seed of a request that names none: another gateway must go on with the same draws."""
         return int.from_bytes(self._mac("seed", tenant, request_id)[:8], "big")
 
+    def tenant(self, tenant: str) -> str:
+        """Return what engines know a tenant by: it says who is the same, and not by which credential."""
+        return self._mac("tenant", tenant, "").hex()
+
     def _mac(self, purpose: str, tenant: str, request_id: str) -> bytes:
         # Neither part can contain the separator: a tenant is hexadecimal, a request id is checked.
         message = "\n".join((purpose, tenant, request_id)).encode()

@@ -145,7 +145,7 @@ class Generations:
         for request in state.engine_requests():
             self._sequences[request.request_id] = running
             try:
-                give(replace(request, digest=body))
+                give(replace(request, digest=body, tenant=self._ids.tenant(key[0])))
             except BaseException as error:
                 del self._sequences[request.request_id]
                 self._release(running)

@@ -73,6 +73,9 @@ class EngineCollector:
             "requests_running": stats.requests_running,
             "requests_waiting": stats.requests_waiting,
             "kv_cache_usage_ratio": used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0,
+            "prefix_cache_usage_ratio": (
+                stats.kv_blocks_cached / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
+            ),
             "queue_age_seconds": stats.max_queue_age_s,
         }
         counters = {
@@ -80,6 +83,9 @@ class EngineCollector:
             "prompt_tokens": stats.prompt_tokens,
             "generation_tokens": stats.generated_tokens,
             "preemptions": stats.preemptions,
+            "prefix_cache_hits": stats.prefix_hits,
+            "prefix_cache_tokens": stats.prefix_tokens,
+            "prefix_cache_evictions": stats.prefix_evictions,
             "requests_admitted": stats.requests_admitted,
             "requests_finished": stats.requests_finished,
             "requests_cancelled": stats.requests_cancelled,

@@ -15,6 +15,7 @@ class KVCache:
     Layer l is row `layout.index_in_group[l]`; slot = page · block_size + offset in the block. Keys are stored after
     rotation and QK-norm, so a position's entry never changes. `dtype` is what is stored, `compute_dtype` what `read`
     returns; every query reads what is stored, its own key too, so no token depends on what was computed when.
+    `fingerprint` stands for all that an entry depends on besides the tokens up to it.
     """
 
     def __init__(
@@ -26,12 +27,14 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
         compute_dtype: torch.dtype | None = None,
+        model_hash: str = "",
     ) -> None:
         self.layout = layout_of(config)
         self.num_pages = num_pages
         self.block_size = block_size
         self.dtype = dtype
         self.compute_dtype = compute_dtype or dtype
+        self.fingerprint = repr((model_hash, block_size, self.dtype, self.compute_dtype, self.layout)).encode()
         self._row = (config.num_kv_heads, config.head_dim)
         width = config.num_kv_heads * config.head_dim
         num_slots = -(-num_pages * block_size // KEYS_TOGETHER) * KEYS_TOGETHER

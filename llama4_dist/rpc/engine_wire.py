@@ -34,7 +34,8 @@ LIMITS = (
 STATS_NUMBERS = (
     "requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "steps", "prompt_tokens",
     "generated_tokens", "preemptions", "requests_admitted", "requests_finished", "requests_cancelled",
-    "requests_failed", "requests_replayed", "max_queue_age_s",
+    "requests_failed", "requests_replayed", "max_queue_age_s", "kv_blocks_cached", "prefix_hits", "prefix_tokens",
+    "prefix_evictions",
 )  # fmt: skip
 STATS_MAPS = ("station_seconds", "host_rows", "host_bytes_out", "host_bytes_in")
 
@@ -87,6 +88,7 @@ def request_to_wire(request: EngineRequest) -> pb.SubmitCommand:
         timeout_s=request.timeout_s,
         priority=request.priority,
         digest=request.digest,
+        tenant=request.tenant,
     )
 
 
@@ -101,6 +103,7 @@ def request_from_wire(message: pb.SubmitCommand) -> EngineRequest:
         timeout_s=message.timeout_s if message.HasField("timeout_s") else None,
         priority=message.priority,
         digest=message.digest,
+        tenant=message.tenant,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.stats import DispatchStats
 from llama4_dist.engine.engine import EngineCore
+from llama4_dist.engine.kv_sizing import longest_sequence
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.model.batch import Batch, PageRun
 from llama4_dist.model.kv_cache import KVCache
@@ -40,10 +41,14 @@ def greedy(prompt: Sequence[int], count: int) -> list[int]:
 
 
 class FakeModel:
-    """Logits fall by 1/8 from the likeliest token round the vocabulary."""
+    """Logits fall by 1/8 from the likeliest token round the vocabulary.
 
-    def __init__(self, block_size: int) -> None:
+    The first group of the layout keeps all tokens and is what is read; the others must agree on what they still have.
+    """
+
+    def __init__(self, block_size: int, layout: KVLayout = LAYOUT) -> None:
         self.block_size = block_size
+        self.layout = layout
         self.slots: dict[int, int] = {}
         self.batches: list[Batch] = []
         self.before_forward: Callable[[Batch], None] = lambda batch: None
@@ -55,13 +60,19 @@ class FakeModel:
         token_ids = batch.token_ids_T.tolist()
         for span in batch.spans:
             for position in range(span.num_cached, span.num_cached + span.num_tokens):
-                self.slots[self._slot(span.pages, position)] = token_ids.pop(0)
-                tokens = [self.slots[self._slot(span.pages, i)] for i in range(position + 1)]
+                token_id = token_ids.pop(0)
+                for run in span.pages:
+                    self.slots[self._slot(run, position)] = token_id
+                tokens = [self.slots[self._slot(span.pages[0], i)] for i in range(position + 1)]
+                for group, run in zip(self.layout.groups, span.pages, strict=True):
+                    first = group.first_key(position)
+                    seen = [self.slots[self._slot(run, i)] for i in range(first, position + 1)]
+                    assert seen == tokens[first:], "a group of layers has keys of other tokens"
                 rows.append((torch.arange(VOCAB_SIZE) - next_token(tokens)).remainder(VOCAB_SIZE) / -8)
         return torch.stack(rows)[list(batch.logit_rows)]
 
-    def _slot(self, pages: tuple[PageRun, ...], position: int) -> int:
-        return pages[0].ids[position // self.block_size] * self.block_size + position % self.block_size
+    def _slot(self, run: PageRun, position: int) -> int:
+        return run.ids[position // self.block_size - run.first_block] * self.block_size + position % self.block_size
 
 
 class FakeDispatcher:
@@ -78,19 +89,24 @@ class FakeDispatcher:
 
 
 def fake_core(
-    *, num_blocks: int = 64, max_context: int = 128, clock: Callable[[], float] = time.monotonic, **options: Any
+    *,
+    num_blocks: int = 64,
+    max_context: int = 128,
+    clock: Callable[[], float] = time.monotonic,
+    layout: KVLayout = LAYOUT,
+    **options: Any,
 ) -> EngineCore:
     """An engine core over a FakeModel; `core.runner.model` is the model."""
     fields = {"block_size": 4, "max_num_batched_tokens": 16, "max_num_seqs": 8, "debug_invariants": True} | options
     engine_options = EngineOptions(num_blocks=num_blocks, **fields)
     return EngineCore(
-        FakeModel(engine_options.block_size),
-        cast(KVCache, SimpleNamespace(layout=LAYOUT)),
+        FakeModel(engine_options.block_size, layout),
+        cast(KVCache, SimpleNamespace(layout=layout, fingerprint=b"")),
         cast(Dispatcher, FakeDispatcher()),
         limits=EngineLimits(
             model="fake",
             vocab_size=VOCAB_SIZE,
-            max_context=min(max_context, num_blocks * engine_options.block_size),
+            max_context=longest_sequence(layout, num_blocks, engine_options.block_size, at_most=max_context),
             max_waiting=engine_options.max_waiting,
         ),
         options=engine_options,

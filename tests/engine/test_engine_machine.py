@@ -10,8 +10,9 @@ from llama4_dist.engine import scorer
 from llama4_dist.engine.port import is_last
 from llama4_dist.errors import DeadlineExceededError, EngineError, UnavailableError
 from llama4_dist.model.batch import Batch
+from llama4_dist.model.kv_layout import KVGroup, KVLayout
 from llama4_dist.request import FinishReason, TokenOutput
-from tests.engine.fake_model import EOS, FakeModel, fake_core, greedy
+from tests.engine.fake_model import EOS, LAYOUT, FakeModel, fake_core, greedy
 from tests.engine.sequences import request
 
 POISON = EOS  # a token the model never says itself
@@ -20,11 +21,16 @@ POISON = EOS  # a token the model never says itself
 class EngineMachine(RuleBasedStateMachine):
     """A core of 40 cache positions, 3 sequences and 10 tokens a step, under everything that may happen to it."""
 
+    NUM_BLOCKS = 10
+    LAYOUT = LAYOUT
+
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 0.0
         self.core = fake_core(
-            num_blocks=10,
+            num_blocks=self.NUM_BLOCKS,
+            layout=self.LAYOUT,
+            max_context=40,
             max_num_seqs=3,
             max_num_batched_tokens=10,
             max_logit_rows=4,
@@ -51,7 +57,10 @@ class EngineMachine(RuleBasedStateMachine):
         return [name for name, outputs in self.outputs.items() if not (outputs and is_last(outputs[-1]))]
 
     @rule(
-        prompt=st.lists(st.integers(0, 40), min_size=1, max_size=16),
+        prompt=st.one_of(
+            st.lists(st.integers(0, 40), min_size=1, max_size=16),
+            st.integers(1, 16).map(lambda length: list(range(length))),  # these share what they begin with
+        ),
         max_tokens=st.integers(1, 20),
         fields=st.fixed_dictionaries(
             {},
@@ -60,6 +69,7 @@ class EngineMachine(RuleBasedStateMachine):
                 "timeout_s": st.integers(1, 9).map(float),
                 "prompt_logprobs": st.just(0),
                 "logprobs": st.just(1),
+                "tenant": st.sampled_from("xy"),
             },
         ),
         poisoned=st.sampled_from([False] * 7 + [True]),
@@ -138,7 +148,7 @@ class EngineMachine(RuleBasedStateMachine):
                 break
             self.step(1)
         assert self.live() == []
-        assert self.core.scheduler.allocator.num_free == 10
+        assert self.core.scheduler.allocator.num_free == self.NUM_BLOCKS
         self.everything_adds_up()
         self.every_stream_is_a_prefix_of_the_truth()
 
@@ -147,3 +157,14 @@ EngineMachine.TestCase.settings = settings(
     max_examples=40, stateful_step_count=30, deadline=None, derandomize=True, database=None
 )
 TestEngine = EngineMachine.TestCase
+
+
+class ChunkedEngineMachine(EngineMachine):
+    """The same where a second group of layers keeps chunks of 10, that begin and end inside blocks."""
+
+    NUM_BLOCKS = 14
+    LAYOUT = KVLayout(groups=(KVGroup(layers=(0,), chunk_size=None), KVGroup(layers=(1,), chunk_size=10)))
+
+
+ChunkedEngineMachine.TestCase.settings = EngineMachine.TestCase.settings
+TestChunkedEngine = ChunkedEngineMachine.TestCase

@@ -21,7 +21,7 @@ def make_scheduler(num_blocks: int, layout: KVLayout = LAYOUT, **options: Any) -
     return Scheduler(PageAllocator(num_blocks), layout, EngineOptions(**fields))
 
 
-def compute(plan: StepPlan) -> list[SequenceState]:
+def compute(plan: StepPlan, scheduler: Scheduler | None = None) -> list[SequenceState]:
     """Do what the engine does with a plan, with a model that always says 7; return who got a token."""
     done = []
     for span in plan.spans:
@@ -29,6 +29,8 @@ def compute(plan: StepPlan) -> list[SequenceState]:
         if span.sequence.num_pending == 0:
             span.sequence.append(7)
             done.append(span.sequence)
+    if scheduler is not None:
+        scheduler.keep_prefixes(plan.spans)
     return done
 
 
@@ -164,10 +166,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_outputs=st.integers(1, 12),
         priority=st.integers(0, 1),
         logprobs=st.sampled_from([None, 0]),
+        tenant=st.sampled_from("xy"),
+        odd_one=st.integers(0, 19),
     )
-    def submit(self, length: int, num_outputs: int, priority: int, logprobs: int | None) -> None:
+    def submit(
+        self, length: int, num_outputs: int, priority: int, logprobs: int | None, tenant: str, odd_one: int
+    ) -> None:
         made = sequence(
-            f"r{self.arrivals}", (1,) * length, arrival=self.arrivals, priority=priority, prompt_logprobs=logprobs
+            f"r{self.arrivals}",
+            tuple(int(position == odd_one) for position in range(length)),  # prompts begin alike, and fork somewhere
+            arrival=self.arrivals,
+            priority=priority,
+            prompt_logprobs=logprobs,
+            tenant=tenant,
         )
         made.max_tokens = num_outputs  # at most 32 tokens: any sequence fits the empty cache of 36
         self.scheduler.add(made)
@@ -190,7 +201,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             advanced = [span.sequence for span in plan.spans]
             assert oldest in advanced or oldest not in self.scheduler.running or not before, "the oldest starved"
             assert advanced, "work is waiting and nothing runs"
-        for sequence_ in compute(plan):
+        for sequence_ in compute(plan, self.scheduler):
             sequence_.prompt_logprobs = [None] * sequence_.num_prompt_tokens
             if sequence_.num_output_tokens >= sequence_.max_tokens:
                 self.scheduler.remove(sequence_)
@@ -206,6 +217,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         (run, *_) = self.scheduler.borrow("score", num_cached=0, end=1, num_known=count * 4)
         assert len(run.ids) == count
         self.borrowed.append("score")
+
+    @rule()
+    def distrust(self) -> None:
+        self.scheduler.forget_prefixes()
+        assert self.scheduler.allocator.num_idle == 0
 
     @precondition(lambda self: self.borrowed)
     @rule()

@@ -49,6 +49,7 @@ def run(checkpoint: Path) -> Iterator[Run]:
         collector.wait_for(*(made.request_id for made in requests))
         stats = engine.stats()
         assert stats.kv_blocks_free == stats.kv_blocks_total
+        start_and_wait.prefix_tokens = stats.prefix_tokens  # type: ignore[attr-defined]
         start_and_wait.preemptions = stats.preemptions  # type: ignore[attr-defined]
         return collector.outputs
 
@@ -119,6 +120,29 @@ def test_preemption_changes_no_token(run: Run) -> None:
     tight = run(greedy_requests(max_tokens=40), num_blocks=13, max_num_batched_tokens=64, max_num_seqs=7)
     assert run.preemptions > 0  # type: ignore[attr-defined]
     assert ids(tight) == ids(roomy)
+
+
+def test_a_cached_prefix_changes_no_token(run: Run) -> None:
+    """A conversation goes on: each turn begins with all that was said, and stands in the cache beside the others'."""
+    requests = [
+        request(f"{name}/{index}", prompt, seed=5, sequence_index=index, **DRAWN)
+        for name, prompt in PROMPTS.items()
+        for index in range(2)
+    ]
+    expected = ids(run(requests, enable_prefix_caching=False))
+    together = run(requests)
+    assert ids(together) == expected
+    turns = [request("p40/0", PROMPTS["p40"], seed=5, **DRAWN)]
+    said = PROMPTS["p40"] + tuple(expected["p40/0"])
+    turns += [
+        request(f"turn{length}", said[:length], seed=9, temperature=1.0, max_tokens=10, ignore_eos=True)
+        for length in (33, 48, 49, 60)
+    ]
+    apart = {made.request_id: tokens(run([made], enable_prefix_caching=False)[made.request_id]) for made in turns}
+    for options in ({}, {"num_blocks": 13, "max_num_batched_tokens": 11, "max_num_seqs": 5}):
+        outputs = run(turns, max_num_seqs=1) if not options else run(turns, **options)
+        assert ids(outputs) == dict(sorted(apart.items()))
+        assert run.prefix_tokens > 0  # type: ignore[attr-defined]
 
 
 def test_seeded_draws_are_the_same_alone_and_in_a_batch(run: Run) -> None:

@@ -1,5 +1,6 @@
 """Who may call what; nobody learns which methods exist without a token."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,18 @@ def test_another_tenants_request_id_is_free(served: Served) -> None:
         assert two.generate([2], Sampling(max_tokens=2), request_id="mine").token_ids
         stream.close()
     assert eventually(lambda: served.gateway.generations.num_running == 0)
+
+
+def test_engines_learn_who_is_the_same_tenant_and_no_credential(tmp_path: Path) -> None:
+    engine, file = ScriptedEngine(), write_tokens(tmp_path, f"{NORMAL}\n{OTHER}\n")
+    with serving(engine, settings=GatewaySettings(token_file=file)) as served:
+        for token in (NORMAL, OTHER, NORMAL):
+            with Client(served.address, ConnectOptions(token=token)) as client:
+                client.generate([1], Sampling(max_tokens=1))
+    one, two, again = (made.tenant for made in engine.submitted)
+    assert one == again != two
+    assert len(one) == len(two) == 64, "an HMAC of the credential's digest"
+    assert not {one, two} & {hashlib.sha256(f"Bearer {token}".encode()).hexdigest() for token in (NORMAL, OTHER)}
 
 
 def test_scopes_are_read_from_the_file(tmp_path: Path) -> None:

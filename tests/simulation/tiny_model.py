@@ -149,7 +149,7 @@ def engine_core(dispatcher: Any, *, num_blocks: int, clock: Any, **options: Any)
     """An engine over the model; it checks its blocks after every step."""
     return EngineCore(
         TinyModel(num_blocks),
-        cast(KVCache, SimpleNamespace(layout=LAYOUT)),
+        cast(KVCache, SimpleNamespace(layout=LAYOUT, fingerprint=b"")),
         dispatcher,
         limits=EngineLimits(model="tiny", vocab_size=VOCAB_SIZE, max_context=num_blocks * BLOCK_SIZE, max_waiting=100),
         options=EngineOptions(num_blocks=num_blocks, block_size=BLOCK_SIZE, debug_invariants=True, **options),

@@ -31,7 +31,7 @@ class RunRequest(_message.Message):
     def __init__(self, submit: _Optional[_Union[SubmitCommand, _Mapping]] = ..., abort: _Optional[_Union[AbortCommand, _Mapping]] = ..., attach: _Optional[_Union[AttachCommand, _Mapping]] = ..., goodbye: _Optional[_Union[GoodbyeCommand, _Mapping]] = ...) -> None: ...
 
 class SubmitCommand(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "sequence_index", "output_token_ids", "timeout_s", "priority", "digest")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "sequence_index", "output_token_ids", "timeout_s", "priority", "digest", "tenant")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class SubmitCommand(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
@@ -48,7 +49,8 @@ class SubmitCommand(_message.Message):
     timeout_s: float
     priority: int
     digest: bytes
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., sequence_index: _Optional[int] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., timeout_s: _Optional[float] = ..., priority: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    tenant: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., sequence_index: _Optional[int] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., timeout_s: _Optional[float] = ..., priority: _Optional[int] = ..., digest: _Optional[bytes] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class AttachCommand(_message.Message):
     __slots__ = ("request_id", "digest")
@@ -231,7 +233,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "steps", "prompt_tokens", "generated_tokens", "preemptions", "requests_admitted", "requests_finished", "requests_cancelled", "requests_failed", "max_queue_age_s", "station_seconds", "host_rows", "host_bytes_out", "host_bytes_in", "requests_replayed")
+    __slots__ = ("requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "steps", "prompt_tokens", "generated_tokens", "preemptions", "requests_admitted", "requests_finished", "requests_cancelled", "requests_failed", "max_queue_age_s", "station_seconds", "host_rows", "host_bytes_out", "host_bytes_in", "requests_replayed", "kv_blocks_cached", "prefix_hits", "prefix_tokens", "prefix_evictions")
     class StationSecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -278,6 +280,10 @@ class GetStatsResponse(_message.Message):
     HOST_BYTES_OUT_FIELD_NUMBER: _ClassVar[int]
     HOST_BYTES_IN_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HITS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     requests_running: int
     requests_waiting: int
     kv_blocks_total: int
@@ -296,7 +302,11 @@ class GetStatsResponse(_message.Message):
     host_bytes_out: _containers.ScalarMap[str, int]
     host_bytes_in: _containers.ScalarMap[str, int]
     requests_replayed: int
-    def __init__(self, requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., requests_admitted: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., requests_failed: _Optional[int] = ..., max_queue_age_s: _Optional[float] = ..., station_seconds: _Optional[_Mapping[str, float]] = ..., host_rows: _Optional[_Mapping[str, int]] = ..., host_bytes_out: _Optional[_Mapping[str, int]] = ..., host_bytes_in: _Optional[_Mapping[str, int]] = ..., requests_replayed: _Optional[int] = ...) -> None: ...
+    kv_blocks_cached: int
+    prefix_hits: int
+    prefix_tokens: int
+    prefix_evictions: int
+    def __init__(self, requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., requests_admitted: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., requests_failed: _Optional[int] = ..., max_queue_age_s: _Optional[float] = ..., station_seconds: _Optional[_Mapping[str, float]] = ..., host_rows: _Optional[_Mapping[str, int]] = ..., host_bytes_out: _Optional[_Mapping[str, int]] = ..., host_bytes_in: _Optional[_Mapping[str, int]] = ..., requests_replayed: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., prefix_evictions: _Optional[int] = ...) -> None: ...
 
 class GetLimitsRequest(_message.Message):
     __slots__ = ()
