@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llama4_dist.config import ModelConfig
 from llama4_dist.model.batch import SequenceSpan
 from llama4_dist.model.key_axes import KeyAxes
 from llama4_dist.model.kv_layout import KVLayout
@@ -60,7 +59,8 @@ class LayerPlan:
 
     @cached_property
     def pages_BN(self) -> Tensor:
-        return self._to_device(self._table.astype(np.int32))
+        block_BN = np.minimum(np.arange(self._counts.max()), self._counts[:, None] - 1)
+        return self._to_device(self._ids[self._starts[:, None] + block_BN].astype(np.int32))
 
     @cached_property
     def first_block_B(self) -> Tensor:
@@ -83,17 +83,22 @@ class LayerPlan:
         )
 
     @cached_property
-    def _table(self) -> NDArray[np.int64]:
-        width = max(len(run.ids) for run in self._runs)
-        table = np.empty((len(self._runs), width), dtype=np.int64)
-        for row, run in zip(table, self._runs, strict=True):
-            row[: len(run.ids)] = run.ids_N
-            row[len(run.ids) :] = run.ids[-1]
-        return table
+    def _ids(self) -> NDArray[np.int64]:
+        """The pages of all sequences, one after the other; sequence b's begin at `_starts[b]`."""
+        return np.concatenate([run.ids_N for run in self._runs])
+
+    @cached_property
+    def _counts(self) -> NDArray[np.int64]:
+        return np.array([len(run.ids) for run in self._runs])
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        starts: NDArray[np.int64] = np.cumsum(self._counts) - self._counts
+        return starts
 
     @cached_property
     def _first_blocks(self) -> NDArray[np.int64]:
-        return np.array([run.first_block for run in self._runs], dtype=np.int64)
+        return np.array([run.first_block for run in self._runs])
 
     def _key_slots(self, runs: Sequence[QueryRun]) -> Tensor:
         sequences, positions = self.axes.keys(runs)
@@ -102,7 +107,7 @@ class LayerPlan:
     def _slots(self, sequences: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the slots of positions of sequences, by their index in the step; both broadcast."""
         blocks, offsets = np.divmod(positions, self._block_size)
-        pages = self._table[sequences, blocks - self._first_blocks[sequences]]
+        pages = self._ids[blocks + (self._starts - self._first_blocks)[sequences]]
         return pages * self._block_size + offsets
 
     def _to_device(self, array: NDArray[np.integer]) -> Tensor:
@@ -127,7 +132,8 @@ class StepPlan:
 def plan_step(
     spans: Sequence[SequenceSpan],
     *,
-    config: ModelConfig,
+    floor_scale: float,
+    attn_scale: float,
     frequencies_C: Tensor,
     layout: KVLayout,
     block_size: int,
@@ -142,7 +148,7 @@ def plan_step(
     positions = next(iter(axes.values())).positions
     num_tokens = len(positions)
     positions_T = torch.from_numpy(np.pad(positions, (0, padded_rows(num_tokens) - num_tokens)))
-    temperature_T = query_temperature(positions_T, config.floor_scale, config.attn_scale)
+    temperature_T = query_temperature(positions_T, floor_scale, attn_scale)
     return StepPlan(
         num_tokens=num_tokens,
         rotation_T1C=rotation_table(positions_T, frequencies_C).to(device),

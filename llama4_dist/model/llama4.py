@@ -85,7 +85,8 @@ class Llama4:
         embedding_VD = self.embedding_VD
         plan = plan_step(
             batch.spans,
-            config=self.config,
+            floor_scale=self.config.floor_scale,
+            attn_scale=self.config.attn_scale,
             frequencies_C=self.frequencies_C,
             layout=cache.layout,
             block_size=cache.block_size,

@@ -56,7 +56,8 @@ def case(in_torch: None, request: pytest.FixtureRequest, tmp_path_factory: pytes
     pages = tuple(PageRun(first_block=0, ids=tuple(range(first, first + 10))) for first in range(0, num_pages, 10))
     plan = plan_step(
         [SequenceSpan(num_tokens=NUM_TOKENS, num_cached=0, pages=pages)],
-        config=model.config,
+        floor_scale=model.config.floor_scale,
+        attn_scale=model.config.attn_scale,
         frequencies_C=model.frequencies_C,
         layout=layout,
         block_size=10,
