@@ -77,6 +77,8 @@ class ServeSettings(BaseModel):
     max_context: int | None = Field(default=None, ge=1)
     block_size: int = Field(default=16, ge=1, le=1024)
     kv_cache_bytes: int | None = Field(default=None, ge=1)
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float8_e4m3"] = "auto"
+    prefix_caching: bool = True
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -22,6 +22,8 @@ def engine_of(settings: ServeSettings, *, show_progress: bool, **cluster: Any) -
         max_num_batched_tokens=settings.max_num_batched_tokens,
         block_size=settings.block_size,
         kv_cache_bytes=settings.kv_cache_bytes,
+        kv_dtype=settings.kv_dtype,
+        enable_prefix_caching=settings.prefix_caching,
         max_waiting=settings.max_waiting,
         max_context=settings.max_context,
         model_name=settings.model_name or settings.model.resolve().name,

@@ -14,6 +14,7 @@ from llama4_dist.engine import kv_sizing
 from llama4_dist.engine.apart import apart
 from llama4_dist.engine.engine import EngineCore
 from llama4_dist.engine.inproc_hosts import start_inproc_hosts
+from llama4_dist.engine.kv_dtype import resolve_kv_dtype
 from llama4_dist.engine.local import LocalEngine
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError
@@ -46,14 +47,16 @@ def build_engine(
 ) -> LocalEngine:
     """Load the attention side of a checkpoint and return an engine that reaches experts through `dispatcher`."""
     config = checkpoint.config
+    kv_dtype = resolve_kv_dtype(options.kv_dtype, compute_dtype=dtype, device=device)
     model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
-    num_pages = kv_sizing.num_pages(config, options, dtype_bytes=dtype.itemsize, memory_bytes=_memory_bytes(device))
+    num_pages = kv_sizing.num_pages(config, options, dtype_bytes=kv_dtype.itemsize, memory_bytes=_memory_bytes(device))
     cache = KVCache(
         config,
         num_pages=num_pages,
         block_size=options.block_size,
-        dtype=dtype,
+        dtype=kv_dtype,
         device=device,
+        compute_dtype=dtype,
         model_hash=checkpoint.model_hash,
     )
     limits = EngineLimits(

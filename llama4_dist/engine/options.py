@@ -13,6 +13,7 @@ class EngineOptions:
     `num_blocks` counts pages: `block_size` positions of one group of layers (`model.kv_layout`). It wins over
     `kv_cache_bytes`; with neither, a share of the memory is taken (`engine.kv_sizing`).
     `enable_prefix_caching` lets sequences of one tenant share the pages of equal prompt starts (`engine.prefix`).
+    `kv_dtype` is what keys and values are stored in (`engine.kv_dtype`); "auto" is what the model computes in.
     `max_logit_rows` bounds the float32 rows of logits a step makes for prompt log-probabilities or scoring: a row of
     Llama 4's vocabulary is 0.8 MB. `max_score_bytes` bounds the logits that one call of `score` returns.
     `expert_timeout_s` is how long requests wait for an expert that no host serves before they fail as retriable.
@@ -26,6 +27,7 @@ class EngineOptions:
     num_blocks: int | None = None
     kv_cache_bytes: int | None = None
     enable_prefix_caching: bool = True
+    kv_dtype: str = "auto"
     max_waiting: int = 1024
     max_context: int | None = None
     max_logit_rows: int = 256

@@ -108,7 +108,8 @@ class LayerPlan:
         """Return the slots of positions of sequences, by their index in the step; both broadcast."""
         blocks, offsets = np.divmod(positions, self._block_size)
         pages = self._ids[blocks + (self._starts - self._first_blocks)[sequences]]
-        return pages * self._block_size + offsets
+        slots: NDArray[np.int64] = pages * self._block_size + offsets
+        return slots
 
     def _to_device(self, array: NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(array).to(self.axes.device)

@@ -41,9 +41,9 @@ class KVCache:
         shape = (self.layout.layers_per_group, 2, num_slots, width)
         # Zeros, not empty memory: whatever a slot holds takes part in a product before it is masked away.
         self._storage = torch.zeros(shape, dtype=dtype, device=device)
-        rows = [tuple(row) for row in self._storage]
+        rows = [tuple(row) for row in self._storage.view(_moved_as(dtype))]
         self._slots = [rows[index] for index in self.layout.index_in_group]
-        self._gathered = torch.empty((2, 0, width), dtype=dtype, device=device)
+        self._gathered = torch.empty((2, 0, width), dtype=_moved_as(dtype), device=device)
 
     @property
     def num_bytes(self) -> int:
@@ -52,7 +52,7 @@ class KVCache:
     def slots(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return the stored keys and values [num_pages · block_size, G · C] that a layer shares with other groups'."""
         keys, values = self._slots[layer]
-        return keys, values
+        return keys.view(self.dtype), values.view(self.dtype)
 
     def addresses(self, layer: int) -> tuple[int, int]:
         """Return where the keys and the values of a layer begin; native passes order the keys of 16 slots their way."""
@@ -62,8 +62,8 @@ class KVCache:
     def write(self, layer: int, slots_T: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> None:
         """Store the keys and values of new tokens."""
         keys, values = self._slots[layer]
-        keys.index_copy_(0, slots_T, k_TGC.flatten(1).to(self.dtype))
-        values.index_copy_(0, slots_T, v_TGC.flatten(1).to(self.dtype))
+        keys.index_copy_(0, slots_T, self._stored(k_TGC))
+        values.index_copy_(0, slots_T, self._stored(v_TGC))
 
     def read(self, layer: int, slots_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Copy out the keys and values at `slots_BS`, each a view [B, G, S, C] that the next `read` overwrites."""
@@ -72,5 +72,18 @@ class KVCache:
             self._gathered = self._gathered.new_empty((2, len(slots_S), self._gathered.shape[2]))
         for tensor, gathered_SD in zip(self._slots[layer], self._gathered, strict=True):
             torch.index_select(tensor, 0, slots_S, out=gathered_SD[: len(slots_S)])
-        k_BSGC, v_BSGC = self._gathered[:, : len(slots_S)].to(self.compute_dtype).view(2, *slots_BS.shape, *self._row)
+        gathered = self._gathered[:, : len(slots_S)].view(self.dtype).to(self.compute_dtype)
+        k_BSGC, v_BSGC = gathered.view(2, *slots_BS.shape, *self._row)
         return k_BSGC.transpose(1, 2), v_BSGC.transpose(1, 2)
+
+    def _stored(self, x_TGC: Tensor) -> Tensor:
+        x_TW = x_TGC.flatten(1)
+        if self.dtype.itemsize == 1:  # beyond its largest number a float8_e4m3 knows only NaN
+            largest = torch.finfo(self.dtype).max
+            x_TW = x_TW.clamp(-largest, largest)
+        return x_TW.to(self.dtype).view(_moved_as(self.dtype))
+
+
+def _moved_as(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which entries are copied: torch can index no float8."""
+    return torch.uint8 if dtype.itemsize == 1 else dtype

@@ -92,6 +92,32 @@ def test_options_that_cannot_work_are_refused(fields: dict[str, int]) -> None:
         EngineOptions(**fields)
 
 
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+def test_the_cache_may_have_a_dtype_of_its_own_and_batching_changes_no_token(tmp_path: Path, kv_dtype: str) -> None:
+    path = make_checkpoint(tmp_path, "scout", dtype=torch.bfloat16)
+    said = [
+        generate(
+            build_single_process(path, options=EngineOptions(num_blocks=40, kv_dtype=kv_dtype, **fields)),
+            tuple(range(40)),
+            max_tokens=20,
+            ignore_eos=True,
+        )
+        for fields in ({}, {"max_num_batched_tokens": 7, "max_num_seqs": 1})
+    ]
+    assert said[0] == said[1]
+    engine = build_single_process(path, dtype="float32", options=EngineOptions(num_blocks=40, kv_dtype=kv_dtype))
+    width = 2 * 2 * 16 * getattr(torch, kv_dtype).itemsize
+    assert engine.core.runner._cache.num_bytes == 40 * 16 * width
+
+
+def test_a_kv_dtype_that_is_unknown_or_that_the_device_lacks_is_refused(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "scout")
+    with pytest.raises(ConfigError, match=r"capability 8\.9 or more, cpu is none: take bfloat16"):
+        build_single_process(path, options=EngineOptions(kv_dtype="float8_e4m3"))
+    with pytest.raises(ConfigError, match="kv_dtype='int4' is none of auto, float32, bfloat16, float8_e4m3"):
+        build_single_process(path, options=EngineOptions(kv_dtype="int4"))
+
+
 def test_an_unknown_dtype_and_no_host_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="int8"):
         resolve_dtype("int8", "float32")
