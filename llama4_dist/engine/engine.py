@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.engine.counters import Counters
+from llama4_dist.engine.deadlines import too_late
 from llama4_dist.engine.intake import check_fits, make_sequence
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.page_allocator import PageAllocator
@@ -14,6 +15,7 @@ from llama4_dist.engine.sampler import Sampled
 from llama4_dist.engine.scheduler import Scheduler
 from llama4_dist.engine.sequence import SequenceState
 from llama4_dist.engine.step import ForwardModel, StepRunner
+from llama4_dist.engine.step_times import StepTimes
 from llama4_dist.engine.stopping import finish_reason
 from llama4_dist.errors import DeadlineExceededError, Llama4Error
 from llama4_dist.model.kv_cache import KVCache
@@ -45,6 +47,7 @@ class EngineCore:
         self.counters = Counters()
         self.runner = StepRunner(model, cache, dispatcher, counters=self.counters, clock=clock, device=device)
         self.clock = clock
+        self.times = StepTimes()
         self.held_since_s: float | None = None  # since when steps wait for an expert that no host serves
         self._eos_token_ids = frozenset(eos_token_ids)
         self._num_arrived = 0
@@ -68,7 +71,10 @@ class EngineCore:
         self.counters.admitted += 1
         self.scheduler.add(sequence)
         reason = finish_reason(sequence)
-        return [] if reason is None else [self._end(sequence, finish=reason)]
+        if reason is not None:
+            return [self._end(sequence, finish=reason)]
+        late = too_late(sequence, self.scheduler, self.times, now_s=self.clock())
+        return [] if late is None else [self._end(sequence, error=late)]
 
     def abort(self, request_id: str) -> list[TokenOutput]:
         """Cancel a request, if it is live; its blocks are free on return."""
@@ -83,14 +89,25 @@ class EngineCore:
         """Run one step and return what it produced, ends and errors included."""
         started_s = self.clock()
         outputs = self._expire(started_s)
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(
+            max_prompt_tokens=self.times.prompt_tokens_beside_decodes(
+                self.options.max_decode_slowdown, at_least=self.options.block_size
+            )
+        )
         for sequence in plan.admitted:
             if sequence.queue_s is None:
                 sequence.queue_s = started_s - sequence.arrived_s
                 self.counters.prompt_tokens += sequence.num_prompt_tokens
         self.counters.add_seconds("schedule", self.clock() - started_s)
         if plan.spans:
+            num_decodes = sum(span.sequence.num_pending == 1 for span in plan.spans)
             results = self.runner.run(plan.spans)
+            if not self.runner.held:
+                self.times.note(
+                    num_decodes=num_decodes,
+                    num_prompt_tokens=sum(span.num_tokens for span in plan.spans) - num_decodes,
+                    seconds=self.clock() - started_s,
+                )
             self._keep_prefixes(plan)  # before a sequence ends and gives its pages back
             outputs += [self._commit(sequence, result) for sequence, result in results]
             outputs += self._hold(self.runner.held)

@@ -14,6 +14,7 @@ class EngineOptions:
     `kv_cache_bytes`; with neither, a share of the memory is taken (`engine.kv_sizing`).
     `enable_prefix_caching` lets sequences of one tenant share the pages of equal prompt starts (`engine.prefix`).
     `kv_dtype` is what keys and values are stored in (`engine.kv_dtype`); "auto" is what the model computes in.
+    `max_decode_slowdown` is by how much prompt tokens may lengthen a step in which others decode.
     `max_logit_rows` bounds the float32 rows of logits a step makes for prompt log-probabilities or scoring: a row of
     Llama 4's vocabulary is 0.8 MB. `max_score_bytes` bounds the logits that one call of `score` returns.
     `expert_timeout_s` is how long requests wait for an expert that no host serves before they fail as retriable.
@@ -28,6 +29,7 @@ class EngineOptions:
     kv_cache_bytes: int | None = None
     enable_prefix_caching: bool = True
     kv_dtype: str = "auto"
+    max_decode_slowdown: float = 2.0
     max_waiting: int = 1024
     max_context: int | None = None
     max_logit_rows: int = 256
@@ -53,6 +55,8 @@ class EngineOptions:
                 raise ConfigError(f"{name}={value} must be at least 1, or left out for the default")
         if not 0 <= self.expert_timeout_s < math.inf:
             raise ConfigError(f"expert_timeout_s={self.expert_timeout_s} must be 0 or more seconds")
+        if not self.max_decode_slowdown >= 1.0:
+            raise ConfigError(f"max_decode_slowdown={self.max_decode_slowdown} must be 1 or more; inf is no bound")
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ConfigError(
                 f"max_num_seqs={self.max_num_seqs} exceeds max_num_batched_tokens={self.max_num_batched_tokens}: "

@@ -1,7 +1,7 @@
 """Decides what one step computes: pure functions of sequence state that return a plan and change nothing."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,41 +47,83 @@ def plan_step(
     pool: PagePool,
     layout: KVLayout,
     options: EngineOptions,
+    served: Callable[[str], int] = lambda tenant: 0,
+    max_prompt_tokens: int | None = None,
 ) -> StepPlan:
-    """Plan decodes first, then prefill chunks of running sequences, then admissions; all oldest first.
+    """Plan decodes first, oldest first, then prompts: chunks of those that run, and admissions.
 
+    Among prompts of one priority the tenant is next that was `served` least, and within a tenant the oldest request.
+    Beside decodes at most `max_prompt_tokens` are computed, so that a long prompt does not stall who is reading.
     A sequence gets pages for all its known tokens when it is admitted, in chunked layers for its chunk, so only
     decoding can run out; then the youngest running sequence is preempted (vLLM's recompute policy). The oldest is
-    preempted for no other, and any single sequence fits an empty cache, hence the oldest always advances. Both inputs
-    are sorted by `order`.
+    preempted for no other, and any single sequence fits an empty cache, hence the oldest always advances in the end.
+    Both inputs are sorted by `order`.
     """
     kept, preempted, moves, num_free = _keep_room(running, pool, layout, options.block_size)
     budget = _Budget(options, layout, num_free)
     decodes = [s for s in kept if s.num_pending == 1]
-    prefills = [s for s in kept if s.num_pending > 1]
-    spans = [span for s in (*decodes, *prefills) if (span := budget.spend(s, s.num_cached, moves.get(s.request_id)))]
-    admitted: list[SequenceState] = []
-    hits: list[PrefixHit] = []
-    woken: set[int] = set()  # idle pages that an admission of this step holds
+    spans = [span for s in decodes if (span := budget.spend(s, s.num_cached, moves.get(s.request_id)))]
+    if spans and max_prompt_tokens is not None:
+        budget.num_tokens = min(budget.num_tokens, max_prompt_tokens)
+    admissions = _Admissions(budget, pool, layout, options, num_running=len(kept))
+    candidates = [s for s in kept if s.num_pending > 1]
     # After a preemption nothing is admitted: it would take back the pages that were just freed.
-    for sequence in () if preempted else waiting:
-        if not budget.num_tokens or len(kept) + len(admitted) >= options.max_num_seqs:
-            break
-        hit = _hit(sequence, pool, layout, options.block_size)
-        idle = {page for page in page_ids(hit.pages) if not pool.num_holders(page)}
-        move = _move(hit.pages, hit.num_blocks * options.block_size, len(sequence.tokens), layout, options.block_size)
-        num_needed = move.num_taken + len(idle - woken)
-        if num_needed > budget.num_free:
-            break  # no overtaking: a long prompt at the head is not starved by short ones behind it
-        budget.num_free -= num_needed
-        span = budget.spend(sequence, hit.num_blocks * options.block_size, move)
+    if not preempted and len(kept) < options.max_num_seqs:
+        candidates += waiting
+    for sequence in sorted(candidates, key=lambda s: (s.order[0], served(s.request.tenant), s.order)):
+        if sequence.pages:
+            span = budget.spend(sequence, sequence.num_cached, moves.get(sequence.request_id))
+        else:
+            span = admissions.admit(sequence)
+        if span:
+            spans.append(span)
+    return StepPlan(
+        spans=tuple(spans),
+        preempted=tuple(preempted),
+        admitted=tuple(admissions.admitted),
+        hits=tuple(admissions.hits),
+    )
+
+
+class _Admissions:
+    """The waiting sequences that a step begins with, and the prefixes they find."""
+
+    def __init__(
+        self, budget: "_Budget", pool: PagePool, layout: KVLayout, options: EngineOptions, *, num_running: int
+    ) -> None:
+        self.admitted: list[SequenceState] = []
+        self.hits: list[PrefixHit] = []
+        self._budget = budget
+        self._pool = pool
+        self._layout = layout
+        self._block_size = options.block_size
+        self._num_places = options.max_num_seqs - num_running
+        self._woken: set[int] = set()  # idle pages that an admission of this step holds
+
+    def admit(self, sequence: SequenceState) -> PlannedSpan | None:
+        """Plan a sequence's first tokens. After one that finds no room none is admitted.
+
+        So nobody overtakes: a long prompt at the head is not starved by short ones behind it.
+        """
+        if not self._budget.num_tokens or len(self.admitted) >= self._num_places:
+            return None
+        hit = _hit(sequence, self._pool, self._layout, self._block_size)
+        first = hit.num_blocks * self._block_size
+        idle = {page for page in page_ids(hit.pages) if not self._pool.num_holders(page)}
+        move = _move(hit.pages, first, len(sequence.tokens), self._layout, self._block_size)
+        num_needed = move.num_taken + len(idle - self._woken)
+        if num_needed > self._budget.num_free:
+            self._num_places = 0
+            return None
+        self._budget.num_free -= num_needed
+        span = self._budget.spend(sequence, first, move)
         if span is None:
-            break
-        woken |= idle
-        admitted.append(sequence)
-        hits.append(hit)
-        spans.append(span)
-    return StepPlan(spans=tuple(spans), preempted=tuple(preempted), admitted=tuple(admitted), hits=tuple(hits))
+            self._num_places = 0
+            return None
+        self._woken |= idle
+        self.admitted.append(sequence)
+        self.hits.append(hit)
+        return span
 
 
 def _hit(sequence: SequenceState, pool: PagePool, layout: KVLayout, block_size: int) -> PrefixHit:

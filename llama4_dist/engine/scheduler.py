@@ -3,6 +3,7 @@
 from bisect import insort
 from collections.abc import Iterable, Iterator
 
+from llama4_dist.engine.fair_share import FairShare
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.page_allocator import PageAllocator
 from llama4_dist.engine.page_move import PageMove, Pages, page_ids
@@ -31,6 +32,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefix_hits = 0
         self.num_prefix_tokens = 0
+        self.shares = FairShare()
         self._fingerprint = fingerprint
         self._by_id: dict[str, SequenceState] = {}
         self._lent: dict[str, Pages] = {}
@@ -39,6 +41,7 @@ class Scheduler:
         """Queue a new sequence."""
         assert sequence.request_id not in self._by_id, f"{sequence.request_id} is live already"
         self._by_id[sequence.request_id] = sequence
+        self.shares.enter(sequence.request.tenant)
         if self.options.enable_prefix_caching:
             root = b"\0".join((self._fingerprint, sequence.request.tenant.encode()))
             sequence.chain = PrefixChain(sequence.tokens, root=root, block_size=self.options.block_size)
@@ -50,9 +53,19 @@ class Scheduler:
     def live(self) -> tuple[SequenceState, ...]:
         return (*self.running, *self.waiting)
 
-    def schedule(self) -> StepPlan:
+    def schedule(self, *, max_prompt_tokens: int | None = None) -> StepPlan:
         """Plan the next step and carry out its preemptions, admissions and moves of pages."""
-        plan = plan_step(self.running, self.waiting, pool=self.allocator, layout=self.layout, options=self.options)
+        plan = plan_step(
+            self.running,
+            self.waiting,
+            pool=self.allocator,
+            layout=self.layout,
+            options=self.options,
+            served=self.shares.served,
+            max_prompt_tokens=max_prompt_tokens,
+        )
+        for span in plan.spans:
+            self.shares.charge(span.sequence.request.tenant, span.num_tokens)
         for sequence in plan.preempted:
             self._preempt(sequence)
         for sequence, hit in zip(plan.admitted, plan.hits, strict=True):
@@ -86,6 +99,7 @@ class Scheduler:
     def remove(self, sequence: SequenceState) -> None:
         """Forget a sequence that ended; its pages are free at once."""
         del self._by_id[sequence.request_id]
+        self.shares.leave(sequence.request.tenant)
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._release(sequence)
 

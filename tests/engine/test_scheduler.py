@@ -1,9 +1,11 @@
+from collections import Counter
 from typing import Any
 
 import hypothesis.strategies as st
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from llama4_dist.engine.fair_share import FairShare
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.page_allocator import PageAllocator
 from llama4_dist.engine.plan import StepPlan
@@ -199,7 +201,12 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert run.first_block * 4 <= group.first_key(span.sequence.num_cached) < end <= run.stop_block * 4
         if oldest is not None and not self.borrowed:
             advanced = [span.sequence for span in plan.spans]
-            assert oldest in advanced or oldest not in self.scheduler.running or not before, "the oldest starved"
+            was_running = oldest in self.scheduler.running and before
+            others = [s for s in advanced if s.request.tenant != oldest.request.tenant and s.num_pending > 1]
+            assert oldest in advanced or not was_running or others, "the oldest starved"
+            if was_running and oldest.num_pending > 1 and oldest not in advanced:
+                served = self.scheduler.shares.served
+                assert served(oldest.request.tenant) <= max(served(s.request.tenant) for s in others) + 8
             assert advanced, "work is waiting and nothing runs"
         for sequence_ in compute(plan, self.scheduler):
             sequence_.prompt_logprobs = [None] * sequence_.num_prompt_tokens
@@ -251,6 +258,70 @@ SchedulerMachine.TestCase.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, database=None
 )
 TestScheduler = SchedulerMachine.TestCase
+
+
+def test_tenants_take_turns_by_what_they_were_served() -> None:
+    """A tenant with five long prompts does not keep another one's short prompt waiting."""
+    scheduler = make_scheduler(1000, max_num_seqs=8, max_num_batched_tokens=10)
+    for index in range(5):
+        scheduler.add(sequence(f"many{index}", (1,) * 50, arrival=index, tenant="many"))
+    seen = [spans(scheduler.schedule())]
+    compute(scheduler.schedule())
+    scheduler.add(sequence("one", (2,) * 12, arrival=9, tenant="one"))
+    for _ in range(4):
+        plan = scheduler.schedule()
+        seen.append(spans(plan))
+        compute(plan)
+    # The newcomer starts at the least of the active ones' counters, level with "many": the older request goes first
+    # once, then both are served in turn; without turns "one" would wait for 250 tokens.
+    assert [name for step in seen[1:] for name, _ in step][:2] == ["many0", "one"]
+    assert sum(count for step in seen[1:3] for name, count in step if name == "one") == 10
+
+
+def test_a_pause_earns_no_credit_and_whoever_is_gone_is_forgotten() -> None:
+    shares = FairShare()
+    shares.enter("a")
+    shares.charge("a", 100)
+    shares.enter("b")
+    assert shares.served("b") == 100
+    shares.charge("b", 50)
+    shares.leave("b")
+    shares.charge("a", 10)
+    shares.enter("b")
+    assert shares.served("b") == 150, "what it was served above the others stays on its account"
+    shares.leave("b")
+    shares.charge("a", 100)
+    shares.enter("b")
+    assert shares.served("b") == 210
+    shares.leave("a")
+    shares.leave("b")
+    assert (shares.served("a"), shares.served("b")) == (0, 0)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 30)), min_size=3, max_size=60))
+def test_no_tenant_that_waits_is_served_less_than_another_by_more_than_a_step(arrivals: list[tuple[str, int]]) -> None:
+    """While all of them wait for prompts to be computed, as in VTC's theorem on backlogged clients."""
+    scheduler = make_scheduler(10_000, max_num_seqs=64, max_num_batched_tokens=64)
+    for arrival, (tenant, length) in enumerate(arrivals):
+        scheduler.add(sequence(f"r{arrival}", (arrival % 90,) * length, arrival=arrival, tenant=tenant))
+    tokens_of: Counter[str] = Counter()
+    waiting_at_first = {s.request.tenant for s in scheduler.waiting}
+    while waiting_at_first <= {s.request.tenant for s in scheduler.live() if s.num_pending > 1}:
+        plan = scheduler.schedule(max_prompt_tokens=16)
+        for span in plan.spans:
+            tokens_of[span.sequence.request.tenant] += span.num_tokens
+        compute(plan)
+    assert max(tokens_of.values(), default=0) - min((tokens_of[t] for t in waiting_at_first), default=0) <= 2 * 64
+
+
+def test_beside_decodes_a_long_prompt_gets_what_it_may_and_alone_all() -> None:
+    scheduler = make_scheduler(100)
+    scheduler.add(sequence("a", (1, 2), arrival=0))
+    compute(scheduler.schedule(max_prompt_tokens=5))
+    scheduler.add(sequence("b", tuple(range(40)), arrival=1))
+    assert spans(scheduler.schedule(max_prompt_tokens=5)) == [("a", 1), ("b", 5)]
+    scheduler.remove(scheduler.get("a"))  # type: ignore[arg-type]
+    assert spans(scheduler.schedule(max_prompt_tokens=5)) == [("b", 16)]
 
 
 class ChunkedSchedulerMachine(SchedulerMachine):
