@@ -1,4 +1,4 @@
-"""Several engines behind one port: each request goes to the least loaded one that takes it; knows no transport.
+"""Several engines behind one port: each request goes to one that knows its start, or has least to do; no transport.
 
 Engines come and go. What one of them had when it was lost goes on with another; the caller sees neither gap nor error.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llama4_dist.engine.live_requests import LiveRequests
 from llama4_dist.engine.port import Engine, EngineStats, OnOutputs
+from llama4_dist.engine.prefix_router import PrefixRouter
 from llama4_dist.engine.replay import LiveRequest, Member
 from llama4_dist.engine.replayer import Replayer
 from llama4_dist.engine.snapshot import add_stats
@@ -43,7 +44,14 @@ class EngineGroup:
         self._num_named = 0
         self._started = False
         self._limits = engines[0].limits
-        self._replayer = Replayer(self._requests, members=self._by_load, timeout_s=replay_timeout_s)
+        self._router = PrefixRouter()
+        self._replayer = Replayer(
+            self._requests,
+            members=self._by_load,
+            order=self._by_prefix,
+            placed=lambda request, member: self._router.note(request, member.name),
+            timeout_s=replay_timeout_s,
+        )
         for engine in engines:
             self.add(engine)
 
@@ -97,7 +105,7 @@ class EngineGroup:
             self._start(member)
 
     def submit(self, request: EngineRequest) -> None:
-        """Give the request to the least loaded engine; one that is down or full is passed over."""
+        """Give the request to the engine that knows its start, or the least loaded; passed over if down or full."""
         self._replayer.submit(self._register(request))
 
     def attach(self, request: EngineRequest) -> None:
@@ -154,6 +162,12 @@ class EngineGroup:
     def _by_load(self) -> list[Member]:
         with self._lock:
             return sorted(self._members.values(), key=lambda member: member.num_live)
+
+    def _by_prefix(self, request: EngineRequest) -> list[Member]:
+        with self._lock:
+            members = dict(self._members)
+        order = self._router.order(request, {name: member.num_live for name, member in members.items()})
+        return [members[name] for name in order]
 
     def _smallest_limits(self) -> EngineLimits:
         limits = (member.engine.limits for member in self._members.values())

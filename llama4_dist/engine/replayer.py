@@ -20,7 +20,7 @@ from llama4_dist.errors import (
     OverloadedError,
     UnavailableError,
 )
-from llama4_dist.request import FinishReason, TokenOutput
+from llama4_dist.request import EngineRequest, FinishReason, TokenOutput
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +28,24 @@ log = logging.getLogger(__name__)
 class Replayer:
     """Calls engines and the listener, neither of them under the lock of `requests`.
 
-    `members` are the engines, least loaded first. A request waits `timeout_s` at most for one.
+    `members` are all engines, `order` those to ask for a request, the best first, and `placed` is told who took it. A
+    request waits `timeout_s` at most for one.
     """
 
-    def __init__(self, requests: LiveRequests, *, members: Callable[[], list[Member]], timeout_s: float) -> None:
+    def __init__(
+        self,
+        requests: LiveRequests,
+        *,
+        members: Callable[[], list[Member]],
+        order: Callable[[EngineRequest], list[Member]],
+        placed: Callable[[EngineRequest, Member], None],
+        timeout_s: float,
+    ) -> None:
         self.num_replayed = 0
         self._requests = requests
         self._members = members
+        self._order = order
+        self._took = placed
         self._timeout_s = timeout_s
         self._emitting = threading.Lock()  # held from the taking of an output to its delivery, so that none overtakes
         self._on_outputs: OnOutputs = lambda outputs: None
@@ -79,10 +90,10 @@ class Replayer:
             self._thread.join()
 
     def _offer(self, live: LiveRequest) -> Llama4Error | None:
-        """Give a request to the least loaded engine that takes it; return why none did."""
+        """Give a request to the first engine in order that takes it; return why none did."""
         refusal: Llama4Error = UnavailableError("no engine is in the group")
         request, left = live.continuation(time.monotonic()), live.left
-        for member in self._members():
+        for member in self._order(request):
             if member in live.full and not live.num_replays:
                 continue
             self._requests.own(live, member)
@@ -99,6 +110,7 @@ class Replayer:
                 if not isinstance(refusal, OverloadedError):
                     refusal = error
                 continue
+            self._took(request, member)
             self._placed(live, member, left)
             return None
         return refusal

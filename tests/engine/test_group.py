@@ -60,6 +60,25 @@ def test_requests_go_to_the_least_loaded_engine(pair: Pair) -> None:
     assert (stats.requests_finished, stats.generated_tokens, stats.kv_blocks_total) == (4, 12, 128)
 
 
+def test_requests_that_begin_alike_go_to_one_engine_until_it_has_more_than_its_share(pair: Pair) -> None:
+    start = tuple(index % 50 for index in range(70))
+    pair.group.submit(request("first", start, max_tokens=2))
+    pair.group.submit(request("other", PROMPT, max_tokens=2))  # the least loaded is the second engine
+    pair.open()
+    pair.collector.wait_for("first", "other")
+    assert pair.live() == [1, 1]
+    for turn in range(3):  # one after the other: nobody has more than its share
+        pair.group.submit(request(f"turn{turn}", (*start, turn), max_tokens=2))
+        pair.collector.wait_for(f"turn{turn}")
+        assert tokens(pair.collector.outputs[f"turn{turn}"]) == greedy((*start, turn), 2)
+    assert pair.live() == [4, 1]
+    assert pair.group.stats().prefix_hits == 3
+    pair.group.submit(request("tenant", (*start, 9), max_tokens=2, tenant="another"))
+    pair.collector.wait_for("tenant")
+    assert sum(pair.live()) == 6
+    assert pair.group.stats().prefix_hits == 3
+
+
 def test_an_engine_that_is_down_is_passed_over(pair: Pair) -> None:
     pair.open()
     pair.engines[0].close()
