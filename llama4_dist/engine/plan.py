@@ -11,6 +11,8 @@ from llama4_dist.engine.prefix import NO_HIT, Key, PrefixHit, find_prefix
 from llama4_dist.engine.sequence import SequenceState
 from llama4_dist.model.kv_layout import KVLayout
 
+WORTH_WAITING = 4  # blocks that another sequence is computing; fewer are computed twice rather than waited for
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlannedSpan:
@@ -65,8 +67,8 @@ def plan_step(
     spans = [span for s in decodes if (span := budget.spend(s, s.num_cached, moves.get(s.request_id)))]
     if spans and max_prompt_tokens is not None:
         budget.num_tokens = min(budget.num_tokens, max_prompt_tokens)
-    admissions = _Admissions(budget, pool, layout, options, num_running=len(kept))
     candidates = [s for s in kept if s.num_pending > 1]
+    admissions = _Admissions(budget, pool, layout, options, num_running=len(kept), prompts=candidates)
     # After a preemption nothing is admitted: it would take back the pages that were just freed.
     if not preempted and len(kept) < options.max_num_seqs:
         candidates += waiting
@@ -89,7 +91,14 @@ class _Admissions:
     """The waiting sequences that a step begins with, and the prefixes they find."""
 
     def __init__(
-        self, budget: "_Budget", pool: PagePool, layout: KVLayout, options: EngineOptions, *, num_running: int
+        self,
+        budget: "_Budget",
+        pool: PagePool,
+        layout: KVLayout,
+        options: EngineOptions,
+        *,
+        num_running: int,
+        prompts: Iterable[SequenceState],
     ) -> None:
         self.admitted: list[SequenceState] = []
         self.hits: list[PrefixHit] = []
@@ -99,6 +108,7 @@ class _Admissions:
         self._block_size = options.block_size
         self._num_places = options.max_num_seqs - num_running
         self._woken: set[int] = set()  # idle pages that an admission of this step holds
+        self._coming = {key for s in prompts if (key := _key_ahead(s, s.num_named, self._block_size))}
 
     def admit(self, sequence: SequenceState) -> PlannedSpan | None:
         """Plan a sequence's first tokens. After one that finds no room none is admitted.
@@ -108,6 +118,9 @@ class _Admissions:
         if not self._budget.num_tokens or len(self.admitted) >= self._num_places:
             return None
         hit = _hit(sequence, self._pool, self._layout, self._block_size)
+        ahead = _key_ahead(sequence, hit.num_blocks, self._block_size)
+        if ahead in self._coming:
+            return None  # another computes the same just now: its pages will be found
         first = hit.num_blocks * self._block_size
         idle = {page for page in page_ids(hit.pages) if not self._pool.num_holders(page)}
         move = _move(hit.pages, first, len(sequence.tokens), self._layout, self._block_size)
@@ -121,6 +134,8 @@ class _Admissions:
             self._num_places = 0
             return None
         self._woken |= idle
+        if ahead is not None:
+            self._coming.add(ahead)
         self.admitted.append(sequence)
         self.hits.append(hit)
         return span
@@ -130,6 +145,14 @@ def _hit(sequence: SequenceState, pool: PagePool, layout: KVLayout, block_size: 
     if sequence.chain is None or sequence.wants_prompt_logprobs:
         return NO_HIT
     return find_prefix(sequence.chain, len(sequence.tokens), layout=layout, block_size=block_size, page_of=pool.page_of)
+
+
+def _key_ahead(sequence: SequenceState, block: int, block_size: int) -> bytes | None:
+    """Name the contents of the WORTH_WAITING blocks from `block` on, if the sequence has so many and names them."""
+    last = block + WORTH_WAITING - 1
+    if sequence.chain is None or sequence.wants_prompt_logprobs or (last + 1) * block_size > len(sequence.tokens):
+        return None
+    return sequence.chain.key(last)
 
 
 def _move(

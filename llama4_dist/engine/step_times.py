@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass
 
-SMOOTHING = 0.1  # weight of the newest step
+SMOOTHING = 0.2  # weight of the newest step
+PROBE_WEIGHT = 0.5
+PROBE_EVERY = 16  # steps with prompt tokens; then one without shows what decoding alone takes by now
 
 
 @dataclass(slots=True)
@@ -12,21 +14,31 @@ class StepTimes:
 
     decode_s: float | None = None
     prompt_token_s: float | None = None
+    num_mixed: int = 0  # since the last step without prompt tokens
 
     def note(self, *, num_decodes: int, num_prompt_tokens: int, seconds: float) -> None:
         """Learn from one step."""
         if num_prompt_tokens == 0:
-            self.decode_s = _smoothed(self.decode_s, seconds)
+            self.decode_s = _smoothed(self.decode_s, seconds, PROBE_WEIGHT if self.num_mixed else SMOOTHING)
+            self.num_mixed = 0
         elif num_decodes == 0:
             self.prompt_token_s = _smoothed(self.prompt_token_s, seconds / num_prompt_tokens)
         elif self.decode_s is not None:
-            rest_s = max(0.0, seconds - self.decode_s)
-            self.prompt_token_s = _smoothed(self.prompt_token_s, rest_s / num_prompt_tokens)
+            self.num_mixed += 1
+            # A machine that has become faster makes mixed steps shorter than decoding was: then that is what to learn.
+            self.decode_s = min(self.decode_s, _smoothed(self.decode_s, seconds))
+            token_s = (seconds - self.decode_s) / num_prompt_tokens
+            self.prompt_token_s = _smoothed(self.prompt_token_s, max(token_s, (self.prompt_token_s or 0.0) / 2))
 
     def prompt_tokens_beside_decodes(self, slowdown: float, *, at_least: int) -> int | None:
-        """Return how many prompt tokens make a decode step `slowdown` times as long; None = any, or not known."""
+        """Return how many prompt tokens make a decode step `slowdown` times as long; None = any, or not known.
+
+        Now and then it is none at all, so that what decoding takes is not guessed from long ago.
+        """
         if not self.decode_s or not self.prompt_token_s or slowdown == math.inf:
             return None
+        if self.num_mixed >= PROBE_EVERY:
+            return 0
         return max(at_least, int((slowdown - 1.0) * self.decode_s / self.prompt_token_s))
 
     def seconds_for(self, *, num_prompt_tokens: int, num_decodes: int) -> float:
@@ -34,5 +46,5 @@ class StepTimes:
         return num_prompt_tokens * (self.prompt_token_s or 0.0) + num_decodes * (self.decode_s or 0.0)
 
 
-def _smoothed(old: float | None, new: float) -> float:
-    return new if old is None else old + SMOOTHING * (new - old)
+def _smoothed(old: float | None, new: float, weight: float = SMOOTHING) -> float:
+    return new if old is None else old + weight * (new - old)

@@ -116,6 +116,33 @@ def test_running_sequences_share_pages_and_part_where_they_differ() -> None:
     assert tokens(outputs["c"]) == greedy((*LONG[:16], 1, 2), 12)[1:]
 
 
+def test_what_another_is_computing_is_waited_for() -> None:
+    """Eight sequences of one prompt compute it once; a tenant of its own does not wait, nor does a short prompt."""
+    core = fake_core(max_num_batched_tokens=64, num_blocks=200)
+    for index in range(8):
+        core.add(request(f"n{index}", LONG, max_tokens=4, sequence_index=index))
+    core.add(request("other", LONG, max_tokens=4, tenant="other"))
+    core.add(request("short", LONG[:15], max_tokens=4))
+    said = core.step()
+    assert [s.request_id for s in core.scheduler.running] == ["n0", "other", "short"]
+    said += core.step()
+    assert len(core.scheduler.running) == 8  # max_num_seqs
+    said += [output for outputs in run(core).values() for output in outputs]
+    for index in range(8):
+        assert tokens([o for o in said if o.request_id == f"n{index}"]) == greedy(LONG, 4)
+    assert core.scheduler.num_prefix_tokens == 7 * 28
+
+
+def test_nobody_waits_for_one_that_is_gone() -> None:
+    core = fake_core(max_num_batched_tokens=8, num_blocks=200)
+    core.add(request("first", LONG, max_tokens=4))
+    core.add(request("second", LONG, max_tokens=4))
+    core.step()
+    assert [s.request_id for s in core.scheduler.running] == ["first"]
+    core.abort("first")
+    assert tokens(run(core)["second"]) == greedy(LONG, 4)
+
+
 def test_tenants_share_nothing() -> None:
     core = fake_core(max_num_batched_tokens=64)
     outputs_of(core, request("a", LONG, max_tokens=5, tenant="x"))

@@ -39,8 +39,26 @@ def test_decodes_and_prompt_tokens_are_told_apart() -> None:
     assert times.prompt_tokens_beside_decodes(1.0, at_least=4) == 4
     for _ in range(200):
         times.note(num_decodes=8, num_prompt_tokens=10, seconds=0.04)
+        times.note(num_decodes=8, num_prompt_tokens=0, seconds=0.02)
     assert times.prompt_tokens_beside_decodes(2.0, at_least=4) == pytest.approx(10, abs=1)
     assert times.seconds_for(num_prompt_tokens=10, num_decodes=3) == pytest.approx(0.02 + 0.06, rel=0.01)
+
+
+def test_a_machine_that_becomes_faster_or_slower_is_followed() -> None:
+    """Decoding was measured at 100 ms and takes 10 now; 1 ms a prompt token: ten are right, not 100. And back."""
+    times = StepTimes()
+    times.note(num_decodes=8, num_prompt_tokens=0, seconds=0.1)
+    times.note(num_decodes=0, num_prompt_tokens=100, seconds=0.1)
+    for decode_s in (0.010, 0.100):
+        allowed = []
+        for _ in range(200):
+            num_prompt_tokens = times.prompt_tokens_beside_decodes(2.0, at_least=1)
+            assert num_prompt_tokens is not None
+            allowed.append(num_prompt_tokens)
+            times.note(num_decodes=8, num_prompt_tokens=num_prompt_tokens, seconds=decode_s + 0.001 * num_prompt_tokens)
+        assert max(allowed) <= 2 * 100, "a guess from long ago let too much in"
+        assert allowed.count(0) in (11, 12), "every 17th step decodes alone"
+        assert 0.7 * decode_s <= 0.001 * max(allowed[-17:]) <= 1.5 * decode_s
 
 
 @pytest.mark.parametrize(("slowdown", "largest_s"), [(2.0, 2 * DECODE_S), (float("inf"), DECODE_S + 0.063)])
