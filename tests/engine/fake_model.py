@@ -80,12 +80,13 @@ class FakeDispatcher:
 
     def __init__(self) -> None:
         self.begun: list[int] = []
+        self.counted = DispatchStats()
 
     def begin_step(self, step: int) -> None:
         self.begun.append(step)
 
     def stats(self) -> DispatchStats:
-        return DispatchStats()
+        return self.counted
 
 
 def fake_core(

@@ -143,6 +143,20 @@ def test_nobody_waits_for_one_that_is_gone() -> None:
     assert tokens(run(core)["second"]) == greedy(LONG, 4)
 
 
+def test_a_host_that_lied_makes_the_engine_forget_what_it_computed() -> None:
+    core = fake_core(max_num_batched_tokens=64, num_blocks=200)
+    outputs_of(core, request("before", LONG, max_tokens=4))
+    core.add(request("running", LONG, max_tokens=9))
+    core.step()
+    core.runner.dispatcher.stats().wrong_answers["expert-1"] += 1
+    run(core)
+    num_found = core.scheduler.num_prefix_tokens
+    assert tokens(outputs_of(core, request("after", LONG, max_tokens=4))["after"]) == greedy(LONG, 4)
+    assert core.scheduler.num_prefix_tokens == num_found == 28
+    outputs_of(core, request("again", LONG, max_tokens=4))
+    assert core.scheduler.num_prefix_tokens == 56, "what was computed since is trusted"
+
+
 def test_tenants_share_nothing() -> None:
     core = fake_core(max_num_batched_tokens=64)
     outputs_of(core, request("a", LONG, max_tokens=5, tenant="x"))

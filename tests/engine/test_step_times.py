@@ -41,7 +41,21 @@ def test_decodes_and_prompt_tokens_are_told_apart() -> None:
         times.note(num_decodes=8, num_prompt_tokens=10, seconds=0.04)
         times.note(num_decodes=8, num_prompt_tokens=0, seconds=0.02)
     assert times.prompt_tokens_beside_decodes(2.0, at_least=4) == pytest.approx(10, abs=1)
-    assert times.seconds_for(num_prompt_tokens=10, num_decodes=3) == pytest.approx(0.02 + 0.06, rel=0.01)
+    assert times.seconds_for(num_prompt_tokens=10, num_decodes=3) == pytest.approx(0.01 + 0.06, rel=0.01)
+
+
+def test_what_steps_take_at_least_is_not_learned_from_slow_ones() -> None:
+    times = StepTimes()
+    times.note(num_decodes=0, num_prompt_tokens=64, seconds=30.0)  # a compiler ran
+    times.note(num_decodes=1, num_prompt_tokens=0, seconds=3.0)
+    assert times.seconds_for(num_prompt_tokens=1000, num_decodes=100) == 0.0, "two steps say nothing"
+    for _ in range(3):
+        times.note(num_decodes=0, num_prompt_tokens=3, seconds=0.05)
+        times.note(num_decodes=0, num_prompt_tokens=64, seconds=0.1)
+        times.note(num_decodes=1, num_prompt_tokens=0, seconds=0.04)
+        times.note(num_decodes=1, num_prompt_tokens=0, seconds=0.4)
+    assert times.seconds_for(num_prompt_tokens=640, num_decodes=0) == pytest.approx(1.0)
+    assert times.seconds_for(num_prompt_tokens=0, num_decodes=1) < 0.08
 
 
 def test_a_machine_that_becomes_faster_or_slower_is_followed() -> None:
@@ -93,7 +107,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
     prompt = tuple(range(90)) * 5
     assert refusal(core, "unmeasured", prompt, timeout_s=0.001, max_tokens=1) is None
     core.abort("unmeasured")
-    core.add(request("teacher", (1, 2, 3, 4), max_tokens=5))
+    core.add(request("teacher", tuple(range(1, 65)), max_tokens=9))
     run(core)
     # 450 prompt tokens take 0.45 s, and are refused with less than half of it.
     error = refusal(core, "hurried", prompt, timeout_s=0.2, max_tokens=1)
