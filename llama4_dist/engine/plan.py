@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llama4_dist.engine.options import EngineOptions
-from llama4_dist.engine.page_move import PageMove, Pages, num_covered, page_ids
+from llama4_dist.engine.page_move import PageMove, Pages, page_ids
 from llama4_dist.engine.prefix import NO_HIT, Key, PrefixHit, find_prefix
 from llama4_dist.engine.sequence import SequenceState
 from llama4_dist.model.kv_layout import KVLayout
@@ -166,7 +166,7 @@ def _move(
 def _next_move(sequence: SequenceState, layout: KVLayout, block_size: int) -> PageMove | None:
     """Return how the pages of a running sequence must move before its next position; None if they stay."""
     first, num_known = sequence.num_cached, len(sequence.tokens)
-    if num_known - first == 1 and num_known <= num_covered(sequence.pages, block_size):
+    if num_known - first == 1 and num_known <= sequence.num_covered:
         return None
     return _move(sequence.pages, first, num_known, layout, block_size)
 
@@ -214,13 +214,14 @@ class _Budget:
     def spend(self, sequence: SequenceState, first: int, move: PageMove | None) -> PlannedSpan | None:
         """Plan the next tokens of a sequence, from position `first` on; its `move` has been paid for."""
         count = min(len(sequence.tokens) - first, self.num_tokens)
-        if sequence.wants_prompt_logprobs:
+        needs_logits = sequence.wants_prompt_logprobs
+        if needs_logits:
             count = min(count, self.num_logit_rows)
         if count > 1 and move is not None:
             count, move = self._up_to_the_edge(sequence, first, count, move)
         if count == 0:
             return None
-        if sequence.wants_prompt_logprobs:
+        if needs_logits:
             self.num_logit_rows -= count
         self.num_tokens -= count
         return PlannedSpan(sequence=sequence, num_tokens=count, move=move)

@@ -76,7 +76,7 @@ class Scheduler:
         for _, move in moves:
             self.allocator.release(move.dropped)
         for sequence, move in moves:
-            sequence.pages = move.apply(self.allocator.take(move.num_taken))
+            sequence.hold(move.apply(self.allocator.take(move.num_taken)), self.options.block_size)
         return plan
 
     def keep_prefixes(self, spans: Iterable[PlannedSpan]) -> None:
@@ -138,13 +138,13 @@ class Scheduler:
 
     def _release(self, sequence: SequenceState) -> None:
         self.allocator.release(_ends_first(sequence.pages))
-        sequence.pages = ()
+        sequence.hold((), self.options.block_size)
         sequence.num_cached = sequence.num_named = 0
 
     def _start_after(self, sequence: SequenceState, hit: PrefixHit) -> None:
         """Let a sequence begin behind a prefix that others have computed."""
         self.allocator.hold(page_ids(hit.pages))
-        sequence.pages = hit.pages
+        sequence.hold(hit.pages, self.options.block_size)
         sequence.num_named = hit.num_blocks
         sequence.num_cached = hit.num_blocks * self.options.block_size
         self.num_prefix_hits += hit.num_blocks > 0

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from llama4_dist.engine.page_move import Pages
+from llama4_dist.engine.page_move import Pages, num_covered
 from llama4_dist.engine.prefix import PrefixChain
 from llama4_dist.request import EngineRequest, PositionLogprobs, Sampling
 
@@ -30,6 +30,7 @@ class SequenceState:
     pages: Pages = ()
     chain: PrefixChain | None = None
     num_named: int = 0
+    num_covered: int = 0
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
     first_output: bool = True
@@ -63,6 +64,11 @@ class SequenceState:
             and not self.request.output_token_ids
             and len(self.prompt_logprobs) < self.num_prompt_tokens
         )
+
+    def hold(self, pages: Pages, block_size: int) -> None:
+        """Take `pages` for those it has; `num_covered` is up to which position they reach in every group."""
+        self.pages = pages
+        self.num_covered = num_covered(pages, block_size)
 
     def append(self, token_id: int) -> None:
         """Add a sampled token; it is pending until the next step has cached it."""

@@ -40,6 +40,18 @@ class PageMachine(RuleBasedStateMachine):
         assert not set(taken) & self.names.keys(), "a page is taken while its contents can be found"
         self.held.append(list(taken))
 
+    @rule(count=st.integers(1, 3))
+    def come_and_go(self, count: int) -> None:
+        """What a sequence does whose blocks are all full: it leaves named pages that nobody holds."""
+        self.take(count)
+        pages = self.held[-1]
+        for page in pages:
+            self.num_named += 1
+            self.names[page] = b"%d" % self.num_named
+            self.allocator.name(page, (0, self.names[page]))
+        self.allocator.release(self.held.pop())
+        self.idle += pages
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
