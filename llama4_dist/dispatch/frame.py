@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llama4_dist.dispatch.links.link import DTYPES, FrameHeader, FrameKind
 from llama4_dist.errors import FrameError
+from llama4_dist.native.extension import extension
 
 MAGIC = b"L4DF"
 VERSION = 1
@@ -116,6 +117,20 @@ def decode(view: memoryview, prefix: Prefix, sequence: int, rules: FrameRules) -
     if view[header_end : prefix.payload_start].tobytes().strip(b"\0"):
         raise _defect("PADDING_NOT_ZERO", "bytes between header and rows")
     return _parse(view[PREFIX_BYTES:header_end], prefix, rules)
+
+
+def native_codec(rules: FrameRules) -> Any:
+    """Return `native.dispatch.Codec`, which sends and receives frames in one call each; None where there is none.
+
+    It writes the same bytes as `encode`. It takes no frame that `decode` refuses; what it does not take is looked at
+    by `decode`, which names the defect.
+    """
+    native = extension()
+    if native is None:
+        return None
+    kinds = tuple(_KINDS.get(number) for number in range(max(_KINDS) + 1))
+    counts = (rules.num_layers, rules.num_experts, rules.max_rows, rules.max_header_bytes)
+    return native.Codec(FrameHeader, kinds, rules.width, rules.row_bytes, _DTYPE_CODES[rules.dtype], *counts)
 
 
 def payload_of(rows_ND: Tensor) -> memoryview:

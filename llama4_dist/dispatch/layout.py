@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama4_dist.dispatch.routing_table import Replica
+from llama4_dist.native.extension import extension
 
 Indices = NDArray[np.int64]
 Groups = tuple[tuple[int, int], ...]  # ((expert, num_rows), ...), consecutive
@@ -100,6 +101,12 @@ def lay_out(view: LayerView, experts_N: Indices) -> Layout:
     if experts_N.size == 1 and not view.further:  # decode of one sequence: nothing to sort
         host, expert = _destination(view, int(experts_N[0]))
         return Layout(_FIRST, [Share(host, 0, slice(0, 1), ((expert, 1),), 1)])
+    native = None if view.further else extension()
+    if native is not None:
+        native_order_N = np.empty(experts_N.size, dtype=np.int64)
+        found = native.lay_out(Share, view.destinations, view.key_E, experts_N, native_order_N)
+        if found is not None:
+            return Layout(native_order_N, found)
     order_N, counts_E = _sort(view, experts_N)
     runs: dict[int, tuple[int, int]] = {}  # expert to its positions; only sliced experts need them later
     shares: list[Share] = []

@@ -4,19 +4,16 @@ On a CPU each way is one native pass over the rows. Torch does the same in three
 there is no compiler.
 """
 
-import ctypes
-from functools import cache
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from llama4_dist.dispatch.layout import Indices
-from llama4_dist.native.library import library
+from llama4_dist.native.extension import extension
 
-_NATIVE_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
-_INDEX_BYTES = 8
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class RowPasses(Protocol):
@@ -33,48 +30,39 @@ class RowPasses(Protocol):
 
 def row_passes(dtype: torch.dtype, device: torch.device) -> RowPasses:
     """Return the fastest passes for rows of `dtype`, all of them on `device`."""
-    native = _library() if device.type == "cpu" and dtype in _NATIVE_DTYPES else None
+    native = extension() if device.type == "cpu" and dtype in _NATIVE_DTYPES else None
     return TorchRowPasses() if native is None else NativeRowPasses(native, dtype)
 
 
 class NativeRowPasses:
     """Passes over rows of one dtype in memory of the CPU."""
 
-    def __init__(self, native: ctypes.PyDLL, dtype: torch.dtype) -> None:
-        name = _NATIVE_DTYPES[dtype]
-        self._scale: Any = native[f"l4d_scale_in_order_{name}"]
-        self._scale.argtypes = (_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER)
-        self._scale.restype = None
-        self._put: Any = native[f"l4d_put_if_finite_{name}"]
-        self._put.argtypes = (_POINTER, _POINTER, _SIZE, _SIZE, _POINTER)
-        self._put.restype = ctypes.c_int
-        self._itemsize = dtype.itemsize
+    def __init__(self, native: ModuleType, dtype: torch.dtype) -> None:
+        self._scale, self._put = native.scale_in_order, native.put_if_finite
+        self._is_bfloat16 = dtype == torch.bfloat16
 
     def scale_in_order(
         self, x_TD: Tensor, scores_TK: Tensor, order_N: Indices, positions: slice, out_ND: Tensor
     ) -> None:
         if not (x_TD.is_contiguous() and scores_TK.is_contiguous()):
             x_TD, scores_TK = x_TD.contiguous(), scores_TK.contiguous()
-        start, width = positions.start, x_TD.shape[1]
-        self._scale(
-            x_TD.data_ptr(),
-            width,
-            scores_TK.data_ptr(),
-            scores_TK.shape[1],
-            _address(order_N) + start * _INDEX_BYTES,
-            positions.stop - start,
-            width,
-            out_ND.data_ptr() + start * width * self._itemsize,
-        )
+        num_tokens, width = x_TD.shape
+        num_slots = scores_TK.shape[1]
+        assert out_ND.shape == (len(order_N), width), "rows of another number or width"
+        start, stop = positions.start, positions.stop
+        x, scores, out = x_TD.data_ptr(), scores_TK.data_ptr(), out_ND.data_ptr()
+        self._scale(self._is_bfloat16, x, width, num_tokens, scores, num_slots, order_N, start, stop, width, out)
 
     def put_if_finite(self, rows_RD: Tensor, order_N: Indices, positions: slice, out_ND: Tensor) -> bool:
-        num_rows, width = positions.stop - positions.start, out_ND.shape[1]
-        assert rows_RD.shape == (num_rows, width), "a reply of another size"
+        start, stop = positions.start, positions.stop
+        num_copies, width = out_ND.shape
+        assert rows_RD.shape == (stop - start, width), "a reply of another size"
         assert rows_RD.dtype == out_ND.dtype, "a reply of another dtype"
         if not rows_RD.is_contiguous():
             rows_RD = rows_RD.contiguous()
-        targets = _address(order_N) + positions.start * _INDEX_BYTES
-        return bool(self._put(rows_RD.data_ptr(), targets, num_rows, width, out_ND.data_ptr()))
+        rows, out = rows_RD.data_ptr(), out_ND.data_ptr()
+        is_finite: bool = self._put(self._is_bfloat16, rows, order_N, start, stop, width, num_copies, out)
+        return is_finite
 
 
 class TorchRowPasses:
@@ -97,17 +85,3 @@ class TorchRowPasses:
 def all_finite(rows_RD: Tensor) -> bool:
     """Tell whether no value is NaN or infinite."""
     return bool(torch.isfinite(rows_RD).all())
-
-
-@cache
-def _library() -> ctypes.PyDLL | None:
-    """Load the native passes. A call keeps other Python threads waiting, for it is shorter than handing them a turn."""
-    path = library()
-    return None if path is None else ctypes.PyDLL(str(path))
-
-
-def _address(indices: Indices) -> int:
-    """Return where the indices lie; `ndarray.ctypes` takes four times as long."""
-    if not indices.size:
-        return 0
-    return ctypes.addressof(ctypes.c_char.from_buffer(indices))  # type: ignore[arg-type]  # an array is a buffer

@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = (
     *("-std=c++20", "-O3", "-pthread", "-shared", "-fPIC"),
     *("-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast"),
+    f"-I{sysconfig.get_path('include')}",  # a Python module is among them; without its headers it is left out
 )
 COMPILE_TIMEOUT_S = 120
 SWITCH = "LLAMA4_DIST_NATIVE"  # 0 leaves the passes out

@@ -1,6 +1,6 @@
 """When a wait looks again and when it sleeps; time passes only as the test says."""
 
-from llama4_dist.dispatch.links.patience import Events, Patience
+from llama4_dist.dispatch.links.patience import Events, Patience, looking
 
 READY: Events = [(7, 1)]
 
@@ -30,12 +30,12 @@ def wait(patience: Patience, descriptors: Descriptors, seconds: float) -> int:
     """Wait for what comes in so many seconds; return how often the wait slept."""
     descriptors.ready_at = descriptors.now + seconds
     before = descriptors.sleeps
-    assert patience.wait(descriptors.poll, 10.0) == READY
+    assert patience.wait(10.0) == READY
     return descriptors.sleeps - before
 
 
 def patience_over(descriptors: Descriptors) -> Patience:
-    return Patience(200e-6, descriptors.clock)
+    return Patience(descriptors.poll, looking(descriptors.poll, descriptors.clock), 200e-6, descriptors.clock)
 
 
 def test_what_comes_soon_is_found_without_sleeping() -> None:
@@ -73,5 +73,5 @@ def test_nothing_is_returned_when_the_time_is_over() -> None:
     patience = patience_over(descriptors)
     for timeout_s in (0.0, 100e-6, 1.0):
         started = descriptors.now
-        assert patience.wait(descriptors.poll, timeout_s) == []
+        assert patience.wait(timeout_s) == []
         assert descriptors.now - started < timeout_s + 10e-6

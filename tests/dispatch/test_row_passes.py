@@ -113,5 +113,5 @@ def test_a_reply_of_another_size_is_our_own_bug(y_RD: Tensor, message: str) -> N
 
 def test_without_a_compiler_or_for_other_dtypes_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(row_passes(torch.float16, CPU), TorchRowPasses)
-    monkeypatch.setattr(module, "_library", lambda: None)
+    monkeypatch.setattr(module, "extension", lambda: None)
     assert isinstance(row_passes(torch.float32, CPU), TorchRowPasses)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from llama4_dist.dispatch.handshake import Hello
 from llama4_dist.dispatch.links.link import Link, LinkLimits
 from llama4_dist.dispatch.links.listener import Listener, Lobby
-from llama4_dist.dispatch.links.patience import Patience
+from llama4_dist.dispatch.links.patience import patience
 
 _SWEEP_S = 0.25  # how often timeouts are looked at
 
@@ -21,7 +21,7 @@ class Hub:
     def __init__(self, hello: Hello, limits: LinkLimits, admit: Callable[[Hello], None], closed: Counter[str]) -> None:
         self._lobby = Lobby(hello, limits, admit, closed)
         self._epoll = select.epoll()
-        self._patience = Patience()
+        self._patience = patience(self._epoll)
         self._bell, self._rope = socket.socketpair()
         self._epoll.register(self._bell.fileno(), select.EPOLLIN)
         self._listeners: dict[int, Listener] = {}
@@ -65,7 +65,7 @@ class Hub:
             if not self._links and not self._listeners:
                 return self._driven, ()
             timeout_s = 0.0
-        events = self._patience.wait(self._epoll.poll, min(timeout_s, _SWEEP_S))
+        events = self._patience.wait(min(timeout_s, _SWEEP_S))
         ready: list[Link] = self._driven[:]
         new: list[Link] = []
         for descriptor, _ in events:

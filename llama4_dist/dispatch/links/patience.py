@@ -5,13 +5,21 @@ and leaves cold caches. Where the answer comes sooner than that, looking costs l
 """
 
 import os
+import select
 import time
 from collections.abc import Callable
+from functools import partial
+
+from llama4_dist.native.extension import extension
 
 LOOK_S = 200e-6  # as long as a host may take for a small batch and its two ways
 _SLEEPS_ON_BUSY_CORE = 64
 
 Events = list[tuple[int, int]]
+
+
+Poll = Callable[[float], Events]
+Look = Callable[[float, float], tuple[Events, bool]]  # (seconds, longest) to (events, whether one look took longer)
 
 
 class Patience:
@@ -22,34 +30,55 @@ class Patience:
     pay and many waits sleep.
     """
 
-    def __init__(self, look_s: float = LOOK_S, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, poll: Poll, look: Look, look_s: float = LOOK_S, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._poll = poll
+        self._look = look
         self._look_s = look_s
         self._clock = clock
         self._num_sleeps = 0  # waits that still sleep at once
 
-    def wait(self, poll: Callable[[float], Events], timeout_s: float) -> Events:
+    def wait(self, timeout_s: float) -> Events:
         """Return what `poll(seconds)` returns as soon as it is not empty, or after `timeout_s`."""
-        began = self._clock()
+        look_s, is_short = self._look_s, False
         if self._num_sleeps == 0:
-            events = self._look(poll, began, began + min(self._look_s, timeout_s))
-            if events or timeout_s <= self._look_s:
+            events, lost_core = self._look(min(look_s, timeout_s), look_s)
+            if lost_core:
+                self._num_sleeps = _SLEEPS_ON_BUSY_CORE
+            if events or timeout_s <= look_s:
                 return events
-            timeout_s -= self._look_s
-        events = poll(timeout_s)
-        if self._clock() - began > self._look_s:
-            self._num_sleeps = max(self._num_sleeps, 1)
+            timeout_s -= look_s
         else:
-            self._num_sleeps = max(self._num_sleeps - 1, 0)
+            is_short = True
+        began = self._clock()
+        events = self._poll(timeout_s)
+        if is_short and self._clock() - began <= look_s:
+            self._num_sleeps -= 1
+        else:
+            self._num_sleeps = max(self._num_sleeps, 1)
         return events
 
-    def _look(self, poll: Callable[[float], Events], looked: float, until: float) -> Events:
-        while looked < until:
+
+def patience(epoll: select.epoll) -> Patience:
+    """Return the patience to wait on these descriptors with."""
+    native = extension()
+    return Patience(epoll.poll, looking(epoll.poll) if native is None else partial(native.look, epoll.fileno()))
+
+
+def looking(poll: Poll, clock: Callable[[], float] = time.perf_counter) -> Look:
+    """Return what `native.look` does."""
+
+    def look(seconds: float, longest_s: float) -> tuple[Events, bool]:
+        began = looked = clock()
+        is_late = False
+        while True:
             events = poll(0.0)
-            if events:
-                return events
+            if events or looked - began >= seconds:
+                return events, is_late
             os.sched_yield()
-            now = self._clock()
-            if now - looked > self._look_s:
-                self._num_sleeps = _SLEEPS_ON_BUSY_CORE
+            now = clock()
+            is_late |= now - looked > longest_s
             looked = now
-        return poll(0.0)
+
+    return look

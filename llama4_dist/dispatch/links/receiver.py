@@ -10,7 +10,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from llama4_dist.dispatch.frame import PREFIX_BYTES, FrameRules, Prefix, decode, decode_prefix, payload_of
+from llama4_dist.dispatch.frame import PREFIX_BYTES, FrameRules, Prefix, decode, decode_prefix, native_codec, payload_of
 from llama4_dist.dispatch.links.link import Frame, FrameKind, LinkLimits, LinkStats
 from llama4_dist.errors import FrameError, LinkDownError
 
@@ -24,6 +24,7 @@ class _Slot:
     def __init__(self, num_bytes: int, dtype: torch.dtype) -> None:
         memory = torch.empty(-(-num_bytes // 64) * 64, dtype=torch.uint8)
         self.view = payload_of(memory)
+        self.address, self.num_bytes = memory.data_ptr(), memory.nbytes
         self.first = self.view[:_FIRST_READ_BYTES]
         self._values = memory.view(dtype)
         self._rows: dict[tuple[int, int, int], Tensor] = {}
@@ -46,8 +47,11 @@ class Receiver:
         self, connection: socket.socket, peer: str, rules: FrameRules, limits: LinkLimits, stats: LinkStats
     ) -> None:
         self._connection = connection
+        self._descriptor = connection.fileno()
         self._peer = peer
         self._rules = rules
+        self._itemsize = rules.dtype.itemsize
+        self._codec = native_codec(rules)
         self._limits = limits
         self._stats = stats
         self._next = 0  # sequence number due
@@ -60,6 +64,16 @@ class Receiver:
 
     def receive(self, frames: list[Frame]) -> None:
         """Read into the current slot until the kernel has no more, or a frame ended just where the bytes did."""
+        if self._current is None:
+            self._check_credit()
+        elif self._codec is not None:
+            self._receive_native(frames, self._slots[self._current], self._current)
+        else:
+            self._receive(frames)
+        if self._filled:
+            self._check_progress()
+
+    def _receive(self, frames: list[Frame]) -> None:
         while self._current is not None:
             slot = self._slots[self._current]
             if self._filled == 0:
@@ -70,7 +84,7 @@ class Receiver:
             try:
                 received = self._connection.recv_into(window)
             except BlockingIOError:
-                break
+                return
             except OSError as error:
                 raise LinkDownError(f"{self._peer!r} is gone: {error.strerror}") from None
             if received == 0:
@@ -79,13 +93,31 @@ class Receiver:
             self._stats.bytes_in += received
             self._take_frames(frames)
             if not self._filled or received < len(window):
-                break
-        else:
-            self._check_credit()
+                return
+        self._check_credit()
+
+    def _receive_native(self, frames: list[Frame], slot: _Slot, index: int) -> None:
+        """Do the same in one call, where what arrives is one frame that is as it must be."""
+        before = self._filled
+        try:
+            found = self._codec.receive(
+                self._descriptor, slot.address, slot.num_bytes, before, _FIRST_READ_BYTES, self._next
+            )
+        except OSError as error:
+            raise LinkDownError(f"{self._peer!r} is gone: {error.strerror}") from None
+        if type(found) is tuple:
+            header, start, frame_len = found
+            rows_RD = slot.rows(header[5], self._rules.width, start // self._itemsize)
+            self._stats.bytes_in += frame_len - before
+            self._add(frames, Frame(header, rows_RD, self, index))
+            self._current = self._free.pop() if self._free else None
+            return
+        self._filled = found if found >= 0 else -1 - found
+        self._stats.bytes_in += self._filled - before
+        if found < 0:
+            raise self._end_of_stream()
         if self._filled:
-            self._check_progress()
-        else:
-            self._started = 0.0
+            self._take_frames(frames)
 
     def release_slot(self, slot: int) -> None:
         if self._current is None:
@@ -108,11 +140,9 @@ class Receiver:
             rows_RD = None
             if header.kind is not FrameKind.NACK:
                 rows_RD = slot.rows(header.num_rows, rules.width, prefix.payload_start // rules.dtype.itemsize)
-            frames.append(Frame(header, rows_RD, self, self._current))
-            self._next += 1
-            self._stats.frames_in += 1
             surplus = slot.view[frame_len : self._filled]
-            self._current, self._filled, self._prefix, self._started = None, 0, None, 0.0
+            self._add(frames, Frame(header, rows_RD, self, self._current))
+            self._current = None
             if self._free:
                 self._current = self._free.pop()
                 if surplus:
@@ -120,6 +150,12 @@ class Receiver:
                     self._slots[self._current].view[: self._filled] = surplus
             elif surplus:
                 raise self._credit_exceeded()
+
+    def _add(self, frames: list[Frame], frame: Frame) -> None:
+        frames.append(frame)
+        self._next += 1
+        self._stats.frames_in += 1
+        self._filled, self._prefix, self._started = 0, None, 0.0
 
     def _check_credit(self) -> None:
         """All slots are in use: any further byte is beyond the credit."""

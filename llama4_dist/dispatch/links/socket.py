@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from llama4_dist.dispatch.frame import encode, payload_of
+from llama4_dist.dispatch.frame import encode, native_codec, payload_of
 from llama4_dist.dispatch.handshake import Agreement, Hello, WorkerHandshake, check_secret
 from llama4_dist.dispatch.links.address import parse_address
 from llama4_dist.dispatch.links.link import Frame, FrameHeader, LinkLimits, LinkStats
@@ -54,7 +54,7 @@ class SocketLink:
         self._held_back: deque[_Outgoing] = deque()  # beyond the peer's credit
         self._unanswered = 0
         self._next_out = 0
-        self._last_payload: tuple[Tensor, memoryview] | None = None
+        self._codec = native_codec(self._rules)
         self._receiver = Receiver(connection, self.peer, self._rules, self.limits, self._stats)
 
     @property
@@ -68,23 +68,44 @@ class SocketLink:
             raise self._fail(
                 LinkDownError(f"{self.peer!r} leaves {MAX_QUEUED_FRAMES} frames queued", reason="QUEUE_FULL")
             )
-        payload = _NOTHING if rows_ND is None else self._payload_of(rows_ND)
-        head = encode(header, payload, self._next_out, self._rules)
-        num_bytes = len(head) + len(payload)
-        self._next_out += 1
+        number, self._next_out = self._next_out, self._next_out + 1
         self._stats.frames_out += 1
-        self._stats.bytes_out += num_bytes
         if self._initiator:
             if self._unanswered >= self.limits.credit:
-                self._held_back.append(_Outgoing(memoryview(head), payload))
+                self._held_back.append(self._encode(header, rows_ND, number))
                 return
             self._unanswered += 1
         if self._outgoing:
-            self._outgoing.append(_Outgoing(memoryview(head), payload))
-            return
-        sent = self._send((head, payload))
-        if sent < num_bytes:
-            self._outgoing.append(_rest(_Outgoing(memoryview(head), payload), sent))
+            self._outgoing.append(self._encode(header, rows_ND, number))
+        elif self._codec is None or rows_ND is None or not self._post_native(header, rows_ND, number):
+            frame = self._encode(header, rows_ND, number)
+            self._queue_rest(frame, self._send(frame))
+
+    def _post_native(self, header: FrameHeader, rows_ND: Tensor, number: int) -> bool:
+        """Encode and send in one call; return whether that was possible."""
+        assert rows_ND.is_contiguous(), "rows of a frame lie in one piece"
+        try:
+            done = self._codec.post(self._descriptor, header, number, rows_ND.data_ptr(), rows_ND.nbytes)
+        except OSError as error:
+            raise self._fail(LinkDownError(f"{self.peer!r} is gone: {error.strerror}")) from None
+        if done is None:
+            return False
+        num_bytes, sent = done
+        if sent == num_bytes:
+            self._stats.bytes_out += num_bytes
+        else:  # the same bytes again
+            self._queue_rest(self._encode(header, rows_ND, number), sent)
+        return True
+
+    def _encode(self, header: FrameHeader, rows_ND: Tensor | None, number: int) -> _Outgoing:
+        payload = _NOTHING if rows_ND is None else payload_of(rows_ND)
+        head = memoryview(encode(header, payload, number, self._rules))
+        self._stats.bytes_out += len(head) + len(payload)
+        return _Outgoing(head, payload)
+
+    def _queue_rest(self, frame: _Outgoing, sent: int) -> None:
+        if sent < len(frame.head) + len(frame.payload):
+            self._outgoing.append(_rest(frame, sent))
 
     def post_half(self, header: FrameHeader, rows_ND: Tensor | None) -> None:
         """Send the first half of a frame, which leaves the link as a process does that dies while it sends."""
@@ -114,18 +135,10 @@ class SocketLink:
         self._fail(LinkDownError(f"the link to {self.peer!r} was closed here"))
         self._outgoing.clear()
         self._held_back.clear()
-        self._last_payload = None
         self._connection.close()
 
     def stats(self) -> LinkStats:
         return self._stats
-
-    def _payload_of(self, rows_ND: Tensor) -> memoryview:
-        """Return the rows' bytes; buffers are used again and again, so the last tensor is often the same."""
-        last = self._last_payload
-        if last is None or last[0] is not rows_ND:
-            last = self._last_payload = (rows_ND, payload_of(rows_ND))
-        return last[1]
 
     def _exchange(self, frames: list[Frame]) -> None:
         """Send what is queued as far as the kernel takes it, receive what has arrived."""

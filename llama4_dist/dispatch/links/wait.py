@@ -4,7 +4,7 @@ import select
 from collections.abc import Mapping
 
 from llama4_dist.dispatch.links.link import Clock, Link
-from llama4_dist.dispatch.links.patience import Patience
+from llama4_dist.dispatch.links.patience import patience
 
 DRIVEN_POLL_S = 0.001  # how often links without a descriptor are looked at
 
@@ -16,7 +16,7 @@ class LinkWaiter:
         self._links = dict(links)
         self._clock = clock
         self._epoll = select.epoll()
-        self._patience = Patience()
+        self._patience = patience(self._epoll)
         self._hosts: dict[int, str] = {}
         self._interest: dict[int, int] = {}
         for host, link in self._links.items():
@@ -48,7 +48,7 @@ class LinkWaiter:
             if wanted != self._interest[descriptor]:
                 self._epoll.modify(descriptor, wanted)
                 self._interest[descriptor] = wanted
-        ready = self._patience.wait(self._epoll.poll, timeout_s)
+        ready = self._patience.wait(timeout_s)
         if not self._driven and len(ready) == 1:
             return frozenset((self._hosts[ready[0][0]],))
         return self._driven | {self._hosts[descriptor] for descriptor, _ in ready}
