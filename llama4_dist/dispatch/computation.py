@@ -2,13 +2,14 @@
 
 import logging
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama4_dist.dispatch.expert_compute import ExpertCompute
+from llama4_dist.dispatch.layout import Groups
 from llama4_dist.dispatch.links.link import Frame
 from llama4_dist.dispatch.pool import gather, plan_pool, scatter
 from llama4_dist.dispatch.stats import HostStats
@@ -38,13 +39,19 @@ class Computation:
 
     def run(self, layer: int, jobs: Sequence[Job]) -> bool:
         """Write every job's `y_RD`; return whether that succeeded."""
+        if len(jobs) == 1:  # straight from the receive slot into the reply
+            _, frame, x_RD, y_RD = jobs[0]
+            return self.run_one(layer, frame.header.groups, x_RD, y_RD)
+        return self._timed(layer, self._run_pooled, layer, jobs)
+
+    def run_one(self, layer: int, groups: Groups, x_RD: Tensor, y_RD: Tensor) -> bool:
+        """Write the answer to one question; return whether that succeeded."""
+        return self._timed(layer, self.compute, layer, groups, x_RD, y_RD)
+
+    def _timed(self, layer: int, compute: Callable[..., None], *arguments: Any) -> bool:
         started = time.perf_counter()
         try:
-            if len(jobs) == 1:  # straight from the receive slot into the reply
-                _, frame, x_RD, y_RD = jobs[0]
-                self.compute(layer, frame.header.groups, x_RD, y_RD)
-            else:
-                self._run_pooled(layer, jobs)
+            compute(*arguments)
         except (RuntimeError, KeyError):
             # Torch reports exhausted memory and device faults by RuntimeError, and by KeyError an expert is missing
             # that was let go after its rows had come. The rows are well formed: another host may succeed.

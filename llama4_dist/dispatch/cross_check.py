@@ -72,7 +72,7 @@ class CrossCheck:
         wanted = indices[before : before + min(count, MAX_ROWS)]
         return Sample(
             piece.host,
-            in_flight.origin.layer,
+            in_flight.layer,
             expert,
             np.full(len(wanted), expert, dtype=np.int64),
             in_flight.rows_for(wanted).clone(),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama4_dist.dispatch.cross_check import CrossCheck
 from llama4_dist.dispatch.exchange import Exchange, OnLost
-from llama4_dist.dispatch.in_flight import InFlight, Origin
+from llama4_dist.dispatch.in_flight import InFlight
 from llama4_dist.dispatch.layout import Layout, Share
 from llama4_dist.dispatch.links.link import Clock, Link
 from llama4_dist.dispatch.reply_times import Deadlines, ReplyTimes
@@ -109,6 +109,7 @@ class Dispatcher:
         # Sockets read host memory; links inside the process take a GPU's rows as they are.
         on_host = any(link.fileno() is not None for link in self._exchange.links.values())
         device = torch.device("cpu") if on_host else self._device
+        self._rows_are_elsewhere = device != self._device
         self._buffers = RowBuffers(
             width=self._width, dtype=self._dtype, device=device, pinned=on_host and self._device.type == "cuda"
         )
@@ -122,32 +123,35 @@ class Dispatcher:
         x_TD [T, D] in the dispatcher's dtype; experts_TK int64 [T, K]; scores_TK [T, K]. Raises UnavailableError
         (EXPERT_UNREACHABLE) when an expert has no live replica.
         """
-        num_tokens, width = x_TD.shape
-        if width != self._width or x_TD.dtype != self._dtype or experts_TK.shape != scores_TK.shape:
+        num_tokens, num_slots = experts_TK.shape
+        if x_TD.shape != (num_tokens, self._width) or scores_TK.shape != experts_TK.shape or x_TD.dtype != self._dtype:
             raise ValueError(
                 f"x {tuple(x_TD.shape)} {x_TD.dtype}, experts {tuple(experts_TK.shape)} and"
                 f" scores {tuple(scores_TK.shape)} do not fit: expected [T, {self._width}] {self._dtype}, twice [T, K]"
             )
-        experts_N = experts_TK.cpu().numpy().reshape(-1)
         exchange = self._exchange
-        layout, view = exchange.routes.lay_out(layer, experts_N)
-        order_N = layout.order_N
-        num_copies = len(order_N)
+        layout, view = exchange.routes.lay_out_rows(layer, experts_TK)
+        order_N, shares = layout
+        num_copies = num_tokens * num_slots
         buffer = self._buffers.take(num_copies)
         in_flight = InFlight(
-            origin=Origin(self._step, microbatch, layer),
+            origin=(self._step, microbatch, layer),
             num_tokens=num_tokens,
-            experts_N=experts_N,
+            experts_TK=experts_TK,
             order_N=order_N,
             buffer=buffer,
             passes=self._passes,
-            num_slices_N=view.num_slices_E[experts_N[order_N]] if view.further else None,
         )
+        if view.further:
+            in_flight.cut(view.num_slices_E)
         if scores_TK.dtype != self._dtype:
             scores_TK = scores_TK.to(self._dtype)
-        if num_copies == 1:  # decode of one sequence: one share, nothing to cut
+        if exchange.can_ask_now(shares):
+            self._passes.scale_in_order(x_TD, scores_TK, order_N, shares[0].positions, in_flight.rows_ND)
+            in_flight.deferred = shares[0]
+        elif num_copies == 1:  # decode of one sequence: one share, nothing to cut
             self._passes.scale_in_order(x_TD, scores_TK, order_N, slice(0, 1), in_flight.rows_ND)
-            exchange.send(in_flight, layout.shares)
+            exchange.send(in_flight, shares)
         else:
             exchange.send(in_flight, self._in_order(x_TD, scores_TK, layout, in_flight.rows_ND))
         return in_flight
@@ -169,6 +173,11 @@ class Dispatcher:
         (ROWS_NOT_FINITE) when the rows themselves were not finite.
         """
         exchange = self._exchange
+        if in_flight.deferred is not None and exchange.ask_now(in_flight):
+            if self._checks.due():
+                exchange.check(in_flight)
+            self._buffers.give_back(in_flight.buffer)
+            return in_flight.result()
         ready: AbstractSet[str] = frozenset() if exchange.waiter.waits else in_flight.owing()
         next_s = 0.0  # when to look at deadlines; none is shorter than the floor, which spares most steps the look
         while in_flight.missing and in_flight.error is None:
@@ -191,7 +200,7 @@ class Dispatcher:
         if not exchange.is_sending():
             self._buffers.give_back(in_flight.buffer)  # otherwise a link still reads it
         y_TD = in_flight.result()
-        return y_TD if y_TD.device == self._device else y_TD.to(self._device)
+        return y_TD.to(self._device) if self._rows_are_elsewhere else y_TD
 
     def stats(self) -> DispatchStats:
         return self._stats

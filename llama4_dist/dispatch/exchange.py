@@ -7,11 +7,12 @@ refused, goes elsewhere.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from llama4_dist.dispatch.cross_check import CrossCheck
 from llama4_dist.dispatch.in_flight import InFlight, Piece
 from llama4_dist.dispatch.layout import Indices, Layout, Share, cut, split
+from llama4_dist.dispatch.links.inproc import InprocLink
 from llama4_dist.dispatch.links.link import Clock, Frame, FrameHeader, FrameKind, Link
 from llama4_dist.dispatch.links.wait import LinkWaiter
 from llama4_dist.dispatch.reply_times import ReplyTimes
@@ -44,6 +45,8 @@ class Exchange:
         self.routes = routes
         self.links = {host: link for host, link in links.items() if host in routes.published.hosts}
         self.waiter = LinkWaiter(self.links, clock)
+        only = next(iter(self.links.values())) if len(self.links) == 1 else None
+        self._only = only if isinstance(only, InprocLink) else None  # the one link there is, to a host of this thread
         self.active: dict[int, InFlight] = {}  # frame number to the dispatch that waits for it
         self.last_number = last_number
         self._owed_since: dict[str, tuple[float, int]] = {}  # host to (time, rows) of what nobody waits for any more
@@ -62,6 +65,30 @@ class Exchange:
         in_flight.prepare()
         if self._has_orphans:
             self._resend_orphans()
+
+    def can_ask_now(self, shares: Sequence[Share]) -> bool:
+        """Tell whether one host, in this thread, gets all there is to ask, so that no frame need be made."""
+        link = self._only
+        return link is not None and len(shares) == 1 and link.can_ask() and not self.routes.unmapped
+
+    def ask_now(self, in_flight: InFlight) -> bool:
+        """Have a deferred share computed in this call; False where its host does not do that: then frames are sent."""
+        share = in_flight.deferred
+        assert share is not None, "nothing was deferred"
+        in_flight.deferred = None
+        link = self._only
+        if link is not None and link.can_ask():
+            y_ND = link.ask(in_flight.layer, share.groups, in_flight.rows_ND)
+            if y_ND is not None and in_flight.take_all(y_ND):
+                stats, num_bytes = self._stats, share.num_rows * in_flight.row_bytes
+                stats.rows_out[share.host] += share.num_rows
+                stats.frames_out[share.host] += 1
+                stats.bytes_out[share.host] += num_bytes
+                stats.rows_in[share.host] += share.num_rows
+                stats.bytes_in[share.host] += num_bytes
+                return True
+        self.send(in_flight, self.parts(share))
+        return False
 
     def take_replies(self, hosts: Iterable[str]) -> bool:
         """Read what has arrived from these hosts; return whether anything did."""
@@ -173,7 +200,7 @@ class Exchange:
                 self._post(in_flight, part)
             return
         self.last_number = number = self.last_number + 1
-        layer = in_flight.origin.layer
+        layer = in_flight.layer
         lost = ""
         if link is None:
             self._has_orphans = True
@@ -202,6 +229,7 @@ class Exchange:
             return
         log.warning("host_lost host=%s reason=%s", host, reason)
         self.waiter.forget(host)
+        self._only = None
         link.abort()
         self._owed_since.pop(host, None)
         self.routes.lose({host})
@@ -230,7 +258,7 @@ class Exchange:
             return
         experts = in_flight.experts_of(positions)
         try:
-            layout, view = self.routes.lay_out(in_flight.origin.layer, experts, in_flight.refused)
+            layout, view = self.routes.lay_out(in_flight.layer, experts, in_flight.refused)
         except UnavailableError as error:
             in_flight.error = error
             return
@@ -244,11 +272,11 @@ class Exchange:
         positions = in_flight.unclaimed(piece)
         experts = in_flight.experts_of(positions)
         refused = in_flight.refused | {(piece.host, expert) for expert, _ in piece.groups}
-        found = self.routes.lay_out_elsewhere(in_flight.origin.layer, experts, refused)
+        found = self.routes.lay_out_elsewhere(in_flight.layer, experts, refused)
         # Partial outputs of two different cuts do not add up, so cut experts wait until their host is given up.
         if not len(positions) or found is None or found[1].further or in_flight.is_cut(positions):
             return
-        log.info("rows_hedged host=%s layer=%d rows=%d", piece.host, in_flight.origin.layer, len(positions))
+        log.info("rows_hedged host=%s layer=%d rows=%d", piece.host, in_flight.layer, len(positions))
         self._stats.hedged_rows += len(positions)
         in_flight.expect_twice()
         self._send_again(in_flight, positions, found[0])

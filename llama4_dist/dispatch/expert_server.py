@@ -6,6 +6,7 @@ behind `ExpertCompute`.
 
 import logging
 import threading
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -90,8 +91,9 @@ class ExpertServer:
             worker_incarnation=incarnation,
             host_incarnation=self.identity.incarnation,
         )
-        link.drive = lambda: self.poll(0.0)
         self.attach(end)
+        link.drive = lambda: self.poll(0.0)
+        link.answer, link.is_alone = partial(self._answer_now, self._workers[worker]), self._has_one_worker
         return link
 
     def run(self, stop: threading.Event) -> None:
@@ -168,6 +170,26 @@ class ExpertServer:
                 break
         self._queue.add(worker, frame)
 
+    def _has_one_worker(self) -> bool:
+        """Tell whether nobody else is or may be served: frames are what everybody is served by in turn."""
+        return len(self._workers) == 1 and not self._hub.has_listeners and not self._queue.layers
+
+    def _answer_now(self, worker: WorkerLink, layer: int, groups: Groups, x_RD: Tensor) -> Tensor | None:
+        """Compute rows of the one worker there is without a frame; None where anything is not as usual."""
+        holds = self._compute.holds
+        for expert, _ in groups:
+            if (layer, expert) not in holds:
+                return None
+        self._faults.hit("receiving")
+        num_rows = x_RD.shape[0]
+        y_RD = worker.scratch(num_rows, x_RD.device)
+        if not self._computation.run_one(layer, groups, x_RD, y_RD):
+            return None
+        self._faults.hit("computing")
+        self._stats.frames_in += 1
+        self._count(worker, layer, groups, num_rows)
+        return y_RD
+
     def _adopt(self, layer: int, groups: Groups) -> str:
         """Bring experts here that no other host serves; return why not, "" if it was done."""
         experts = [expert for expert, _ in groups]
@@ -242,12 +264,16 @@ class ExpertServer:
 
     def _account(self, job: Job) -> None:
         """Release an answered frame and count it."""
-        header, stats = job.frame.header, self._stats
+        header = job.frame.header
         job.frame.release()
-        layer, rows_by_expert = header.layer, stats.rows_by_expert
-        for expert, count in header.groups:
+        self._count(job.worker, header.layer, header.groups, header.num_rows)
+
+    def _count(self, worker: WorkerLink, layer: int, groups: Groups, num_rows: int) -> None:
+        stats = self._stats
+        rows_by_expert = stats.rows_by_expert
+        for expert, count in groups:
             rows_by_expert[layer, expert] += count
-        stats.rows_by_worker[job.worker.link.peer] += header.num_rows
+        stats.rows_by_worker[worker.link.peer] += num_rows
         stats.replies += 1
 
     def _refuse(self, worker: WorkerLink, frame: Frame, reason: str, groups: Groups) -> None:

@@ -46,5 +46,5 @@ class FaultPoints:
 
     def hit(self, point: str) -> None:
         """Pass a point, and get the signal if it is due."""
-        if self.due(point):
+        if self._point == point and self.due(point):
             self.strike()

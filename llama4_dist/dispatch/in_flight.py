@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llama4_dist.dispatch.layout import Groups, Indices
+from llama4_dist.dispatch.layout import Groups, Indices, Share
 from llama4_dist.dispatch.row_buffers import RowBuffer
 from llama4_dist.dispatch.row_passes import RowPasses, all_finite
 from llama4_dist.errors import Llama4Error
@@ -30,12 +30,7 @@ class Piece(NamedTuple):
     adopts: bool = False  # the host was told to map what it does not hold
 
 
-class Origin(NamedTuple):
-    """Where rows come from within a worker; with the row number, this identifies a row."""
-
-    step: int
-    microbatch: int
-    layer: int
+Origin = tuple[int, int, int]  # step, microbatch, layer: with the row number, this identifies a row within a worker
 
 
 class InFlight:
@@ -45,23 +40,28 @@ class InFlight:
     only where experts are cut: partial outputs of two different cuts do not add up. `error` is why it cannot finish.
     """
 
+    __slots__ = (
+        *("origin", "num_tokens", "order_N", "rows_ND", "row_bytes", "buffer", "pieces", "refused", "answered", "error"),
+        *("missing", "attempt", "deferred", "layer", "_experts_TK", "_passes", "_outputs", "_books"),
+    )
+
     def __init__(
         self,
         *,
         origin: Origin,
         num_tokens: int,
-        experts_N: Indices,
+        experts_TK: Tensor,
         order_N: Indices,
         buffer: RowBuffer,
         passes: RowPasses,
-        num_slices_N: Indices | None = None,
     ) -> None:
         num_copies = len(order_N)
         self.origin = origin
+        self.layer = origin[2]
         self.num_tokens = num_tokens
         self.order_N = order_N
         self.rows_ND = buffer.rows(num_copies)
-        self.row_bytes = self.rows_ND.shape[1] * self.rows_ND.itemsize
+        self.row_bytes = buffer.row_bytes
         self.buffer = buffer  # the preallocated memory `rows_ND` lies in
         self.pieces: dict[int, Piece] = {}  # frame number to what it asks for; answered frames are taken out
         self.refused: set[tuple[str, int]] = set()  # (host, expert) that refused these rows
@@ -69,16 +69,27 @@ class InFlight:
         self.error: Llama4Error | None = None
         self.missing = num_copies  # (slice, position) pairs without an accepted reply
         self.attempt = 0
-        self._experts_N = experts_N
+        self.deferred: Share | None = None  # what a host of this thread is asked for when the rows are wanted
+        self._experts_TK = experts_TK
         self._passes = passes
         self._outputs: list[Tensor | None] = [None]  # per slice, in the caller's order
         self._books: _Books | None = None  # kept once a row may be answered twice, or is cut into slices
-        if num_slices_N is not None:
-            self._cut(slice(None), num_slices_N)
+
+    def cut(self, num_slices_E: Indices) -> None:
+        """Expect so many slices of each expert."""
+        positions = slice(None)
+        self._cut(positions, num_slices_E[self.experts_of(positions)])
 
     def owing(self) -> set[str]:
         """Return the hosts that owe a reply."""
         return {piece.host for piece in self.pieces.values()}
+
+    def take_all(self, rows_ND: Tensor) -> bool:
+        """Keep an answer to all rows at once; return whether every value is finite, else nothing counts as answered."""
+        if not self._passes.put_if_finite(rows_ND, self.order_N, slice(0, self.missing), self._output(0)):
+            return False
+        self.missing = 0
+        return True
 
     def accept(self, piece: Piece, rows_RD: Tensor) -> int | None:
         """Keep those rows of a reply that nobody answered before; return how many that were.
@@ -142,8 +153,8 @@ class InFlight:
             return self.rows_ND if whole else self.rows_ND[positions]
         return self.rows_ND[torch.from_numpy(positions).to(self.rows_ND.device)]
 
-    def experts_of(self, positions: Indices) -> Indices:
-        experts: Indices = self._experts_N[self.order_N[positions]]
+    def experts_of(self, positions: slice | Indices) -> Indices:
+        experts: Indices = self._experts_TK.cpu().numpy().reshape(-1)[self.order_N[positions]]
         return experts
 
     def ask_again(self, positions: Indices, num_slices: Indices) -> None:
@@ -157,10 +168,13 @@ class InFlight:
     def result(self) -> Tensor:
         """Return the sum over each token's copies, in slot order: [T, D]. Call when nothing is missing."""
         assert self.missing == 0, "result asked for while rows are missing"
-        y_ND = self._sum_slices()
-        num_slots = len(self.order_N) // max(self.num_tokens, 1)
-        if num_slots <= 1:
+        y_ND = self._outputs[0] if self._books is None else self._sum_slices()
+        if y_ND is None:
+            y_ND = self._output(0)
+        num_copies = len(self.order_N)
+        if num_copies <= self.num_tokens:
             return y_ND
+        num_slots = num_copies // self.num_tokens
         y_TKD = y_ND.view(self.num_tokens, num_slots, -1)
         total_TD = y_TKD[:, 0]
         for slot in range(1, num_slots):

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from llama4_dist.dispatch.routing_table import Replica
 from llama4_dist.native.extension import extension
@@ -18,6 +20,7 @@ from llama4_dist.native.extension import extension
 Indices = NDArray[np.int64]
 Groups = tuple[tuple[int, int], ...]  # ((expert, num_rows), ...), consecutive
 
+_new_tuple = tuple.__new__  # a quarter of what a named tuple's own constructor takes
 _FIRST: Indices = np.zeros(1, dtype=np.int64)
 NOWHERE = np.iinfo(np.uint16).max  # key of an expert without a replica
 
@@ -101,12 +104,6 @@ def lay_out(view: LayerView, experts_N: Indices) -> Layout:
     if experts_N.size == 1 and not view.further:  # decode of one sequence: nothing to sort
         host, expert = _destination(view, int(experts_N[0]))
         return Layout(_FIRST, [Share(host, 0, slice(0, 1), ((expert, 1),), 1)])
-    native = None if view.further else extension()
-    if native is not None:
-        native_order_N = np.empty(experts_N.size, dtype=np.int64)
-        found = native.lay_out(Share, view.destinations, view.key_E, experts_N, native_order_N)
-        if found is not None:
-            return Layout(native_order_N, found)
     order_N, counts_E = _sort(view, experts_N)
     runs: dict[int, tuple[int, int]] = {}  # expert to its positions; only sliced experts need them later
     shares: list[Share] = []
@@ -129,6 +126,20 @@ def lay_out(view: LayerView, experts_N: Indices) -> Layout:
     if view.further:
         shares.extend(_further_shares(view, runs))
     return Layout(order_N, shares)
+
+
+def lay_out_tensor(view: LayerView, experts_TK: Tensor) -> Layout:
+    """Do the same with expert ids that a router gives: int64, on any device."""
+    native = extension()
+    if native is not None and not view.further and experts_TK.is_cpu and experts_TK.is_contiguous():
+        num_copies = experts_TK.numel()
+        order_N = _FIRST if num_copies == 1 else np.empty(num_copies, dtype=np.int64)
+        experts = experts_TK.data_ptr()
+        if experts_TK.dtype == torch.int64:
+            shares = native.lay_out(Share, view.destinations, view.key_E, experts, num_copies, order_N)
+            if shares is not None:  # otherwise some expert has no destination
+                return _new_tuple(Layout, (order_N, shares))
+    return lay_out(view, experts_TK.cpu().numpy().reshape(-1))
 
 
 def split(share: Share, max_rows: int) -> Iterator[Share]:

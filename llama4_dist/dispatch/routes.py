@@ -4,11 +4,14 @@ An expert whose last replica is lost is adopted: a live host maps it from the ch
 adopter follows from the names alone (rendezvous hashing), so workers that see the same hosts choose the same one.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 
-from llama4_dist.dispatch.layout import Groups, Indices, LayerView, Layout, NoReplicaError, lay_out, view_layer
+from torch import Tensor
+
+from llama4_dist.dispatch.layout import Groups, Indices, LayerView, Layout, NoReplicaError, lay_out, lay_out_tensor, view_layer
 from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
 from llama4_dist.dispatch.suspects import Suspects
 from llama4_dist.errors import UnavailableError
@@ -41,6 +44,14 @@ class Routes:
                 refusers = {host for host, expert in refused if expert == error.expert}
                 if not self._adopt([(layer, error.expert)], refusers):
                     raise _unreachable(layer, error.expert) from None
+
+    def lay_out_rows(self, layer: int, experts_TK: Tensor) -> tuple[Layout, LayerView]:
+        """Lay out the copies of a router's choice."""
+        view = self._views.get(layer)
+        if view is not None:
+            with contextlib.suppress(NoReplicaError):
+                return lay_out_tensor(view, experts_TK), view
+        return self.lay_out(layer, experts_TK.cpu().numpy().reshape(-1))
 
     def lay_out_elsewhere(self, layer: int, experts_N: Indices, refused: Refused) -> tuple[Layout, LayerView] | None:
         """Lay out copies on replicas that exist, on slow hosts last; None where there are none."""

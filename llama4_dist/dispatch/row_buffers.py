@@ -13,6 +13,7 @@ class RowBuffer:
         self, capacity: int, width: int, dtype: torch.dtype, device: torch.device, pinned: bool = False
     ) -> None:
         self.capacity = capacity
+        self.row_bytes = width * dtype.itemsize
         self._all_RD = torch.empty((capacity, width), dtype=dtype, device=device, pin_memory=pinned)
         self._views: dict[int, Tensor] = {capacity: self._all_RD}
 

@@ -20,12 +20,20 @@ class WorkerLink:
         self._free: list[RowBuffer] = []
         self._lent: deque[RowBuffer] = deque()  # oldest first, as they are sent
         self._num_buffers = 0
+        self._scratch: RowBuffer | None = None
 
     def reclaim(self) -> None:
         """Take back the memory of replies that are sent; call when every buffer lent has been posted."""
         unsent = self.link.num_unsent
         while len(self._lent) > unsent:
             self._free.append(self._lent.popleft())
+
+    def scratch(self, num_rows: int, device: torch.device) -> Tensor:
+        """Return memory for an answer that is read before the next one is asked for."""
+        if self._scratch is None or self._scratch.capacity < num_rows:
+            capacity = max(64, 1 << (num_rows - 1).bit_length())
+            self._scratch = RowBuffer(capacity, self._width, self._dtype, device)
+        return self._scratch.rows(num_rows)
 
     def reply_rows(self, num_rows: int, device: torch.device) -> Tensor:
         """Return memory for a reply; LinkDownError when the worker leaves more replies unread than allowed."""

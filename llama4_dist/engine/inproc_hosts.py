@@ -8,7 +8,6 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.dispatch.handshake import HostIdentity
-from llama4_dist.dispatch.links.inproc import inproc_pair
 from llama4_dist.dispatch.links.link import Link, LinkLimits
 from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
 from llama4_dist.errors import ConfigError
@@ -47,10 +46,7 @@ def start_inproc_hosts(
             dtype=dtype,
             limits=limits,
         )
-        workers_end, hosts_end = inproc_pair(worker=WORKER, host=host, limits=limits)
-        server.attach(hosts_end)
-        workers_end.drive = lambda server=server: server.poll(0.0)
-        links[host] = workers_end
+        links[host] = server.open_inproc(worker=WORKER, incarnation=0)
     whole = {key: _whole(host, config.expert_width) for key, host in host_of.items()}
     dispatcher = Dispatcher(
         worker=WORKER,

@@ -251,19 +251,19 @@ class Lent {
 
 constexpr char INT64[] = "lq", UINT16[] = "H";
 
-// lay_out(share type, destinations, keys, experts, order) -> shares | None
+// lay_out(share type, destinations, keys, experts, number of copies, order) -> shares | None
 // `destinations` are (host, expert) in ascending order; keys[expert] (uint16) is an expert's place in them. Writes the
 // copies' order (int64). None where Python has to do it: an expert is unknown or has no destination.
 PyObject* lay_out(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-    if (!is_count(count, 5)) return nullptr;
+    if (!is_count(count, 6)) return nullptr;
     PyObject *share_type = arguments[0], *destinations = arguments[1];
-    const Lent lent_keys(arguments[2], UINT16), lent_experts(arguments[3], INT64), lent_order(arguments[4], INT64, true);
+    const Lent lent_keys(arguments[2], UINT16), lent_order(arguments[5], INT64, true);
+    const auto* experts = reinterpret_cast<const int64_t*>(address(arguments[3]));
+    const int64_t num_copies = PyLong_AsLongLong(arguments[4]);
     if (PyErr_Occurred()) return nullptr;
-    const bool is_valid = lent_keys.is_valid && lent_experts.is_valid && lent_order.is_valid;
-    if (!is_valid || lent_order.num_items() != lent_experts.num_items()) return Py_NewRef(Py_None);
+    if (!lent_keys.is_valid || !lent_order.is_valid || lent_order.num_items() != num_copies) return Py_NewRef(Py_None);
     const auto* keys = lent_keys.items<uint16_t>();
-    const auto* experts = lent_experts.items<int64_t>();
-    const int64_t num_experts = lent_keys.num_items(), num_copies = lent_experts.num_items();
+    const int64_t num_experts = lent_keys.num_items();
     auto* order = lent_order.items<int64_t>();
     const size_t num_keys = PyTuple_GET_SIZE(destinations);
     std::vector<int64_t> starts(num_keys + 1, 0);

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from llama4_dist.dispatch.in_flight import InFlight, Origin, Piece
+from llama4_dist.dispatch.in_flight import InFlight, Piece
 from llama4_dist.dispatch.row_buffers import RowBuffer
 from llama4_dist.dispatch.row_passes import TorchRowPasses
 
@@ -12,15 +12,17 @@ WIDTH = 4
 
 def in_flight(num_rows: int, *, num_slices: int = 1) -> InFlight:
     """Rows in the order they came, all of expert 0."""
-    return InFlight(
-        origin=Origin(0, 0, 0),
+    flight = InFlight(
+        origin=(0, 0, 0),
         num_tokens=num_rows,
-        experts_N=np.zeros(num_rows, dtype=np.int64),
+        experts_TK=torch.zeros(num_rows, 1, dtype=torch.int64),
         order_N=np.arange(num_rows),
         buffer=RowBuffer(num_rows, WIDTH, torch.float32, torch.device("cpu")),
         passes=TorchRowPasses(),
-        num_slices_N=None if num_slices == 1 else np.full(num_rows, num_slices),
     )
+    if num_slices > 1:
+        flight.cut(np.full(1, num_slices))
+    return flight
 
 
 def piece(start: int, stop: int, *, slice_index: int = 0, attempt: int = 0) -> Piece:

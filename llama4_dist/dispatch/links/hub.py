@@ -34,6 +34,10 @@ class Hub:
         self._listeners[listener.socket.fileno()] = listener
         self._epoll.register(listener.socket.fileno(), select.EPOLLIN)
 
+    @property
+    def has_listeners(self) -> bool:
+        return bool(self._listeners)
+
     def add(self, link: Link) -> None:
         descriptor = link.fileno()
         if descriptor is None:

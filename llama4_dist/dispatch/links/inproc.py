@@ -11,8 +11,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from llama4_dist.dispatch.layout import Groups
 from llama4_dist.dispatch.links.link import Clock, Frame, FrameHeader, LinkLimits, LinkStats
 from llama4_dist.errors import LinkDownError
+
+
+# (layer, groups, x_RD) to y_RD, valid until the next question; None where a frame has to ask.
+Answer = Callable[[int, Groups, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +42,8 @@ class InprocLink:
         self.peer_incarnation = peer_incarnation
         self.limits = limits
         self.drive: Callable[[], object] | None = None  # runs the other side
+        self.answer: Answer | None = None  # asks the other side without a frame
+        self.is_alone: Callable[[], bool] = lambda: False  # whether the other side serves us only
         self._clock = clock
         self._faults = faults
         self._random = random.Random(faults.seed if faults else 0)  # noqa: S311 - a schedule of faults, not a secret
@@ -57,6 +64,22 @@ class InprocLink:
             raise LinkDownError(f"link to {self.peer!r} is down; its rows must go elsewhere")
         self._stats.frames_out += 1
         self.other._accept(header, rows_ND, self._faults, self._random)
+
+    def can_ask(self) -> bool:
+        """Tell whether the other side would answer at once: nothing is on its way, and nobody else waits for it."""
+        if self.answer is None or self._faults is not None or self._inbox or self._down:
+            return False
+        other = self.other
+        return not (other._inbox or other._down) and self.is_alone()
+
+    def ask(self, layer: int, groups: Groups, x_RD: Tensor) -> Tensor | None:
+        """Have rows computed at once; None where a frame has to ask. Call when `can_ask`."""
+        assert self.answer is not None, "there is nobody who answers"
+        y_RD = self.answer(layer, groups, x_RD)
+        if y_RD is not None:
+            self._stats.frames_out += 1
+            self._stats.frames_in += 1
+        return y_RD
 
     def poll(self, timeout_s: float) -> Sequence[Frame]:
         frames = self._take()
