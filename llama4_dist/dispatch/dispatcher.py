@@ -113,7 +113,7 @@ class Dispatcher:
         self._buffers = RowBuffers(
             width=self._width, dtype=self._dtype, device=device, pinned=on_host and self._device.type == "cuda"
         )
-        self._passes = row_passes(self._dtype, self._device)
+        self._passes = row_passes(self._dtype, self._device, self._width)
 
     def dispatch(
         self, layer: int, x_TD: Tensor, experts_TK: Tensor, scores_TK: Tensor, microbatch: int = 0
@@ -178,6 +178,7 @@ class Dispatcher:
                 exchange.check(in_flight)
             self._buffers.give_back(in_flight.buffer)
             return in_flight.result()
+        has_looked = exchange.look_for_reply(in_flight)
         ready: AbstractSet[str] = frozenset() if exchange.waiter.waits else in_flight.owing()
         next_s = 0.0  # when to look at deadlines; none is shorter than the floor, which spares most steps the look
         while in_flight.missing and in_flight.error is None:
@@ -190,7 +191,8 @@ class Dispatcher:
                 next_s = exchange.enforce(in_flight, now_s)
                 ready = in_flight.owing()
                 continue
-            ready = exchange.waiter.wait(next_s - now_s)
+            ready = exchange.waiter.wait(next_s - now_s, has_looked)
+            has_looked = False
             self._stats.wait_seconds += self._clock.monotonic() - now_s
         exchange.retire(in_flight)
         if in_flight.error is not None:

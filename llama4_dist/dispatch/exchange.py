@@ -7,6 +7,7 @@ refused, goes elsewhere.
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from llama4_dist.dispatch.cross_check import CrossCheck
@@ -23,6 +24,7 @@ from llama4_dist.errors import EngineError, FrameError, LinkDownError, Unavailab
 
 log = logging.getLogger(__name__)
 
+_new_tuple = tuple.__new__  # a quarter of what a named tuple's own constructor takes
 OnLost = Callable[[str, int, str], None]  # host, incarnation, reason
 
 
@@ -77,7 +79,7 @@ class Exchange:
         assert share is not None, "nothing was deferred"
         in_flight.deferred = None
         link = self._only
-        if link is not None and link.can_ask():
+        if link is not None and link.peer == share.host:
             y_ND = link.ask(in_flight.layer, share.groups, in_flight.rows_ND)
             if y_ND is not None and in_flight.take_all(y_ND):
                 stats, num_bytes = self._stats, share.num_rows * in_flight.row_bytes
@@ -90,7 +92,20 @@ class Exchange:
         self.send(in_flight, self.parts(share))
         return False
 
-    def take_replies(self, hosts: Iterable[str]) -> bool:
+    def look_for_reply(self, in_flight: InFlight) -> bool:
+        """Where one frame is awaited from a socket, look at nothing else for a moment; return whether that was done."""
+        patience = self.waiter.patience
+        look_s = patience.look_s
+        if len(in_flight.pieces) != 1 or not look_s or not self.waiter.waits:
+            return False
+        (piece,) = in_flight.pieces.values()
+        began_s = time.perf_counter()
+        self.take_replies((piece.host,), look_s)
+        if time.perf_counter() - began_s > 2 * look_s:
+            patience.lost_core()
+        return True
+
+    def take_replies(self, hosts: Iterable[str], timeout_s: float = 0.0) -> bool:
         """Read what has arrived from these hosts; return whether anything did."""
         progress = False
         for host in hosts:
@@ -98,7 +113,7 @@ class Exchange:
             if link is None:
                 continue
             try:
-                for frame in link.poll(0.0):
+                for frame in link.poll(timeout_s):
                     progress = True
                     try:
                         self._take(host, frame)
@@ -208,12 +223,13 @@ class Exchange:
             must_map = bool(self.routes.unmapped) and self.routes.must_map(host, layer, groups)
             kind = FrameKind.ADOPT if must_map else FrameKind.ROWS
             try:
-                link.post(FrameHeader(kind, number, *in_flight.origin, num_rows, groups), in_flight.rows_for(positions))
+                header = _new_tuple(FrameHeader, (kind, number, *in_flight.origin, num_rows, groups, ""))
+                link.post(header, in_flight.rows_for(positions))
             except LinkDownError as error:
                 lost = error.reason
-        in_flight.pieces[number] = Piece(
-            host, slice_index, positions, groups, num_rows, in_flight.attempt, self._clock.monotonic(), False, must_map
-        )
+        sent_at = self._clock.monotonic()
+        fields = (host, slice_index, positions, groups, num_rows, in_flight.attempt, sent_at, False, must_map)
+        in_flight.pieces[number] = _new_tuple(Piece, fields)
         self.active[number] = in_flight
         if lost:
             self._drop_link(host, lost)

@@ -14,7 +14,7 @@ from torch import Tensor
 from llama4_dist.dispatch.computation import Computation, Job
 from llama4_dist.dispatch.expert_compute import ExpertCompute
 from llama4_dist.dispatch.fault_points import FaultPoints
-from llama4_dist.dispatch.frame_queue import FrameQueue
+from llama4_dist.dispatch.frame_queue import FrameQueue, QueuedFrames
 from llama4_dist.dispatch.handshake import Hello, HostIdentity, Role
 from llama4_dist.dispatch.layout import Groups
 from llama4_dist.dispatch.links.hub import Hub
@@ -28,6 +28,7 @@ from llama4_dist.errors import FrameError, HandshakeError, LinkDownError, Llama4
 
 log = logging.getLogger(__name__)
 
+_new_tuple = tuple.__new__  # a quarter of what a named tuple's own constructor takes
 _IDLE_S = 1.0
 _QUESTIONS = frozenset({FrameKind.ROWS, FrameKind.ADOPT})
 
@@ -114,10 +115,16 @@ class ExpertServer:
         ready, new = self._hub.wait(timeout_s)
         for link in new:
             self.attach(link)
+        arrived: QueuedFrames = []
         for link in ready:
             worker = self._workers.get(link.peer)
             if worker is not None and worker.link is link:  # it may have been dropped a moment ago
-                self._read(worker)
+                self._read(worker, arrived)
+        if len(arrived) == 1 and self._queue.is_idle:  # nothing to wait for, nothing to pool
+            self._compute_batch(arrived[0][1].header.layer, arrived)
+            return 1
+        for worker, frame in arrived:
+            self._queue.add(worker, frame)
         return self._compute_due() if self._queue.layers else 0
 
     def close(self) -> None:
@@ -134,7 +141,10 @@ class ExpertServer:
         """Refuse a second link of one worker: the older stays. A worker's new life replaces its old one."""
         present = self._workers.get(peer.id)
         if present is not None:
-            self._read(present)  # it may have gone without our noticing
+            arrived: QueuedFrames = []
+            self._read(present, arrived)  # it may have gone without our noticing
+            for entry in arrived:
+                self._queue.add(*entry)
             present = self._workers.get(peer.id)
         if present is None:
             if len(self._workers) >= self.limits.max_links:
@@ -146,14 +156,17 @@ class ExpertServer:
         else:
             self._drop(present, LinkDownError("a newer incarnation is here", reason="SUPERSEDED"))
 
-    def _read(self, worker: WorkerLink) -> None:
+    def _read(self, worker: WorkerLink, arrived: QueuedFrames) -> None:
+        """Add a worker's questions that can be answered to `arrived`."""
         try:
             for frame in worker.link.poll(0.0):
-                self._enqueue(worker, frame)
+                if self._accepts(worker, frame):
+                    arrived.append((worker, frame))
         except LinkDownError as error:
             self._drop(worker, error)
 
-    def _enqueue(self, worker: WorkerLink, frame: Frame) -> None:
+    def _accepts(self, worker: WorkerLink, frame: Frame) -> bool:
+        """Tell whether a frame asks for what is here, or can be brought here; otherwise it is refused."""
         header = frame.header
         self._stats.frames_in += 1
         self._faults.hit("receiving")
@@ -166,13 +179,12 @@ class ExpertServer:
                 reason = self._adopt(number, missing) if header.kind == FrameKind.ADOPT else "WRONG_OWNER"
                 if reason:
                     self._refuse(worker, frame, reason, missing)
-                    return
-                break
-        self._queue.add(worker, frame)
+                return not reason
+        return True
 
     def _has_one_worker(self) -> bool:
         """Tell whether nobody else is or may be served: frames are what everybody is served by in turn."""
-        return len(self._workers) == 1 and not self._hub.has_listeners and not self._queue.layers
+        return len(self._workers) == 1 and not self._hub.listeners and not self._queue.layers
 
     def _answer_now(self, worker: WorkerLink, layer: int, groups: Groups, x_RD: Tensor) -> Tensor | None:
         """Compute rows of the one worker there is without a frame; None where anything is not as usual."""
@@ -240,8 +252,7 @@ class ExpertServer:
             return
         self._faults.hit("computing")
         for worker, frame, _, y_RD in jobs:
-            _, number, step, microbatch, layer, num_rows, _, _ = frame.header
-            self._post(worker, FrameHeader(FrameKind.REPLY, number, step, microbatch, layer, num_rows), y_RD)
+            self._post(worker, _new_tuple(FrameHeader, (FrameKind.REPLY, *frame.header[1:6], (), "")), y_RD)
         for job in jobs:
             self._account(job)
 
@@ -287,10 +298,11 @@ class ExpertServer:
                 worker.link.post_half(header, rows_RD)
                 self._faults.strike()
                 return
-            worker.link.post(header, rows_RD)
+            link = worker.link
+            link.post(header, rows_RD)
             self._faults.hit("replied")
-            if worker.link.num_unsent:
-                self._hub.watch_sending(worker.link)
+            if link.num_unsent:
+                self._hub.watch_sending(link)
         except LinkDownError as error:
             self._drop(worker, error)
 

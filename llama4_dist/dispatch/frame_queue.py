@@ -26,6 +26,11 @@ class FrameQueue:
         self.layers: dict[int, _Layer] = {}  # in the order of their first frame
 
     @property
+    def is_idle(self) -> bool:
+        """Whether a frame that comes now need not wait, neither for its turn nor for others."""
+        return not self.layers and not self._pool_window_s
+
+    @property
     def num_frames(self) -> int:
         return sum(len(layer.frames) for layer in self.layers.values())
 

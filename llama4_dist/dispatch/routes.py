@@ -4,7 +4,6 @@ An expert whose last replica is lost is adopted: a live host maps it from the ch
 adopter follows from the names alone (rendezvous hashing), so workers that see the same hosts choose the same one.
 """
 
-import contextlib
 import hashlib
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
@@ -49,8 +48,10 @@ class Routes:
         """Lay out the copies of a router's choice."""
         view = self._views.get(layer)
         if view is not None:
-            with contextlib.suppress(NoReplicaError):
+            try:
                 return lay_out_tensor(view, experts_TK), view
+            except NoReplicaError:
+                pass  # it is adopted
         return self.lay_out(layer, experts_TK.cpu().numpy().reshape(-1))
 
     def lay_out_elsewhere(self, layer: int, experts_N: Indices, refused: Refused) -> tuple[Layout, LayerView] | None:

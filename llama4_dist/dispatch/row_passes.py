@@ -28,40 +28,43 @@ class RowPasses(Protocol):
         """Write each row to its copy's place in `out_ND`; return whether all values are finite, else they are void."""
 
 
-def row_passes(dtype: torch.dtype, device: torch.device) -> RowPasses:
-    """Return the fastest passes for rows of `dtype`, all of them on `device`."""
+def row_passes(dtype: torch.dtype, device: torch.device, width: int) -> RowPasses:
+    """Return the fastest passes for rows of `width` values of `dtype`, all of them on `device`."""
     native = extension() if device.type == "cpu" and dtype in _NATIVE_DTYPES else None
-    return TorchRowPasses() if native is None else NativeRowPasses(native, dtype)
+    return TorchRowPasses() if native is None else NativeRowPasses(native, dtype, width)
 
 
 class NativeRowPasses:
     """Passes over rows of one dtype in memory of the CPU."""
 
-    def __init__(self, native: ModuleType, dtype: torch.dtype) -> None:
+    def __init__(self, native: ModuleType, dtype: torch.dtype, width: int) -> None:
         self._scale, self._put = native.scale_in_order, native.put_if_finite
         self._is_bfloat16 = dtype == torch.bfloat16
+        self._width = width
+        self._row_bytes = width * dtype.itemsize
 
     def scale_in_order(
         self, x_TD: Tensor, scores_TK: Tensor, order_N: Indices, positions: slice, out_ND: Tensor
     ) -> None:
         if not (x_TD.is_contiguous() and scores_TK.is_contiguous()):
             x_TD, scores_TK = x_TD.contiguous(), scores_TK.contiguous()
-        num_tokens, width = x_TD.shape
-        num_slots = scores_TK.shape[1]
-        assert out_ND.shape == (len(order_N), width), "rows of another number or width"
+        num_copies, width = len(order_N), self._width
+        num_tokens, num_slots = scores_TK.shape
+        assert num_copies == num_tokens * num_slots, "an order of another number of copies"
+        assert out_ND.nbytes == num_copies * self._row_bytes, "rows of another number or width"
+        assert x_TD.nbytes == num_tokens * self._row_bytes, "tokens of another number or width"
         start, stop = positions.start, positions.stop
         x, scores, out = x_TD.data_ptr(), scores_TK.data_ptr(), out_ND.data_ptr()
         self._scale(self._is_bfloat16, x, width, num_tokens, scores, num_slots, order_N, start, stop, width, out)
 
     def put_if_finite(self, rows_RD: Tensor, order_N: Indices, positions: slice, out_ND: Tensor) -> bool:
         start, stop = positions.start, positions.stop
-        num_copies, width = out_ND.shape
-        assert rows_RD.shape == (stop - start, width), "a reply of another size"
-        assert rows_RD.dtype == out_ND.dtype, "a reply of another dtype"
+        assert rows_RD.nbytes == (stop - start) * self._row_bytes, "a reply of another size"
         if not rows_RD.is_contiguous():
             rows_RD = rows_RD.contiguous()
         rows, out = rows_RD.data_ptr(), out_ND.data_ptr()
-        is_finite: bool = self._put(self._is_bfloat16, rows, order_N, start, stop, width, num_copies, out)
+        num_places = out_ND.shape[0]
+        is_finite: bool = self._put(self._is_bfloat16, rows, order_N, start, stop, self._width, num_places, out)
         return is_finite
 
 

@@ -43,6 +43,8 @@ bool is_count(Py_ssize_t given, Py_ssize_t wanted) {
     return false;
 }
 
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
 uint8_t* address(PyObject* number) { return static_cast<uint8_t*>(PyLong_AsVoidPtr(number)); }
 
 // A tuple of one of Python's named tuples, to be filled; such a class is a tuple without further fields.
@@ -163,50 +165,60 @@ struct Slot {
     size_t num_bytes;
 };
 
-enum class Read { complete, incomplete, ended, failed };
+enum class Read { complete, waiting, unclear, ended, failed };
 
-// Receives until a frame is there that is as it must be, or the kernel has no more; `filled` counts what is there.
+// Receives until a frame is there that is as it must be, or the kernel has no more (waiting), or Python has to look
+// (unclear); `filled` counts what is there.
 Read read_frame(Codec* self, int descriptor, Slot slot, size_t first, uint64_t sequence, size_t& filled,
                 frames::Prefix& prefix) {
     for (;;) {
         if (filled >= frames::PREFIX_BYTES) {
-            if (!frames::read_prefix(slot.bytes, self->rules, prefix)) return Read::incomplete;
-            if (filled > prefix.frame_length || prefix.frame_length > slot.num_bytes) return Read::incomplete;
+            if (!frames::read_prefix(slot.bytes, self->rules, prefix)) return Read::unclear;
+            if (filled > prefix.frame_length || prefix.frame_length > slot.num_bytes) return Read::unclear;
             if (filled == prefix.frame_length) {
                 const bool is_valid = frames::decode(slot.bytes, prefix, sequence, self->rules, self->header);
-                return is_valid ? Read::complete : Read::incomplete;
+                return is_valid ? Read::complete : Read::unclear;
             }
         }
         const size_t end = filled >= frames::PREFIX_BYTES ? prefix.frame_length : first;
         const ssize_t received = recv(descriptor, slot.bytes + filled, end - filled, MSG_DONTWAIT);
         if (received == 0) return Read::ended;
         if (received < 0 && errno == EINTR) continue;
-        if (received < 0) return errno == EAGAIN ? Read::incomplete : Read::failed;
+        if (received < 0) return errno == EAGAIN ? Read::waiting : Read::failed;
         filled += received;
     }
 }
 
-// receive(descriptor, slot, its bytes, filled, first, sequence) -> (header, where the rows start, bytes of the frame), or the
+// receive(descriptor, slot, its bytes, filled, first, sequence, seconds to look) -> (header, where the rows start, bytes of the frame), or the
 // bytes that are in the slot now, where Python has to look at them; as -1 - bytes where the stream has ended.
-// Up to `first` bytes are read before a frame's length is known.
+// Up to `first` bytes are read before a frame's length is known. What is not there yet is looked for again and again,
+// so many seconds long, other threads of this core first.
 PyObject* receive(PyObject* object, PyObject* const* arguments, Py_ssize_t count) {
     auto* self = reinterpret_cast<Codec*>(object);
-    if (!is_count(count, 6)) return nullptr;
+    if (!is_count(count, 7)) return nullptr;
     const int descriptor = PyLong_AsLong(arguments[0]);
     const Slot slot{address(arguments[1]), PyLong_AsSize_t(arguments[2])};
     size_t filled = PyLong_AsSize_t(arguments[3]);
     const size_t first = std::min(PyLong_AsSize_t(arguments[4]), slot.num_bytes);
     const uint64_t sequence = PyLong_AsUnsignedLongLong(arguments[5]);
+    const double look_s = PyFloat_AsDouble(arguments[6]);
     if (PyErr_Occurred()) return nullptr;
     frames::Prefix prefix;
     Read read;
     {
-        Turn turn(filled >= LARGE);
+        Turn turn(filled >= LARGE || look_s > 0);
         read = read_frame(self, descriptor, slot, first, sequence, filled, prefix);
+        if (read == Read::waiting && look_s > 0) {
+            const double until = seconds() + look_s;
+            while (read == Read::waiting && seconds() < until) {
+                sched_yield();
+                read = read_frame(self, descriptor, slot, first, sequence, filled, prefix);
+            }
+        }
     }
     if (read == Read::failed) return PyErr_SetFromErrno(PyExc_OSError);
     if (read == Read::ended) return PyLong_FromSsize_t(-1 - Py_ssize_t(filled));
-    if (read == Read::incomplete) return PyLong_FromSize_t(filled);
+    if (read != Read::complete) return PyLong_FromSize_t(filled);
     PyObject* header = new_header(self);
     return header ? Py_BuildValue("(Nnn)", header, Py_ssize_t(prefix.start), Py_ssize_t(filled)) : nullptr;
 }
@@ -363,8 +375,6 @@ PyObject* put_if_finite(PyObject*, PyObject* const* arguments, Py_ssize_t count)
 }
 
 // ---- Waiting
-
-double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // look(epoll descriptor, seconds, longest) -> ([(descriptor, events), ...], whether a look came later than `longest`
 // after the one before). Each look lets other threads of this core run first.

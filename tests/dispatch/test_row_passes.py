@@ -10,6 +10,7 @@ from llama4_dist.dispatch.row_passes import NativeRowPasses, RowPasses, TorchRow
 from tests.native.compiler import needs_compiler
 
 CPU = torch.device("cpu")
+WIDTH = 37
 DTYPES = [torch.float32, torch.bfloat16]
 POISON = [float("nan"), float("inf"), -float("inf")]
 
@@ -23,12 +24,12 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def passes(request: pytest.FixtureRequest, dtype: torch.dtype) -> RowPasses:
     if request.param == "torch":
         return TorchRowPasses()
-    found = row_passes(dtype, CPU)
+    found = row_passes(dtype, CPU, WIDTH)
     assert isinstance(found, NativeRowPasses)
     return found
 
 
-def rows(num_rows: int, dtype: torch.dtype, width: int = 37) -> Tensor:
+def rows(num_rows: int, dtype: torch.dtype, width: int = WIDTH) -> Tensor:
     """All sorts of magnitudes, down to numbers that lose bits."""
     generator = torch.Generator().manual_seed(num_rows)
     exponents = torch.randint(-140, 30, (num_rows, width), generator=generator)
@@ -53,15 +54,15 @@ def test_each_position_gets_its_copy_times_its_score(
 
 
 def test_rows_and_scores_may_be_views_of_something_wider(passes: RowPasses, dtype: torch.dtype) -> None:
-    x_TD, scores_TK = rows(6, dtype, 80)[:, 10:50], torch.rand(6, 4).to(dtype)[:, 1:3]
-    out_ND = torch.empty(12, 40, dtype=dtype)
+    x_TD, scores_TK = rows(6, dtype, 80)[:, 10 : 10 + WIDTH], torch.rand(6, 4).to(dtype)[:, 1:3]
+    out_ND = torch.empty(12, WIDTH, dtype=dtype)
     passes.scale_in_order(x_TD, scores_TK, np.arange(12), slice(0, 12), out_ND)
     assert torch.equal(out_ND, (x_TD[:, None] * scores_TK[:, :, None]).flatten(0, 1))
 
 
 def test_rows_come_back_to_the_places_of_their_copies(passes: RowPasses, dtype: torch.dtype) -> None:
     order_N = np.random.default_rng(1).permutation(50)
-    y_RD, out_ND = rows(20, dtype), torch.full((50, 37), 7.0, dtype=dtype)
+    y_RD, out_ND = rows(20, dtype), torch.full((50, WIDTH), 7.0, dtype=dtype)
     assert passes.put_if_finite(y_RD, order_N, slice(15, 35), out_ND)
     assert torch.equal(out_ND[torch.from_numpy(order_N[15:35])], y_RD)
     untouched = torch.from_numpy(np.concatenate([order_N[:15], order_N[35:]]))
@@ -73,27 +74,27 @@ def test_rows_come_back_to_the_places_of_their_copies(passes: RowPasses, dtype: 
 def test_one_value_that_is_not_finite_is_found(
     passes: RowPasses, dtype: torch.dtype, poison: float, place: tuple[int, int]
 ) -> None:
-    y_RD, out_ND = rows(5, dtype), torch.zeros(5, 37, dtype=dtype)
+    y_RD, out_ND = rows(5, dtype), torch.zeros(5, WIDTH, dtype=dtype)
     assert passes.put_if_finite(y_RD, np.arange(5), slice(0, 5), out_ND)
     y_RD[place] = poison
     assert not passes.put_if_finite(y_RD, np.arange(5), slice(0, 5), out_ND)
 
 
 def test_the_largest_numbers_are_finite(passes: RowPasses, dtype: torch.dtype) -> None:
-    y_RD = torch.full((2, 37), torch.finfo(dtype).max, dtype=dtype)
+    y_RD = torch.full((2, WIDTH), torch.finfo(dtype).max, dtype=dtype)
     assert passes.put_if_finite(y_RD, np.arange(2), slice(0, 2), torch.empty_like(y_RD))
 
 
 def test_no_rows_are_no_trouble(passes: RowPasses, dtype: torch.dtype) -> None:
     nothing = np.arange(0)
-    assert passes.put_if_finite(rows(1, dtype)[:0], nothing, slice(0, 0), torch.empty(3, 37, dtype=dtype))
+    assert passes.put_if_finite(rows(1, dtype)[:0], nothing, slice(0, 0), torch.empty(3, WIDTH, dtype=dtype))
 
 
 def test_a_product_that_is_not_a_number_stays_one(passes: RowPasses, dtype: torch.dtype) -> None:
-    x_TD = torch.tensor([[float("inf"), float("nan"), 1.0]], dtype=dtype)
-    out_ND = torch.zeros(1, 3, dtype=dtype)
+    x_TD = torch.tensor([[float("inf"), float("nan"), *[1.0] * (WIDTH - 2)]], dtype=dtype)
+    out_ND = torch.zeros(1, WIDTH, dtype=dtype)
     passes.scale_in_order(x_TD, torch.zeros(1, 1, dtype=dtype), np.arange(1), slice(0, 1), out_ND)
-    assert out_ND.isnan().tolist() == [[True, True, False]]
+    assert out_ND.isnan().tolist() == [[True, True, *[False] * (WIDTH - 2)]]
 
 
 @pytest.mark.parametrize(
@@ -101,17 +102,17 @@ def test_a_product_that_is_not_a_number_stays_one(passes: RowPasses, dtype: torc
     [
         (torch.zeros(3, 4), "size"),
         (torch.zeros(2, 5), "size"),
-        (torch.zeros(2, 4, dtype=torch.bfloat16), "dtype"),
+        (torch.zeros(2, 4, dtype=torch.bfloat16), "size"),
     ],
 )
 @needs_compiler
 def test_a_reply_of_another_size_is_our_own_bug(y_RD: Tensor, message: str) -> None:
     """Links check what peers send; memory is never read beyond a tensor all the same."""
     with pytest.raises(AssertionError, match=message):
-        row_passes(torch.float32, CPU).put_if_finite(y_RD, np.arange(9), slice(0, 2), torch.zeros(9, 4))
+        row_passes(torch.float32, CPU, 4).put_if_finite(y_RD, np.arange(9), slice(0, 2), torch.zeros(9, 4))
 
 
 def test_without_a_compiler_or_for_other_dtypes_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(row_passes(torch.float16, CPU), TorchRowPasses)
+    assert isinstance(row_passes(torch.float16, CPU, WIDTH), TorchRowPasses)
     monkeypatch.setattr(module, "extension", lambda: None)
-    assert isinstance(row_passes(torch.float32, CPU), TorchRowPasses)
+    assert isinstance(row_passes(torch.float32, CPU, WIDTH), TorchRowPasses)

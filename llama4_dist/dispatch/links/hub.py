@@ -24,19 +24,15 @@ class Hub:
         self._patience = patience(self._epoll)
         self._bell, self._rope = socket.socketpair()
         self._epoll.register(self._bell.fileno(), select.EPOLLIN)
-        self._listeners: dict[int, Listener] = {}
+        self.listeners: dict[int, Listener] = {}
         self._links: dict[int, Link] = {}
         self._wants_write: set[int] = set()
         self._driven: list[Link] = []
         self._next_sweep = 0.0
 
     def add_listener(self, listener: Listener) -> None:
-        self._listeners[listener.socket.fileno()] = listener
+        self.listeners[listener.socket.fileno()] = listener
         self._epoll.register(listener.socket.fileno(), select.EPOLLIN)
-
-    @property
-    def has_listeners(self) -> bool:
-        return bool(self._listeners)
 
     def add(self, link: Link) -> None:
         descriptor = link.fileno()
@@ -66,7 +62,7 @@ class Hub:
     def wait(self, timeout_s: float) -> tuple[Sequence[Link], Sequence[Link]]:
         """Return (links worth polling, links that finished their handshake), after at most `timeout_s`."""
         if self._driven:
-            if not self._links and not self._listeners:
+            if not self._links and not self.listeners:
                 return self._driven, ()
             timeout_s = 0.0
         events = self._patience.wait(min(timeout_s, _SWEEP_S))
@@ -79,8 +75,8 @@ class Hub:
                 ready.append(link)
             elif descriptor in self._lobby.half_open:
                 self._advance(descriptor, new)
-            elif descriptor in self._listeners:
-                for accepted in self._lobby.accept(self._listeners[descriptor]):
+            elif descriptor in self.listeners:
+                for accepted in self._lobby.accept(self.listeners[descriptor]):
                     self._epoll.register(accepted, select.EPOLLIN)
             elif descriptor == self._bell.fileno():
                 self._bell.recv(4096)
@@ -99,9 +95,9 @@ class Hub:
     def close(self) -> None:
         """Close listeners and unfinished handshakes, not the links."""
         self._lobby.close()
-        for listener in self._listeners.values():
+        for listener in self.listeners.values():
             listener.close()
-        self._listeners.clear()
+        self.listeners.clear()
         self._epoll.close()
         self._bell.close()
         self._rope.close()

@@ -73,8 +73,9 @@ class InprocLink:
         return not (other._inbox or other._down) and self.is_alone()
 
     def ask(self, layer: int, groups: Groups, x_RD: Tensor) -> Tensor | None:
-        """Have rows computed at once; None where a frame has to ask. Call when `can_ask`."""
-        assert self.answer is not None, "there is nobody who answers"
+        """Have rows computed at once; None where a frame has to ask."""
+        if self.answer is None or self._down or self.other._down:
+            return None
         y_RD = self.answer(layer, groups, x_RD)
         if y_RD is not None:
             self._stats.frames_out += 1

@@ -39,13 +39,24 @@ class Patience:
         self._clock = clock
         self._num_sleeps = 0  # waits that still sleep at once
 
-    def wait(self, timeout_s: float) -> Events:
+    @property
+    def look_s(self) -> float:
+        """How long a wait would look; 0 = it would sleep at once."""
+        return 0.0 if self._num_sleeps else self._look_s
+
+    def lost_core(self) -> None:
+        """Note that looking took much longer than it should have: others need this core."""
+        self._num_sleeps = _SLEEPS_ON_BUSY_CORE
+
+    def wait(self, timeout_s: float, has_looked: bool = False) -> Events:
         """Return what `poll(seconds)` returns as soon as it is not empty, or after `timeout_s`."""
         look_s, is_short = self._look_s, False
-        if self._num_sleeps == 0:
+        if has_looked:
+            pass
+        elif self._num_sleeps == 0:
             events, lost_core = self._look(min(look_s, timeout_s), look_s)
             if lost_core:
-                self._num_sleeps = _SLEEPS_ON_BUSY_CORE
+                self.lost_core()
             if events or timeout_s <= look_s:
                 return events
             timeout_s -= look_s

@@ -62,12 +62,15 @@ class Receiver:
         self._prefix: Prefix | None = None
         self._started = 0.0  # when the frame being received began
 
-    def receive(self, frames: list[Frame]) -> None:
-        """Read into the current slot until the kernel has no more, or a frame ended just where the bytes did."""
+    def receive(self, frames: list[Frame], look_s: float = 0.0) -> None:
+        """Read into the current slot until the kernel has no more, or a frame ended just where the bytes did.
+
+        Where it can, it looks for what is not there yet for `look_s`.
+        """
         if self._current is None:
             self._check_credit()
         elif self._codec is not None:
-            self._receive_native(frames, self._slots[self._current], self._current)
+            self._receive_native(frames, self._slots[self._current], self._current, look_s)
         else:
             self._receive(frames)
         if self._filled:
@@ -96,12 +99,12 @@ class Receiver:
                 return
         self._check_credit()
 
-    def _receive_native(self, frames: list[Frame], slot: _Slot, index: int) -> None:
+    def _receive_native(self, frames: list[Frame], slot: _Slot, index: int, look_s: float) -> None:
         """Do the same in one call, where what arrives is one frame that is as it must be."""
         before = self._filled
         try:
             found = self._codec.receive(
-                self._descriptor, slot.address, slot.num_bytes, before, _FIRST_READ_BYTES, self._next
+                self._descriptor, slot.address, slot.num_bytes, before, _FIRST_READ_BYTES, self._next, look_s
             )
         except OSError as error:
             raise LinkDownError(f"{self._peer!r} is gone: {error.strerror}") from None

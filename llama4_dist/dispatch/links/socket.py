@@ -17,6 +17,7 @@ from llama4_dist.dispatch.frame import encode, native_codec, payload_of
 from llama4_dist.dispatch.handshake import Agreement, Hello, WorkerHandshake, check_secret
 from llama4_dist.dispatch.links.address import parse_address
 from llama4_dist.dispatch.links.link import Frame, FrameHeader, LinkLimits, LinkStats
+from llama4_dist.dispatch.links.patience import LOOK_S
 from llama4_dist.dispatch.links.receiver import Receiver
 from llama4_dist.errors import HandshakeError, LinkDownError
 
@@ -64,7 +65,7 @@ class SocketLink:
     def post(self, header: FrameHeader, rows_ND: Tensor | None) -> None:
         if self._down is not None:
             raise self._down
-        if self.num_unsent >= MAX_QUEUED_FRAMES:
+        if len(self._outgoing) + len(self._held_back) >= MAX_QUEUED_FRAMES:
             raise self._fail(
                 LinkDownError(f"{self.peer!r} leaves {MAX_QUEUED_FRAMES} frames queued", reason="QUEUE_FULL")
             )
@@ -116,16 +117,18 @@ class SocketLink:
 
     def poll(self, timeout_s: float) -> Sequence[Frame]:
         frames: list[Frame] = []
+        if self._down is not None:
+            raise self._down
         try:
-            self._exchange(frames)
-            if not frames and timeout_s > 0:
+            self._exchange(frames, min(timeout_s, LOOK_S))
+            if not frames and timeout_s > LOOK_S:
                 self._poller.modify(self._descriptor, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
-                self._poller.poll(timeout_s * 1000)
+                self._poller.poll((timeout_s - LOOK_S) * 1000)
                 self._exchange(frames)
         except LinkDownError as error:
             self._fail(error)
-        if self._down is not None and not frames:
-            raise self._down
+            if not frames:
+                raise
         return frames
 
     def fileno(self) -> int | None:
@@ -140,13 +143,12 @@ class SocketLink:
     def stats(self) -> LinkStats:
         return self._stats
 
-    def _exchange(self, frames: list[Frame]) -> None:
+    def _exchange(self, frames: list[Frame], look_s: float = 0.0) -> None:
         """Send what is queued as far as the kernel takes it, receive what has arrived."""
-        if self._down is not None:
-            raise self._down
         if self._outgoing:
             self._flush()
-        self._receiver.receive(frames)
+            look_s = 0.0 if self._outgoing else look_s  # the peer may wait for the rest
+        self._receiver.receive(frames, look_s)
         if self._initiator and frames:
             self._unanswered = max(self._unanswered - len(frames), 0)
             while self._held_back and self._unanswered < self.limits.credit:

@@ -16,7 +16,7 @@ class LinkWaiter:
         self._links = dict(links)
         self._clock = clock
         self._epoll = select.epoll()
-        self._patience = patience(self._epoll)
+        self.patience = patience(self._epoll)
         self._hosts: dict[int, str] = {}
         self._interest: dict[int, int] = {}
         for host, link in self._links.items():
@@ -36,7 +36,7 @@ class LinkWaiter:
             self._epoll.unregister(descriptor)
             del self._hosts[descriptor], self._interest[descriptor]
 
-    def wait(self, timeout_s: float) -> frozenset[str]:
+    def wait(self, timeout_s: float, has_looked: bool = False) -> frozenset[str]:
         """Return the hosts whose links are worth polling, after at most `timeout_s`."""
         if self._driven:
             timeout_s = min(timeout_s, DRIVEN_POLL_S)
@@ -48,7 +48,7 @@ class LinkWaiter:
             if wanted != self._interest[descriptor]:
                 self._epoll.modify(descriptor, wanted)
                 self._interest[descriptor] = wanted
-        ready = self._patience.wait(timeout_s)
+        ready = self.patience.wait(timeout_s, has_looked)
         if not self._driven and len(ready) == 1:
             return frozenset((self._hosts[ready[0][0]],))
         return self._driven | {self._hosts[descriptor] for descriptor, _ in ready}
