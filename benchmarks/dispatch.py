@@ -1,9 +1,10 @@
-"""Measure the dispatch round trip against a bare socket echo of the same bytes, interleaved in one run.
+"""Measure the dispatch round trip against a bare socket echo and gloo, of the same bytes, interleaved in one run.
 
 The expert host runs in another process and only copies its rows, so what is measured is dispatch, wire and combine.
 The bare echo is `sendall` and a `recv_into` loop on both sides, also between two processes, over the same transport.
 Both peers run on another core than the caller, as a host elsewhere would: left to itself, the scheduler may put caller
-and echo on one core, where a round trip is two context switches and no wake-up.
+and echo on one core, where a round trip is two context switches and no wake-up. gloo is `torch.distributed.send` and
+`recv` of a tensor between two processes, over TCP on loopback; its own threads may run on either core.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+import torch.distributed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -80,6 +82,22 @@ def run_echo(address: str, ready: Connection) -> None:
         for _ in range(ROUND):
             receive(connection, buffer[:num_bytes])
             connection.sendall(buffer[:num_bytes])
+
+
+def join_gloo(rank: int, store: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+
+def run_gloo(store: str, rounds: int) -> None:
+    torch.set_num_threads(1)
+    join_gloo(1, store)
+    pin(1)
+    for num_rows in ROWS.values():
+        rows_RD = torch.empty(num_rows, WIDTH)
+        for _ in range((rounds + 1) * ROUND):
+            torch.distributed.recv(rows_RD, 0)
+            torch.distributed.send(rows_RD, 0)
 
 
 def receive(connection: socket.socket, target: memoryview) -> None:
@@ -147,13 +165,18 @@ def measure(echo: socket.socket, remote: Dispatcher, local: Dispatcher, rounds: 
             echo.sendall(outgoing)
             receive(echo, incoming)
 
+        def gloo(x_TD: Tensor = x_TD, y_TD: Tensor = torch.empty_like(x_TD)) -> None:  # noqa: B008
+            torch.distributed.send(x_TD, 1)
+            torch.distributed.recv(y_TD, 1)
+
         def ours(dispatcher: Dispatcher, batch: tuple[Tensor, ...] = (x_TD, experts_TK, scores_TK)) -> Tensor:
             return dispatcher.combine(dispatcher.dispatch(0, *batch))
 
-        samples: dict[str, list[float]] = {"bare": [], "ours": [], "inproc": []}
+        samples: dict[str, list[float]] = {"bare": [], "gloo": [], "ours": [], "inproc": []}
         for index in range(rounds + 1):
             echo.sendall(len(outgoing).to_bytes(8, "little"))
-            taken = {"bare": timed(bare), "ours": timed(lambda: ours(remote)), "inproc": timed(lambda: ours(local))}
+            taken = {"bare": timed(bare), "gloo": timed(gloo)}
+            taken |= {"ours": timed(lambda: ours(remote)), "inproc": timed(lambda: ours(local))}
             if index:  # the first round warms up
                 for kind, seconds in taken.items():
                     samples[kind] += seconds
@@ -168,6 +191,8 @@ def measure(echo: socket.socket, remote: Dispatcher, local: Dispatcher, rounds: 
                 "dispatch_p50_us": round(p50["ours"], 1),
                 "ratio": round(p50["ours"] / p50["bare"], 2),
                 "p10_ratio": round(p10["ours"] / p10["bare"], 2),
+                "gloo_p50_us": round(p50["gloo"], 1),
+                "gloo_ratio": round(p50["gloo"] / p50["ours"], 2),
                 "inproc_p50_us": round(p50["inproc"], 1),
             }
         )
@@ -196,6 +221,10 @@ def main() -> None:
             child.start()
             children.append(child)
             addresses.append(ready.recv())
+        store = f"{directory}/gloo"
+        children.append(context.Process(target=run_gloo, args=(store, arguments.rounds), daemon=True))
+        children[-1].start()
+        join_gloo(0, store)
         pin(0)
         server = expert_server()
         local = dispatcher_over(server.open_inproc(worker="worker", incarnation=0))

@@ -147,7 +147,7 @@ class Dispatcher:
         if scores_TK.dtype != self._dtype:
             scores_TK = scores_TK.to(self._dtype)
         if exchange.can_ask_now(shares):
-            self._passes.scale_in_order(x_TD, scores_TK, order_N, shares[0].positions, in_flight.rows_ND)
+            self._passes.scale_in_order(x_TD, scores_TK, order_N, slice(0, num_copies), in_flight.rows_ND)
             in_flight.deferred = shares[0]
         elif num_copies == 1:  # decode of one sequence: one share, nothing to cut
             self._passes.scale_in_order(x_TD, scores_TK, order_N, slice(0, 1), in_flight.rows_ND)

@@ -24,7 +24,7 @@ from llama4_dist.dispatch.links.link import DTYPES, LinkLimits
 from llama4_dist.errors import HandshakeError
 
 _MAGIC = b"L4DH"
-VERSION = 1
+VERSION = 2
 _GREETING = struct.Struct("<4sHH32s")
 _PROVEN = struct.Struct("<32sI")
 _MAX_HELLO_BYTES = 2048
@@ -72,6 +72,7 @@ class Agreement:
 
     peer: Hello
     limits: LinkLimits
+    shares: bool = False  # the worker sends memories to share rows in before its first frame
 
     @property
     def rules(self) -> FrameRules:
@@ -92,7 +93,13 @@ class HostHandshake:
     """
 
     def __init__(
-        self, hello: Hello, limits: LinkLimits, secret: bytes, admit: Callable[[Hello], None] | None = None
+        self,
+        hello: Hello,
+        limits: LinkLimits,
+        secret: bytes,
+        admit: Callable[[Hello], None] | None = None,
+        *,
+        may_share: bool = False,
     ) -> None:
         self.agreement: Agreement | None = None
         self.refusal = ""  # why the peer, though it knows the secret, is not taken; send the answer, then close
@@ -103,6 +110,7 @@ class HostHandshake:
         self._peer_nonce = b""
         self._buffer = b""
         self._admit = admit
+        self._may_share = may_share
 
     def feed(self, received: bytes) -> bytes:
         """Take bytes and return the bytes to answer with; HandshakeError means close without an answer."""
@@ -128,13 +136,18 @@ class HostHandshake:
             raise _failed("SECRET_WRONG", "the peer does not know the cluster secret")
         return self._answer(nonces + body, body)
 
+    def admit_again(self, peer: Hello) -> None:
+        """Ask once more whether the peer is wanted, where time has passed since the answer."""
+        if self._admit is not None:
+            self._admit(peer)
+
     def _answer(self, transcript: bytes, body: bytes) -> bytes:
         try:
-            agreement = _agree(self._hello, self._limits, body, Role.ATTENTION)
+            agreement = _agree(self._hello, self._limits, self._may_share, body, Role.ATTENTION)
             if self._admit is not None:
                 self._admit(agreement.peer)
             self.agreement = agreement
-            answer = _pack(self._hello, self._limits)
+            answer = _pack(self._hello, self._limits, self._may_share)
         except HandshakeError as error:
             self.refusal = error.reason
             answer = msgpack.packb([error.reason])
@@ -151,7 +164,8 @@ class WorkerHandshake:
     ANSWER_PREFIX_BYTES = _PROVEN.size
     GREETING_BYTES = _GREETING.size
 
-    def __init__(self, hello: Hello, limits: LinkLimits, secret: bytes) -> None:
+    def __init__(self, hello: Hello, limits: LinkLimits, secret: bytes, *, may_share: bool = False) -> None:
+        self._may_share = may_share
         self._hello = hello
         self._limits = limits
         self._secret = secret
@@ -161,7 +175,7 @@ class WorkerHandshake:
         return _greeting(self._nonce)
 
     def prove(self, host_greeting: bytes) -> bytes:
-        body = _pack(self._hello, self._limits)
+        body = _pack(self._hello, self._limits, self._may_share)
         nonces = self._nonce + _nonce_of(host_greeting)
         self._transcript = nonces + body
         return _PROVEN.pack(_proof(self._secret, b"worker", nonces, body), len(body)) + body
@@ -178,7 +192,7 @@ class WorkerHandshake:
         proof = _PROVEN.unpack(prefix)[0]
         if not hmac.compare_digest(proof, _proof(self._secret, b"host", self._transcript, body)):
             raise _failed("SECRET_WRONG", "the host does not know the cluster secret")
-        return _agree(self._hello, self._limits, body, Role.EXPERT)
+        return _agree(self._hello, self._limits, self._may_share, body, Role.EXPERT)
 
 
 def check_secret(secret: bytes) -> None:
@@ -204,14 +218,15 @@ def _proof(secret: bytes, side: bytes, transcript: bytes, body: bytes) -> bytes:
     return hmac.new(secret, side + b"\0" + transcript + body, hashlib.sha256).digest()
 
 
-def _pack(hello: Hello, limits: LinkLimits) -> bytes:
-    packed: bytes = msgpack.packb((*astuple(hello), limits.max_rows, limits.credit, limits.max_header_bytes))
+def _pack(hello: Hello, limits: LinkLimits, may_share: bool) -> bytes:
+    counts = (limits.max_rows, limits.credit, limits.max_header_bytes, int(may_share))
+    packed: bytes = msgpack.packb((*astuple(hello), *counts))
     return packed
 
 
-def _agree(own: Hello, limits: LinkLimits, body: bytes, role: Role) -> Agreement:
+def _agree(own: Hello, limits: LinkLimits, may_share: bool, body: bytes, role: Role) -> Agreement:
     """Parse the peer's Hello and compare it with ours."""
-    peer, max_rows, credit, max_header_bytes = _parse(body)
+    peer, max_rows, credit, max_header_bytes, peer_may_share = _parse(body)
     if peer.role != role:
         raise _failed("ROLE_WRONG", f"the peer is {peer.role!r}; {role} was expected")
     for field in ("model_hash", "width", "dtype", "num_layers", "num_experts"):
@@ -229,17 +244,17 @@ def _agree(own: Hello, limits: LinkLimits, body: bytes, role: Role) -> Agreement
         )
     except ValueError as error:
         raise _failed("LIMITS_WRONG", str(error)) from None
-    return Agreement(peer=peer, limits=agreed)
+    return Agreement(peer=peer, limits=agreed, shares=may_share and peer_may_share == 1)
 
 
-def _parse(body: bytes) -> tuple[Hello, int, int, int]:
+def _parse(body: bytes) -> tuple[Hello, int, int, int, int]:
     try:
         values = msgpack.unpackb(body, max_str_len=_MAX_HELLO_BYTES, max_array_len=16, max_map_len=0, max_ext_len=0)
     except (ValueError, msgpack.UnpackException):
         raise _failed("HELLO_NOT_MSGPACK", "the peer's Hello is no msgpack array") from None
     if type(values) is list and len(values) == 1 and type(values[0]) is str:
         raise _failed(values[0], f"the host refused: {values[0]}")
-    kinds = (str, str, int, str, int, str, int, int, int, int, int)
+    kinds = (str, str, int, str, int, str, int, int, int, int, int, int)
     if type(values) is not list or [type(value) for value in values] != list(kinds):
         raise _failed("HELLO_SHAPE", f"the peer's Hello is no array of {len(kinds)} fields of the right types")
     if any(type(value) is int and not 0 <= value < 1 << 63 for value in values):

@@ -41,7 +41,18 @@ class InFlight:
     """
 
     __slots__ = (
-        *("origin", "num_tokens", "order_N", "rows_ND", "row_bytes", "buffer", "pieces", "refused", "answered", "error"),
+        *(
+            "origin",
+            "num_tokens",
+            "order_N",
+            "rows_ND",
+            "row_bytes",
+            "buffer",
+            "pieces",
+            "refused",
+            "answered",
+            "error",
+        ),
         *("missing", "attempt", "deferred", "layer", "_experts_TK", "_passes", "_outputs", "_books"),
     )
 

@@ -10,7 +10,16 @@ from collections.abc import Set as AbstractSet
 
 from torch import Tensor
 
-from llama4_dist.dispatch.layout import Groups, Indices, LayerView, Layout, NoReplicaError, lay_out, lay_out_tensor, view_layer
+from llama4_dist.dispatch.layout import (
+    Groups,
+    Indices,
+    LayerView,
+    Layout,
+    NoReplicaError,
+    lay_out,
+    lay_out_tensor,
+    view_layer,
+)
 from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
 from llama4_dist.dispatch.suspects import Suspects
 from llama4_dist.errors import UnavailableError

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llama4_dist.dispatch.links.link import Link
+from llama4_dist.dispatch.links.socket import SocketLink
 from llama4_dist.dispatch.row_buffers import RowBuffer
 from llama4_dist.errors import LinkDownError
 
@@ -20,10 +21,14 @@ class WorkerLink:
         self._free: list[RowBuffer] = []
         self._lent: deque[RowBuffer] = deque()  # oldest first, as they are sent
         self._num_buffers = 0
+        self._row_bytes = width * dtype.itemsize
+        self._shared = link.shared if isinstance(link, SocketLink) else None
         self._scratch: RowBuffer | None = None
 
     def reclaim(self) -> None:
         """Take back the memory of replies that are sent; call when every buffer lent has been posted."""
+        if self._shared is not None:
+            self._shared.give_back()
         unsent = self.link.num_unsent
         while len(self._lent) > unsent:
             self._free.append(self._lent.popleft())
@@ -38,6 +43,10 @@ class WorkerLink:
     def reply_rows(self, num_rows: int, device: torch.device) -> Tensor:
         """Return memory for a reply; LinkDownError when the worker leaves more replies unread than allowed."""
         limits = self.link.limits
+        if self._shared is not None and num_rows * self._row_bytes >= limits.shared_from_bytes:
+            rows_RD = self._shared.take(num_rows)
+            if rows_RD is not None:
+                return rows_RD
         if not self._free:
             if self._num_buffers == 2 * limits.credit:
                 raise LinkDownError(f"worker {self.link.peer!r} does not read its replies", reason="REPLIES_UNREAD")

@@ -62,14 +62,15 @@ struct Codec {
     PyObject* kinds;  // a tuple: FrameKind by its number
     std::vector<uint8_t> head;
     frames::Header header;
+    frames::Place place;
 };
 
 PyObject* new_codec(PyTypeObject* type, PyObject* arguments, PyObject*) {
     frames::Rules rules;
     PyObject *header_type, *kinds;
-    if (!PyArg_ParseTuple(arguments, "O!O!KKKKKKK", &PyType_Type, &header_type, &PyTuple_Type, &kinds, &rules.width,
+    if (!PyArg_ParseTuple(arguments, "O!O!KKKKKKKK", &PyType_Type, &header_type, &PyTuple_Type, &kinds, &rules.width,
                           &rules.row_bytes, &rules.dtype_code, &rules.num_layers, &rules.num_experts, &rules.max_rows,
-                          &rules.max_header_bytes)) {
+                          &rules.max_header_bytes, &rules.num_shared_bytes)) {
         return nullptr;
     }
     auto* self = reinterpret_cast<Codec*>(type->tp_alloc(type, 0));
@@ -114,22 +115,26 @@ bool read_header(PyObject* object, frames::Header& to) {
     return !PyErr_Occurred() && frames::is_known(to.kind) && read_groups(PyTuple_GET_ITEM(object, 6), to.groups);
 }
 
-// post(descriptor, header, sequence, rows, their bytes) -> (bytes of the frame, bytes the kernel took) | None: Python has to do it.
+// post(descriptor, header, sequence, rows, their bytes, offset, read) -> (bytes of the frame, bytes the kernel took), or
+// None where Python has to do it. An offset of -1 = the rows follow; otherwise they are there in shared memory.
 PyObject* post(PyObject* object, PyObject* const* arguments, Py_ssize_t count) {
     auto* self = reinterpret_cast<Codec*>(object);
-    if (!is_count(count, 5)) return nullptr;
+    if (!is_count(count, 7)) return nullptr;
     const int descriptor = PyLong_AsLong(arguments[0]);
     const uint64_t sequence = PyLong_AsUnsignedLongLong(arguments[2]);
     uint8_t* rows = address(arguments[3]);
-    const size_t payload = PyLong_AsSize_t(arguments[4]);
+    const size_t num_bytes = PyLong_AsSize_t(arguments[4]);
+    const int64_t offset = PyLong_AsLongLong(arguments[5]), num_read = PyLong_AsLongLong(arguments[6]);
+    const frames::Place place{offset >= 0, uint64_t(offset), uint64_t(num_read)};
+    const size_t payload = place.is_shared ? 0 : num_bytes;
     if (PyErr_Occurred()) return nullptr;
     if (!read_header(arguments[1], self->header)) return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
-    if (payload != self->header.num_rows * self->rules.row_bytes) return Py_NewRef(Py_None);
+    if (num_bytes != self->header.num_rows * self->rules.row_bytes) return Py_NewRef(Py_None);
     ssize_t sent;
     bool is_encoded;
     {
         Turn turn(payload >= LARGE);
-        is_encoded = frames::encode(self->header, sequence, self->rules, rows, self->head);
+        is_encoded = frames::encode(self->header, place, sequence, self->rules, rows, self->head);
         if (is_encoded) {
             iovec parts[2] = {{self->head.data(), self->head.size()}, {rows, payload}};
             msghdr message{};
@@ -176,7 +181,7 @@ Read read_frame(Codec* self, int descriptor, Slot slot, size_t first, uint64_t s
             if (!frames::read_prefix(slot.bytes, self->rules, prefix)) return Read::unclear;
             if (filled > prefix.frame_length || prefix.frame_length > slot.num_bytes) return Read::unclear;
             if (filled == prefix.frame_length) {
-                const bool is_valid = frames::decode(slot.bytes, prefix, sequence, self->rules, self->header);
+                const bool is_valid = frames::decode(slot.bytes, prefix, sequence, self->rules, self->header, self->place);
                 return is_valid ? Read::complete : Read::unclear;
             }
         }
@@ -189,7 +194,8 @@ Read read_frame(Codec* self, int descriptor, Slot slot, size_t first, uint64_t s
     }
 }
 
-// receive(descriptor, slot, its bytes, filled, first, sequence, seconds to look) -> (header, where the rows start, bytes of the frame), or the
+// receive(descriptor, slot, its bytes, filled, first, sequence, seconds to look) -> (header, where the rows start,
+// bytes of the frame, offset, replies read); an offset of -1 = the rows are in the frame. Or the
 // bytes that are in the slot now, where Python has to look at them; as -1 - bytes where the stream has ended.
 // Up to `first` bytes are read before a frame's length is known. What is not there yet is looked for again and again,
 // so many seconds long, other threads of this core first.
@@ -220,7 +226,10 @@ PyObject* receive(PyObject* object, PyObject* const* arguments, Py_ssize_t count
     if (read == Read::ended) return PyLong_FromSsize_t(-1 - Py_ssize_t(filled));
     if (read != Read::complete) return PyLong_FromSize_t(filled);
     PyObject* header = new_header(self);
-    return header ? Py_BuildValue("(Nnn)", header, Py_ssize_t(prefix.start), Py_ssize_t(filled)) : nullptr;
+    if (!header) return nullptr;
+    const bool is_shared = self->place.is_shared;
+    const long long offset = is_shared ? self->place.offset : -1, num_read = is_shared ? self->place.num_read : 0;
+    return Py_BuildValue("(NnnLL)", header, Py_ssize_t(prefix.start), Py_ssize_t(filled), offset, num_read);
 }
 
 PyMethodDef codec_methods[] = {

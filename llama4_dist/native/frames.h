@@ -13,10 +13,17 @@ namespace frames {
 constexpr size_t FRONT_BYTES = 16, PREFIX_BYTES = 40, ALIGNMENT = 64;
 constexpr uint64_t HEADER_FIELDS = 9, MAX_INT = uint64_t(1) << 63;
 constexpr uint32_t ROWS = 1, REPLY = 2, ADOPT = 4;
-constexpr uint8_t FRONT[8] = {'L', '4', 'D', 'F', 1, 0, 0, 0};  // magic, version, flags
+constexpr uint8_t FRONT[6] = {'L', '4', 'D', 'F', 1, 0};  // magic, version; flags follow
+constexpr uint16_t SHARED = 1;  // the flag
 
 struct Rules {
-    uint64_t width, row_bytes, dtype_code, num_layers, num_experts, max_rows, max_header_bytes;
+    uint64_t width, row_bytes, dtype_code, num_layers, num_experts, max_rows, max_header_bytes, num_shared_bytes;
+};
+
+// Where rows lie in shared memory, and how many of the other side's replies there were read.
+struct Place {
+    bool is_shared;
+    uint64_t offset, num_read;
 };
 
 using Groups = std::vector<std::pair<uint64_t, uint64_t>>;  // (expert, num_rows)
@@ -29,6 +36,7 @@ struct Header {
 
 struct Prefix {
     uint32_t kind;
+    bool is_shared;
     size_t header_length, start, frame_length;
 };
 
@@ -120,12 +128,13 @@ class Reader {
     const uint8_t *at_, *end_;
 };
 
-// Writes prefix and header to `head`, to be sent before the rows; false where the header is longer than agreed.
-inline bool encode(const Header& header, uint64_t sequence, const Rules& rules, const uint8_t* rows,
+// Writes prefix and header to `head`, to be sent before the rows, which do not follow where they are shared; false where
+// the header is longer than agreed.
+inline bool encode(const Header& header, const Place& place, uint64_t sequence, const Rules& rules, const uint8_t* rows,
                    std::vector<uint8_t>& head) {
     head.assign(PREFIX_BYTES, 0);
     Writer writer(head);
-    writer.array(HEADER_FIELDS);
+    writer.array(HEADER_FIELDS + 2 * place.is_shared);
     for (uint64_t value : {header.number, header.step, header.microbatch, header.layer, header.num_rows,
                            rules.dtype_code, rules.width}) {
         writer.count(value);
@@ -137,11 +146,13 @@ inline bool encode(const Header& header, uint64_t sequence, const Rules& rules, 
         writer.count(num_rows);
     }
     writer.no_text();
+    if (place.is_shared) writer.count(place.offset), writer.count(place.num_read);
     const size_t header_length = head.size() - PREFIX_BYTES;
     if (header_length > rules.max_header_bytes) return false;
     head.resize(padded(header_length), 0);
-    const uint64_t payload = header.num_rows * rules.row_bytes;
+    const uint64_t payload = place.is_shared ? 0 : header.num_rows * rules.row_bytes;
     std::memcpy(head.data(), FRONT, sizeof FRONT);
+    write<uint16_t>(&head[6], place.is_shared ? SHARED : 0);
     write<uint64_t>(&head[16], sequence);
     write<uint64_t>(&head[24], payload);
     write<uint32_t>(&head[32], header_length);
@@ -156,6 +167,9 @@ inline bool read_prefix(const uint8_t* frame, const Rules& rules, Prefix& prefix
     prefix.header_length = read<uint32_t>(frame + 32);
     prefix.kind = read<uint32_t>(frame + 36);
     const uint64_t payload = read<uint64_t>(frame + 24);
+    const auto flags = read<uint16_t>(frame + 6);
+    prefix.is_shared = flags == SHARED;
+    if (flags > (rules.num_shared_bytes ? SHARED : 0)) return false;
     if (std::memcmp(frame, FRONT, sizeof FRONT) != 0 || !is_known(prefix.kind)) return false;
     if (!prefix.header_length || prefix.header_length > rules.max_header_bytes) return false;
     if (payload > rules.max_rows * rules.row_bytes) return false;
@@ -179,8 +193,16 @@ inline bool read_groups(Reader& reader, const Rules& rules, Header& header) {
     return total == (header.kind == REPLY ? 0 : header.num_rows);
 }
 
+// Rows lie inside of the memory, on an aligned address.
+inline bool read_place(Reader& reader, const Rules& rules, const Header& header, Place& place) {
+    if (!reader.count(place.offset) || !reader.count(place.num_read) || place.offset % ALIGNMENT) return false;
+    const uint64_t num_bytes = header.num_rows * rules.row_bytes;
+    return num_bytes <= rules.num_shared_bytes && place.offset <= rules.num_shared_bytes - num_bytes;
+}
+
 // Reads a complete frame; false where any of it is not as it must be.
-inline bool decode(const uint8_t* frame, const Prefix& prefix, uint64_t sequence, const Rules& rules, Header& header) {
+inline bool decode(const uint8_t* frame, const Prefix& prefix, uint64_t sequence, const Rules& rules, Header& header,
+                   Place& place) {
     if (read<uint64_t>(frame + 16) != sequence) return false;
     if (read<uint64_t>(frame + 8) != xxh3::hash(frame + FRONT_BYTES, prefix.frame_length - FRONT_BYTES)) return false;
     for (size_t byte = PREFIX_BYTES + prefix.header_length; byte < prefix.start; ++byte) {
@@ -189,15 +211,17 @@ inline bool decode(const uint8_t* frame, const Prefix& prefix, uint64_t sequence
     Reader reader(frame + PREFIX_BYTES, prefix.header_length);
     uint64_t num_fields, dtype_code, width;
     header.kind = prefix.kind;
-    if (!reader.array(num_fields) || num_fields != HEADER_FIELDS) return false;
+    place.is_shared = prefix.is_shared;
+    if (!reader.array(num_fields) || num_fields != HEADER_FIELDS + 2 * prefix.is_shared) return false;
     for (uint64_t* field : {&header.number, &header.step, &header.microbatch, &header.layer, &header.num_rows,
                             &dtype_code, &width}) {
         if (!reader.count(*field)) return false;
     }
     if (dtype_code != rules.dtype_code || width != rules.width || header.layer >= rules.num_layers) return false;
     if (header.num_rows < 1 || header.num_rows > rules.max_rows) return false;
-    if (prefix.frame_length - prefix.start != header.num_rows * rules.row_bytes) return false;
-    return read_groups(reader, rules, header) && reader.no_text() && reader.is_at_end();
+    if (prefix.frame_length - prefix.start != (prefix.is_shared ? 0 : header.num_rows * rules.row_bytes)) return false;
+    if (!read_groups(reader, rules, header) || !reader.no_text()) return false;
+    return (!place.is_shared || read_place(reader, rules, header, place)) && reader.is_at_end();
 }
 
 }  // namespace frames

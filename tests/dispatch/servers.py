@@ -98,14 +98,20 @@ class ServerThread:
 
 @contextlib.contextmanager
 def serve(
-    table: RoutingTable, directory: Path, *, transport: str = "unix", dtype: torch.dtype = torch.float32
+    table: RoutingTable,
+    directory: Path,
+    *,
+    transport: str = "unix",
+    dtype: torch.dtype = torch.float32,
+    limits: LinkLimits = LIMITS,
 ) -> Iterator[dict[str, ServerThread]]:
     """Run every host of a table, by host id."""
     servers = {}
     try:
         for host in sorted(table.hosts):
             address = f"unix:{directory}/links/{host}" if transport == "unix" else "tcp:127.0.0.1:0"
-            servers[host] = ServerThread(host, ScalingExperts(ranges_of(table, host)), [address], dtype=dtype)
+            compute = ScalingExperts(ranges_of(table, host))
+            servers[host] = ServerThread(host, compute, [address], dtype=dtype, limits=limits)
         yield servers
     finally:
         for server in servers.values():

@@ -15,7 +15,6 @@ from llama4_dist.dispatch.layout import Groups
 from llama4_dist.dispatch.links.link import Clock, Frame, FrameHeader, LinkLimits, LinkStats
 from llama4_dist.errors import LinkDownError
 
-
 # (layer, groups, x_RD) to y_RD, valid until the next question; None where a frame has to ask.
 Answer = Callable[[int, Groups, Tensor], Tensor | None]
 

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+SHARED_FROM_BYTES = 384 * 1024  # below, the kernel is as fast
+
 
 class FrameKind(IntEnum):
     ROWS = 1  # attention worker to expert host: rows to compute
@@ -68,6 +70,7 @@ class LinkLimits:
     handshake_timeout_s: float = 5.0
     max_half_open: int = 64  # connections that have not finished their handshake, per server
     max_links: int = 256  # per server
+    shared_from_bytes: int = SHARED_FROM_BYTES  # rows of so many go by memory that processes share; 0 = never
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_rows <= 1 << 20:
@@ -78,18 +81,25 @@ class LinkLimits:
             raise ValueError(f"max_header_bytes {self.max_header_bytes} is outside [1024, 65536]")
         if not min(self.frame_timeout_s, self.handshake_timeout_s) > 0:
             raise ValueError("frame_timeout_s and handshake_timeout_s must be positive")
+        if self.shared_from_bytes < 0:
+            raise ValueError(f"shared_from_bytes {self.shared_from_bytes} is negative; 0 = never")
         if min(self.max_half_open, self.max_links) < 1:
             raise ValueError("max_half_open and max_links must be at least 1")
 
 
 @dataclass(slots=True)
 class LinkStats:
-    """Counters since the link came up; bytes include prefixes and headers (0 for `inproc`, which has none)."""
+    """Counters since the link came up; bytes include prefixes and headers (0 for `inproc`, which has none).
+
+    Bytes of rows that lie in shared memory are counted apart.
+    """
 
     frames_out: int = 0
     frames_in: int = 0
     bytes_out: int = 0
     bytes_in: int = 0
+    shared_bytes_out: int = 0
+    shared_bytes_in: int = 0
 
 
 class Clock(Protocol):

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from llama4_dist.dispatch.handshake import Hello, HostHandshake, check_secret
+from llama4_dist.dispatch.handshake import Agreement, Hello, HostHandshake, check_secret
 from llama4_dist.dispatch.links.address import address_of, bind
 from llama4_dist.dispatch.links.link import LinkLimits
+from llama4_dist.dispatch.links.shared_rows import MEMORIES, close_all, is_possible
 from llama4_dist.dispatch.links.socket import SocketLink, prepare_connection
 from llama4_dist.errors import HandshakeError
 
@@ -29,6 +30,7 @@ class Listener:
         self.secret = secret
         self.socket = bind(address, backlog)
         self.address = address_of(self.socket)
+        self.shares = self.socket.family == socket.AF_UNIX and is_possible()  # memory, with those who connect
 
     def close(self) -> None:
         self.socket.close()
@@ -48,6 +50,8 @@ class HalfOpen:
     def advance(self) -> SocketLink | None:
         """Take what has arrived; return the link once the peer is accepted. HandshakeError means close."""
         try:
+            if self._handshake.agreement is not None:
+                return self._take_memories(self._handshake.agreement)
             received = self.connection.recv(_READ_BYTES)
             if not received:
                 raise HandshakeError("the peer closed before it proved itself", reason="HANDSHAKE_ABANDONED")
@@ -61,10 +65,23 @@ class HalfOpen:
             raise HandshakeError("the peer is gone", reason="HANDSHAKE_ABANDONED") from None
         if self._handshake.refusal:
             raise HandshakeError("the peer was refused", reason=self._handshake.refusal)
-        if self._handshake.agreement is None:
+        agreement = self._handshake.agreement
+        if agreement is None or agreement.shares:
             return None
         prepare_connection(self.connection)
-        return SocketLink(self.connection, self._handshake.agreement, initiator=False)
+        return SocketLink(self.connection, agreement, initiator=False)
+
+    def _take_memories(self, agreement: Agreement) -> SocketLink:
+        """Take the descriptors of the memories to share, which come in one message."""
+        message, memories, flags, _ = socket.recv_fds(self.connection, len(MEMORIES), 2, socket.MSG_CMSG_CLOEXEC)
+        try:
+            if message != MEMORIES or flags & socket.MSG_CTRUNC:
+                raise HandshakeError("no memories to share came", reason="SHARED_MEMORY_WRONG")
+            self._handshake.admit_again(agreement.peer)
+            prepare_connection(self.connection)
+            return SocketLink(self.connection, agreement, initiator=False, memories=memories)
+        finally:
+            close_all(memories)
 
 
 class Lobby:
@@ -89,7 +106,8 @@ class Lobby:
                 self._closed["TOO_MANY_HALF_OPEN"] += 1
                 connection.close()
                 continue
-            handshake = HostHandshake(self._hello, self._limits, listener.secret, self._admit)
+            may_share = listener.shares and self._limits.shared_from_bytes > 0
+            handshake = HostHandshake(self._hello, self._limits, listener.secret, self._admit, may_share=may_share)
             deadline = time.monotonic() + self._limits.handshake_timeout_s
             self.half_open[connection.fileno()] = HalfOpen(connection, handshake, deadline)
             accepted.append(connection.fileno())

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from llama4_dist.dispatch.frame import PREFIX_BYTES, FrameRules, Prefix, decode, decode_prefix, native_codec, payload_of
-from llama4_dist.dispatch.links.link import Frame, FrameKind, LinkLimits, LinkStats
+from llama4_dist.dispatch.links.link import Frame, FrameHeader, FrameKind, LinkLimits, LinkStats
+from llama4_dist.dispatch.links.shared_rows import SharedRows
 from llama4_dist.errors import FrameError, LinkDownError
 
 _FIRST_READ_BYTES = 256 * 1024  # before a frame's length is known; what belongs to the next frame is copied over
@@ -27,6 +28,7 @@ class _Slot:
         self.address, self.num_bytes = memory.data_ptr(), memory.nbytes
         self.first = self.view[:_FIRST_READ_BYTES]
         self._values = memory.view(dtype)
+        self.holds_shared = False  # the frame's rows lie in shared memory
         self._rows: dict[tuple[int, int, int], Tensor] = {}
 
     def rows(self, num_rows: int, width: int, start: int) -> Tensor:
@@ -44,7 +46,13 @@ class Receiver:
     """Takes frames off a non-blocking socket. FrameError when the peer breaks a rule, LinkDownError when it is gone."""
 
     def __init__(
-        self, connection: socket.socket, peer: str, rules: FrameRules, limits: LinkLimits, stats: LinkStats
+        self,
+        connection: socket.socket,
+        peer: str,
+        rules: FrameRules,
+        limits: LinkLimits,
+        stats: LinkStats,
+        shared: SharedRows | None,
     ) -> None:
         self._connection = connection
         self._descriptor = connection.fileno()
@@ -55,6 +63,7 @@ class Receiver:
         self._limits = limits
         self._stats = stats
         self._next = 0  # sequence number due
+        self._shared = shared
         self._slots = [_Slot(rules.max_frame_bytes, rules.dtype) for _ in range(limits.credit)]
         self._free = deque(range(1, limits.credit))
         self._current: int | None = 0  # the slot being filled
@@ -109,8 +118,11 @@ class Receiver:
         except OSError as error:
             raise LinkDownError(f"{self._peer!r} is gone: {error.strerror}") from None
         if type(found) is tuple:
-            header, start, frame_len = found
-            rows_RD = slot.rows(header[5], self._rules.width, start // self._itemsize)
+            header, start, frame_len, offset, num_read = found
+            if offset < 0:
+                rows_RD = slot.rows(header[5], self._rules.width, start // self._itemsize)
+            else:
+                rows_RD = self._shared_rows(slot, header, offset, num_read)
             self._stats.bytes_in += frame_len - before
             self._add(frames, Frame(header, rows_RD, self, index))
             self._current = self._free.pop() if self._free else None
@@ -122,7 +134,17 @@ class Receiver:
         if self._filled:
             self._take_frames(frames)
 
+    def _shared_rows(self, slot: _Slot, header: FrameHeader, offset: int, num_read: int) -> Tensor:
+        assert self._shared is not None, "frames are not taken whose rows are nowhere"
+        self._shared.acknowledge(num_read)
+        slot.holds_shared = True
+        self._stats.shared_bytes_in += header.num_rows * self._rules.row_bytes
+        return self._shared.rows_at(offset, header.num_rows)
+
     def release_slot(self, slot: int) -> None:
+        if self._slots[slot].holds_shared and self._shared is not None:
+            self._slots[slot].holds_shared = False
+            self._shared.num_read += 1
         if self._current is None:
             self._current = slot
         else:
@@ -139,9 +161,11 @@ class Receiver:
             frame_len = prefix.frame_len
             if self._filled < frame_len:
                 return
-            header = decode(slot.view[:frame_len], prefix, self._next, rules)
+            header, place = decode(slot.view[:frame_len], prefix, self._next, rules)
             rows_RD = None
-            if header.kind is not FrameKind.NACK:
+            if place is not None:
+                rows_RD = self._shared_rows(slot, header, *place)
+            elif header.kind is not FrameKind.NACK:
                 rows_RD = slot.rows(header.num_rows, rules.width, prefix.payload_start // rules.dtype.itemsize)
             surplus = slot.view[frame_len : self._filled]
             self._add(frames, Frame(header, rows_RD, self, self._current))

@@ -9,21 +9,24 @@ import socket
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
 
-from llama4_dist.dispatch.frame import encode, native_codec, payload_of
+from llama4_dist.dispatch.frame import Place, encode, native_codec, payload_of
 from llama4_dist.dispatch.handshake import Agreement, Hello, WorkerHandshake, check_secret
 from llama4_dist.dispatch.links.address import parse_address
 from llama4_dist.dispatch.links.link import Frame, FrameHeader, LinkLimits, LinkStats
 from llama4_dist.dispatch.links.patience import LOOK_S
 from llama4_dist.dispatch.links.receiver import Receiver
+from llama4_dist.dispatch.links.shared_rows import MEMORIES, SharedRows, close_all, is_possible, make_memories
 from llama4_dist.errors import HandshakeError, LinkDownError
 
 MAX_QUEUED_FRAMES = 1024
 _BUFFER_BYTES = 4 * 1024 * 1024  # asked of the kernel, which may give less
 _NOTHING = memoryview(b"")
+_new_tuple = tuple.__new__  # a quarter of what a named tuple's own constructor takes
 _KEEPALIVE_S = 2  # at rest, before the kernel asks whether the peer is still there, and between two such questions
 _KEEPALIVE_PROBES = 3
 
@@ -38,12 +41,23 @@ class _Outgoing(NamedTuple):
 class SocketLink:
     """One end of a connection whose handshake is done; `initiator` is the side that sends ROWS, bound by credit."""
 
-    def __init__(self, connection: socket.socket, agreement: Agreement, *, initiator: bool) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        agreement: Agreement,
+        *,
+        initiator: bool,
+        memories: list[int] | None = None,  # what `shared_rows` makes; the caller closes the descriptors
+    ) -> None:
         connection.setblocking(False)
         self.peer = agreement.peer.id
         self.peer_incarnation = agreement.peer.incarnation
         self.limits = agreement.limits
         self._rules = agreement.rules
+        self.shared: SharedRows | None = None
+        if memories is not None:
+            self.shared = SharedRows(memories, self._rules, self.limits.credit, initiator=initiator)
+            self._rules = replace(self._rules, num_shared_bytes=self.shared.num_incoming_bytes)
         self._connection = connection
         self._descriptor = connection.fileno()
         self._initiator = initiator
@@ -56,7 +70,7 @@ class SocketLink:
         self._unanswered = 0
         self._next_out = 0
         self._codec = native_codec(self._rules)
-        self._receiver = Receiver(connection, self.peer, self._rules, self.limits, self._stats)
+        self._receiver = Receiver(connection, self.peer, self._rules, self.limits, self._stats, self.shared)
 
     @property
     def num_unsent(self) -> int:
@@ -76,17 +90,30 @@ class SocketLink:
                 self._held_back.append(self._encode(header, rows_ND, number))
                 return
             self._unanswered += 1
+        place = None if self.shared is None or rows_ND is None else self._share(header, rows_ND, self.shared)
         if self._outgoing:
-            self._outgoing.append(self._encode(header, rows_ND, number))
-        elif self._codec is None or rows_ND is None or not self._post_native(header, rows_ND, number):
-            frame = self._encode(header, rows_ND, number)
+            self._outgoing.append(self._encode(header, rows_ND, number, place))
+        elif self._codec is None or rows_ND is None or not self._post_native(header, rows_ND, number, place):
+            frame = self._encode(header, rows_ND, number, place)
             self._queue_rest(frame, self._send(frame))
 
-    def _post_native(self, header: FrameHeader, rows_ND: Tensor, number: int) -> bool:
+    def _share(self, header: FrameHeader, rows_ND: Tensor, shared: SharedRows) -> Place | None:
+        """Put large rows where the peer can read them; None where they have to follow their frame."""
+        num_bytes = rows_ND.nbytes
+        if num_bytes < self.limits.shared_from_bytes:
+            return None
+        offset = shared.copy_in(header.number, rows_ND) if self._initiator else shared.post(rows_ND)
+        if offset < 0:
+            return None
+        self._stats.shared_bytes_out += num_bytes
+        return _new_tuple(Place, (offset, shared.num_read if self._initiator else 0))
+
+    def _post_native(self, header: FrameHeader, rows_ND: Tensor, number: int, place: Place | None) -> bool:
         """Encode and send in one call; return whether that was possible."""
         assert rows_ND.is_contiguous(), "rows of a frame lie in one piece"
+        where = (-1, 0) if place is None else place
         try:
-            done = self._codec.post(self._descriptor, header, number, rows_ND.data_ptr(), rows_ND.nbytes)
+            done = self._codec.post(self._descriptor, header, number, rows_ND.data_ptr(), rows_ND.nbytes, *where)
         except OSError as error:
             raise self._fail(LinkDownError(f"{self.peer!r} is gone: {error.strerror}")) from None
         if done is None:
@@ -95,12 +122,14 @@ class SocketLink:
         if sent == num_bytes:
             self._stats.bytes_out += num_bytes
         else:  # the same bytes again
-            self._queue_rest(self._encode(header, rows_ND, number), sent)
+            self._queue_rest(self._encode(header, rows_ND, number, place), sent)
         return True
 
-    def _encode(self, header: FrameHeader, rows_ND: Tensor | None, number: int) -> _Outgoing:
-        payload = _NOTHING if rows_ND is None else payload_of(rows_ND)
-        head = memoryview(encode(header, payload, number, self._rules))
+    def _encode(
+        self, header: FrameHeader, rows_ND: Tensor | None, number: int, place: Place | None = None
+    ) -> _Outgoing:
+        payload = _NOTHING if rows_ND is None or place is not None else payload_of(rows_ND)
+        head = memoryview(encode(header, payload, number, self._rules, place))
         self._stats.bytes_out += len(head) + len(payload)
         return _Outgoing(head, payload)
 
@@ -151,6 +180,9 @@ class SocketLink:
         self._receiver.receive(frames, look_s)
         if self._initiator and frames:
             self._unanswered = max(self._unanswered - len(frames), 0)
+            if self.shared is not None:
+                for frame in frames:
+                    self.shared.answered(frame.header.number)
             while self._held_back and self._unanswered < self.limits.credit:
                 self._outgoing.append(self._held_back.popleft())
                 self._unanswered += 1
@@ -192,9 +224,17 @@ def connect(address: str, *, hello: Hello, secret: bytes, limits: LinkLimits, ti
         deadline = time.monotonic() + timeout_s
         connection.settimeout(timeout_s)
         connection.connect(target)
-        agreement = _shake_hands(connection, WorkerHandshake(hello, limits, secret), deadline)
+        may_share = family == socket.AF_UNIX and limits.shared_from_bytes > 0 and is_possible()
+        agreement = _shake_hands(connection, WorkerHandshake(hello, limits, secret, may_share=may_share), deadline)
         prepare_connection(connection)
-        return SocketLink(connection, agreement, initiator=True)
+        if not agreement.shares:
+            return SocketLink(connection, agreement, initiator=True)
+        memories = make_memories(agreement.rules, agreement.limits.credit)
+        try:
+            socket.send_fds(connection, [MEMORIES], memories)
+            return SocketLink(connection, agreement, initiator=True, memories=memories)
+        finally:
+            close_all(memories)
     except OSError as error:
         connection.close()
         raise LinkDownError(f"no link to {address}: {error}") from None
