@@ -77,6 +77,7 @@ class ExpertHost:
             width=geometry.hidden_size,
             dtype=dtype,
             limits=LinkLimits(),
+            pool_window_s=config.pool_window_s,
             faults=self._faults,
         )
         path = config.run_dir / f"{config.worker}-{self.incarnation}.sock"

@@ -35,8 +35,9 @@ class RayEngine:
 
     `ray_address` None starts a Ray on this machine; else the cluster there is joined, and the checkpoint must lie at
     the same path on every node. `labels` maps a role to the node labels its workers demand. `host_capacity_bytes`
-    bounds the expert weights of one host. `num_threads` are an attention worker's, `expert_threads` a host's. Tests
-    strike the hosts of an `armable` cluster.
+    bounds the expert weights of one host; `pool_window_s` is how long it lets rows wait for other attention workers'
+    rows. `num_threads` are an attention worker's, `expert_threads` a host's. Tests strike the hosts of an `armable`
+    cluster.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a cluster
@@ -53,6 +54,7 @@ class RayEngine:
         num_threads: int | None = None,
         expert_threads: int = 1,
         host_capacity_bytes: int | None = None,
+        pool_window_s: float = 0.0,
         labels: Mapping[Role, Mapping[str, str]] | None = None,
         progress: OnProgress | None = None,
         start_timeout_s: float = 300.0,
@@ -81,6 +83,7 @@ class RayEngine:
                     secret=secret,
                     options=options or EngineOptions(model_name=model_dir.name),
                     capacity_bytes=host_capacity_bytes,
+                    pool_window_s=pool_window_s,
                     resume_ttl_s=resume_ttl_s,
                     armable=armable,
                 )

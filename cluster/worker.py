@@ -38,7 +38,8 @@ class WorkerConfig:
 
     `options` bound an attention worker's engine. It compares two hosts' answers in every `cross_check_every`-th
     dispatch (0 = never), and keeps requests for `resume_ttl_s` when their gateway is gone. `capacity_bytes` bounds the
-    weights an expert host holds (None = no bound). Tests strike an `armable` one at a moment of their choice.
+    weights an expert host holds (None = no bound); there rows wait for other attention workers' rows of their layer for
+    at most `pool_window_s`. Tests strike an `armable` one at a moment of their choice.
     """
 
     worker: str
@@ -51,6 +52,7 @@ class WorkerConfig:
     secret: bytes = field(repr=False)
     options: EngineOptions = field(default_factory=EngineOptions)
     capacity_bytes: int | None = None
+    pool_window_s: float = 0.0
     cross_check_every: int = 256
     resume_ttl_s: float = 10.0
     armable: bool = False

@@ -40,6 +40,12 @@ class ServeSettings(BaseModel):
     host_capacity_bytes: int | None = Field(
         default=None, ge=1, description="expert weights one host may hold, in bytes"
     )
+    pool_window_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="how long an expert host lets rows wait for other attention workers' rows of the layer, at most",
+    )
     expert_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="how long requests wait for an expert that no host serves"
     )
