@@ -84,7 +84,7 @@ class AttentionWorker:
             device=config.device,
             checks=CrossCheck(
                 every=config.cross_check_every,
-                referee=Referee(checkpoint, dtype=self._dtype, device=config.device),
+                referee=Referee(checkpoint, dtype=self._dtype, device=config.device, wire=config.wire),
             ),
             on_lost=lambda *loss: self._links.lost(*loss),
         )
@@ -235,6 +235,7 @@ class AttentionWorker:
             num_experts=config.num_experts,
             width=config.hidden_size,
             dtype=dtype_name(self._dtype),
+            wire=self._config.wire,
         )
         return connect(
             address.seen_from(self._location.node),

@@ -78,6 +78,7 @@ class ExpertHost:
             dtype=dtype,
             limits=LinkLimits(),
             pool_window_s=config.pool_window_s,
+            wire=config.wire,
             faults=self._faults,
         )
         path = config.run_dir / f"{config.worker}-{self.incarnation}.sock"

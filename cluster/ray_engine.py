@@ -36,8 +36,8 @@ class RayEngine:
     `ray_address` None starts a Ray on this machine; else the cluster there is joined, and the checkpoint must lie at
     the same path on every node. `labels` maps a role to the node labels its workers demand. `host_capacity_bytes`
     bounds the expert weights of one host; `pool_window_s` is how long it lets rows wait for other attention workers'
-    rows. `num_threads` are an attention worker's, `expert_threads` a host's. Tests strike the hosts of an `armable`
-    cluster.
+    rows; `wire` is how rows travel, see `dispatch/links/wire.py`. `num_threads` are an attention worker's,
+    `expert_threads` a host's. Tests strike the hosts of an `armable` cluster.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a cluster
@@ -55,6 +55,7 @@ class RayEngine:
         expert_threads: int = 1,
         host_capacity_bytes: int | None = None,
         pool_window_s: float = 0.0,
+        wire: str = "",
         labels: Mapping[Role, Mapping[str, str]] | None = None,
         progress: OnProgress | None = None,
         start_timeout_s: float = 300.0,
@@ -84,6 +85,7 @@ class RayEngine:
                     options=options or EngineOptions(model_name=model_dir.name),
                     capacity_bytes=host_capacity_bytes,
                     pool_window_s=pool_window_s,
+                    wire=wire,
                     resume_ttl_s=resume_ttl_s,
                     armable=armable,
                 )

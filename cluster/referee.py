@@ -4,24 +4,26 @@ import torch
 from torch import Tensor
 
 from llama4_dist.checkpoint.reader import Checkpoint
+from llama4_dist.dispatch.links.wire import WireFormat
 from llama4_dist.model.expert_store import ExpertStore
 
 
 class Referee:
     """Satisfies `dispatch.cross_check.Referee`. Holds an expert only while it computes."""
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, wire: str = "") -> None:
         self._experts = ExpertStore(checkpoint, dtype=dtype, device=device)
         self._device = torch.device(device)
+        self._form = WireFormat(wire, checkpoint.config.hidden_size, dtype)
 
     def __call__(self, layer: int, expert: int, x_RD: Tensor) -> Tensor:
-        """Return the expert's outputs of `x_RD`, where those rows lie."""
+        """Return the expert's outputs of `x_RD`, where those rows lie, as both of them arrive."""
         pair = (layer, expert)
-        rows_RD = x_RD.to(self._device)
+        rows_RD = self._form.round(x_RD).to(self._device)
         y_RD = torch.empty_like(rows_RD)
         self._experts.add([pair])
         try:
             self._experts(layer, ((expert, len(rows_RD)),), rows_RD, y_RD)
         finally:
             self._experts.remove([pair])
-        return y_RD.to(x_RD.device)
+        return self._form.round(y_RD.to(x_RD.device))

@@ -39,7 +39,8 @@ class WorkerConfig:
     `options` bound an attention worker's engine. It compares two hosts' answers in every `cross_check_every`-th
     dispatch (0 = never), and keeps requests for `resume_ttl_s` when their gateway is gone. `capacity_bytes` bounds the
     weights an expert host holds (None = no bound); there rows wait for other attention workers' rows of their layer for
-    at most `pool_window_s`. Tests strike an `armable` one at a moment of their choice.
+    at most `pool_window_s`. `wire` is how rows travel, the same for all workers. Tests strike an `armable` one at a
+    moment of their choice.
     """
 
     worker: str
@@ -53,6 +54,7 @@ class WorkerConfig:
     options: EngineOptions = field(default_factory=EngineOptions)
     capacity_bytes: int | None = None
     pool_window_s: float = 0.0
+    wire: str = ""
     cross_check_every: int = 256
     resume_ttl_s: float = 10.0
     armable: bool = False

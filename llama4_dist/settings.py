@@ -46,6 +46,9 @@ class ServeSettings(BaseModel):
         le=1,
         description="how long an expert host lets rows wait for other attention workers' rows of the layer, at most",
     )
+    wire: Literal["", "bfloat16", "float8_e4m3"] = Field(
+        default="", description="how rows travel between processes; default: as the model computes. Changes tokens"
+    )
     expert_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="how long requests wait for an expert that no host serves"
     )
@@ -99,6 +102,8 @@ class ServeSettings(BaseModel):
             raise ValueError("tls_certificate and tls_key go together: give both or neither")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        if self.wire and self.experts == 0:
+            raise ValueError(f"wire={self.wire!r} needs experts >= 1: without expert hosts no row travels")
         if self.ray_address is not None and self.experts == 0:
             raise ValueError("ray_address needs experts >= 1: without expert hosts nothing runs on Ray")
         if self.attention > 1 and self.experts == 0:

@@ -34,6 +34,7 @@ def engine_of(settings: ServeSettings, *, show_progress: bool, **cluster: Any) -
             "num_replicas": settings.replicas,
             "host_capacity_bytes": settings.host_capacity_bytes,
             "pool_window_s": settings.pool_window_s,
+            "wire": settings.wire,
             "resume_ttl_s": settings.resume_ttl_s,
             "replay_timeout_s": settings.replay_timeout_s,
         }

@@ -22,6 +22,7 @@ from llama4_dist.dispatch.links.inproc import inproc_pair
 from llama4_dist.dispatch.links.link import Frame, FrameHeader, FrameKind, Link, LinkLimits, dtype_name
 from llama4_dist.dispatch.links.listener import Listener
 from llama4_dist.dispatch.links.socket import SocketLink
+from llama4_dist.dispatch.links.wire import Wire, WireFormat, WireLink
 from llama4_dist.dispatch.stats import HostStats
 from llama4_dist.dispatch.worker_link import WorkerLink
 from llama4_dist.errors import FrameError, HandshakeError, LinkDownError, Llama4Error
@@ -50,6 +51,7 @@ class ExpertServer:
         limits: LinkLimits,
         pool_window_s: float = 0.0,
         faults: FaultPoints | None = None,
+        wire: str = Wire.MODEL,
     ) -> None:
         self.identity = identity
         self.limits = limits
@@ -70,7 +72,9 @@ class ExpertServer:
             dtype=dtype_name(dtype),
             num_layers=identity.num_layers,
             num_experts=identity.num_experts,
+            wire=wire,
         )
+        self._form = WireFormat(wire, width, dtype)
         self._hub = Hub(hello, limits, self._admit, self._stats.closed_links)
 
     def add_listener(self, listener: Listener) -> None:
@@ -92,8 +96,11 @@ class ExpertServer:
             worker_incarnation=incarnation,
             host_incarnation=self.identity.incarnation,
         )
-        self.attach(end)
         link.drive = lambda: self.poll(0.0)
+        if self._form.wire:
+            self.attach(WireLink(end, self._form))
+            return WireLink(link, self._form)
+        self.attach(end)
         link.answer, link.is_alone = partial(self._answer_now, self._workers[worker]), self._has_one_worker
         return link
 
@@ -114,7 +121,7 @@ class ExpertServer:
             self._faults.hit("idle")
         ready, new = self._hub.wait(timeout_s)
         for link in new:
-            self.attach(link)
+            self.attach(WireLink(link, self._form) if self._form.wire else link)
         arrived: QueuedFrames = []
         for link in ready:
             worker = self._workers.get(link.peer)
@@ -294,8 +301,9 @@ class ExpertServer:
 
     def _post(self, worker: WorkerLink, header: FrameHeader, rows_RD: Tensor | None) -> None:
         try:
-            if self._faults.due("half_reply") and isinstance(worker.link, SocketLink):
-                worker.link.post_half(header, rows_RD)
+            plain = worker.link.inner if isinstance(worker.link, WireLink) else worker.link
+            if self._faults.due("half_reply") and isinstance(plain, SocketLink):
+                plain.post_half(header, None if rows_RD is None else self._form.pack(rows_RD))
                 self._faults.strike()
                 return
             link = worker.link

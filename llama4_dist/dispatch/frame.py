@@ -18,7 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from llama4_dist.dispatch.links.link import DTYPES, FrameHeader, FrameKind
+from llama4_dist.dispatch.links.link import BYTES_CODE, DTYPES, FrameHeader, FrameKind
 from llama4_dist.errors import FrameError
 from llama4_dist.native.extension import extension
 
@@ -28,7 +28,7 @@ _FRONT = struct.Struct("<4sHHQ")
 _BACK = struct.Struct("<QQII")
 PREFIX_BYTES = _FRONT.size + _BACK.size
 ALIGNMENT = 64
-_DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES.values(), start=1)}
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES.values(), start=1)} | {torch.uint8: BYTES_CODE}
 _KINDS = {int(kind): kind for kind in FrameKind}
 _HEADER_FIELDS = 9
 _SHARED = 1  # the flag

@@ -21,6 +21,7 @@ import msgpack
 
 from llama4_dist.dispatch.frame import FrameRules
 from llama4_dist.dispatch.links.link import DTYPES, LinkLimits
+from llama4_dist.dispatch.links.wire import WireFormat
 from llama4_dist.errors import HandshakeError
 
 _MAGIC = b"L4DH"
@@ -50,7 +51,7 @@ class HostIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """What a peer says of itself. Both sides must agree on everything from `model_hash` to `num_experts`."""
+    """What a peer says of itself. Both sides must agree on everything from `model_hash` on."""
 
     role: str
     id: str
@@ -60,6 +61,7 @@ class Hello:
     dtype: str
     num_layers: int
     num_experts: int  # E
+    wire: str = ""  # how rows travel, see links/wire.py
 
     def __post_init__(self) -> None:
         if not 0 < len(self.id) <= _MAX_ID:
@@ -75,10 +77,15 @@ class Agreement:
     shares: bool = False  # the worker sends memories to share rows in before its first frame
 
     @property
+    def form(self) -> WireFormat:
+        return WireFormat(self.peer.wire, self.peer.width, DTYPES[self.peer.dtype])
+
+    @property
     def rules(self) -> FrameRules:
+        form = self.form
         return FrameRules(
-            width=self.peer.width,
-            dtype=DTYPES[self.peer.dtype],
+            width=form.wire_width,
+            dtype=form.wire_dtype,
             num_layers=self.peer.num_layers,
             num_experts=self.peer.num_experts,
             max_rows=self.limits.max_rows,
@@ -229,7 +236,7 @@ def _agree(own: Hello, limits: LinkLimits, may_share: bool, body: bytes, role: R
     peer, max_rows, credit, max_header_bytes, peer_may_share = _parse(body)
     if peer.role != role:
         raise _failed("ROLE_WRONG", f"the peer is {peer.role!r}; {role} was expected")
-    for field in ("model_hash", "width", "dtype", "num_layers", "num_experts"):
+    for field in ("model_hash", "width", "dtype", "num_layers", "num_experts", "wire"):
         if getattr(peer, field) != getattr(own, field):
             raise _failed(
                 f"{field.upper()}_DIFFERS",
@@ -254,7 +261,7 @@ def _parse(body: bytes) -> tuple[Hello, int, int, int, int]:
         raise _failed("HELLO_NOT_MSGPACK", "the peer's Hello is no msgpack array") from None
     if type(values) is list and len(values) == 1 and type(values[0]) is str:
         raise _failed(values[0], f"the host refused: {values[0]}")
-    kinds = (str, str, int, str, int, str, int, int, int, int, int, int)
+    kinds = (str, str, int, str, int, str, int, int, str, int, int, int, int)
     if type(values) is not list or [type(value) for value in values] != list(kinds):
         raise _failed("HELLO_SHAPE", f"the peer's Hello is no array of {len(kinds)} fields of the right types")
     if any(type(value) is int and not 0 <= value < 1 << 63 for value in values):

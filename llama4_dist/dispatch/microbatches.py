@@ -1,8 +1,8 @@
-"""Whether a step's batch pays in two halves that take turns: pure arithmetic on measured times. Knows no links, no clock.
+"""Whether a step's batch pays in two halves that take turns: pure arithmetic on measured times. Knows no links.
 
-Whole, a layer takes attention + max(shared expert, reply). In m parts, attention and shared expert of one part run while
-the experts of another compute: max(m x (attention + shared), m x expert, attention + shared + reply), with the times of a
-part. Parts read weights again, so times of a part are those measured for a batch of its size, not a fraction.
+Whole, a layer takes attention + max(shared expert, reply). In m parts, attention and shared expert of one part run
+while the experts of another compute: max(m x (attention + shared), m x expert, attention + shared + reply), with the
+times of a part. Parts read weights again, so these are times measured for a batch of that size, not a fraction.
 """
 
 import statistics

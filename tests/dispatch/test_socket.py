@@ -5,6 +5,7 @@ import signal
 import socket
 import time
 import tracemalloc
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.links.address import bind, parse_address
-from llama4_dist.dispatch.links.link import FrameHeader, FrameKind
+from llama4_dist.dispatch.links.link import FrameHeader, FrameKind, LinkLimits
 from llama4_dist.dispatch.links.listener import Listener
 from llama4_dist.dispatch.links.socket import connect
 from llama4_dist.dispatch.reply_times import Deadlines
@@ -166,9 +167,40 @@ def test_rows_are_received_into_the_same_memory_for_ever(tmp_path: Path) -> None
         link.abort()
 
 
-def test_the_steady_state_allocates_nothing_that_stays(tmp_path: Path) -> None:
+SHARING = replace(LIMITS, shared_from_bytes=1)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("limits", [LIMITS, SHARING], ids=["travelling", "shared"])
+def test_the_steady_state_takes_no_memory(tmp_path: Path, limits: LinkLimits) -> None:
+    """What torch allocates, which tracemalloc does not see: the answer of a dispatch, which its caller lets go."""
     table = random_table(2)
-    with serve(table, tmp_path) as servers:
+    with serve(table, tmp_path, limits=limits) as servers:
+        worker = dispatcher(table, servers)
+        batch = random_batch(64, 2)
+
+        def steps(count: int) -> None:
+            for step in range(count):
+                worker.begin_step(step)
+                flights = [worker.dispatch(0, *batch, microbatch=index) for index in range(2)]
+                for flight in flights:
+                    worker.combine(flight)
+
+        steps(200)
+        before = resident_bytes()
+        steps(1000)
+        after = resident_bytes()
+        worker.close()
+    assert after - before < 256 * 1024  # less than the rows of two steps
+
+
+@pytest.mark.parametrize("limits", [LIMITS, SHARING], ids=["travelling", "shared"])
+def test_the_steady_state_allocates_nothing_that_stays(tmp_path: Path, limits: LinkLimits) -> None:
+    table = random_table(2)
+    with serve(table, tmp_path, limits=limits) as servers:
         worker = dispatcher(table, servers)
         batch = random_batch(32, 2)
 

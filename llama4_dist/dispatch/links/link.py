@@ -143,6 +143,7 @@ class Link(Protocol):
 
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BYTES_CODE = 4  # of rows that are no numbers by themselves, where the place in DTYPES is the others'
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -17,10 +17,11 @@ from torch import Tensor
 from llama4_dist.dispatch.frame import Place, encode, native_codec, payload_of
 from llama4_dist.dispatch.handshake import Agreement, Hello, WorkerHandshake, check_secret
 from llama4_dist.dispatch.links.address import parse_address
-from llama4_dist.dispatch.links.link import Frame, FrameHeader, LinkLimits, LinkStats
+from llama4_dist.dispatch.links.link import DTYPES, Frame, FrameHeader, Link, LinkLimits, LinkStats
 from llama4_dist.dispatch.links.patience import LOOK_S
 from llama4_dist.dispatch.links.receiver import Receiver
 from llama4_dist.dispatch.links.shared_rows import MEMORIES, SharedRows, close_all, is_possible, make_memories
+from llama4_dist.dispatch.links.wire import WireFormat, WireLink
 from llama4_dist.errors import HandshakeError, LinkDownError
 
 MAX_QUEUED_FRAMES = 1024
@@ -212,7 +213,14 @@ class SocketLink:
         return self._down
 
 
-def connect(address: str, *, hello: Hello, secret: bytes, limits: LinkLimits, timeout_s: float) -> SocketLink:
+def connect(address: str, *, hello: Hello, secret: bytes, limits: LinkLimits, timeout_s: float) -> Link:
+    """Do what `connect_plain` does; rows of the link are the model's, however they travel."""
+    link = connect_plain(address, hello=hello, secret=secret, limits=limits, timeout_s=timeout_s)
+    form = WireFormat(hello.wire, hello.width, DTYPES[hello.dtype])
+    return WireLink(link, form) if form.wire else link
+
+
+def connect_plain(address: str, *, hello: Hello, secret: bytes, limits: LinkLimits, timeout_s: float) -> SocketLink:
     """Connect to an expert host and prove who we are, within `timeout_s`.
 
     Raises HandshakeError when a side does not accept the other, LinkDownError when nobody answers in time.
