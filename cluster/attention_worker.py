@@ -31,8 +31,8 @@ from llama4_dist.dispatch.cross_check import CrossCheck
 from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.handshake import Hello
 from llama4_dist.dispatch.handshake import Role as LinkRole
+from llama4_dist.dispatch.links.connect import connect
 from llama4_dist.dispatch.links.link import Link, LinkLimits, dtype_name
-from llama4_dist.dispatch.links.socket import connect
 from llama4_dist.dispatch.routing_table import RoutingTable
 from llama4_dist.engine.build import build_engine, resolve_dtype
 from llama4_dist.engine.local import LocalEngine

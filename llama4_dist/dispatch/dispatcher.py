@@ -123,8 +123,8 @@ class Dispatcher:
         x_TD [T, D] in the dispatcher's dtype; experts_TK int64 [T, K]; scores_TK [T, K]. Raises UnavailableError
         (EXPERT_UNREACHABLE) when an expert has no live replica.
         """
-        num_tokens, num_slots = experts_TK.shape
-        if x_TD.shape != (num_tokens, self._width) or scores_TK.shape != experts_TK.shape or x_TD.dtype != self._dtype:
+        num_tokens, num_slots = shape = experts_TK.shape
+        if x_TD.shape != (num_tokens, self._width) or scores_TK.shape != shape or x_TD.dtype != self._dtype:
             raise ValueError(
                 f"x {tuple(x_TD.shape)} {x_TD.dtype}, experts {tuple(experts_TK.shape)} and"
                 f" scores {tuple(scores_TK.shape)} do not fit: expected [T, {self._width}] {self._dtype}, twice [T, K]"
@@ -146,7 +146,7 @@ class Dispatcher:
             in_flight.cut(view.num_slices_E)
         if scores_TK.dtype != self._dtype:
             scores_TK = scores_TK.to(self._dtype)
-        if exchange.can_ask_now(shares):
+        if exchange.may_defer(shares):
             self._passes.scale_in_order(x_TD, scores_TK, order_N, slice(0, num_copies), in_flight.rows_ND)
             in_flight.deferred = shares[0]
         elif num_copies == 1:  # decode of one sequence: one share, nothing to cut
@@ -173,9 +173,7 @@ class Dispatcher:
         (ROWS_NOT_FINITE) when the rows themselves were not finite.
         """
         exchange = self._exchange
-        if in_flight.deferred is not None and exchange.ask_now(in_flight):
-            if self._checks.due():
-                exchange.check(in_flight)
+        if in_flight.deferred is not None and exchange.take_deferred(in_flight):
             self._buffers.give_back(in_flight.buffer)
             return in_flight.result()
         has_looked = exchange.look_for_reply(in_flight)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from llama4_dist.dispatch.cross_check import CrossCheck
 from llama4_dist.dispatch.in_flight import InFlight, Piece
+from llama4_dist.dispatch.in_process import InProcess
 from llama4_dist.dispatch.layout import Indices, Layout, Share, cut, split
-from llama4_dist.dispatch.links.inproc import InprocLink
 from llama4_dist.dispatch.links.link import Clock, Frame, FrameHeader, FrameKind, Link
 from llama4_dist.dispatch.links.wait import LinkWaiter
 from llama4_dist.dispatch.reply_times import ReplyTimes
@@ -47,8 +47,7 @@ class Exchange:
         self.routes = routes
         self.links = {host: link for host, link in links.items() if host in routes.published.hosts}
         self.waiter = LinkWaiter(self.links, clock)
-        only = next(iter(self.links.values())) if len(self.links) == 1 else None
-        self._only = only if isinstance(only, InprocLink) else None  # the one link there is, to a host of this thread
+        self._in_process = InProcess(self.links, stats)
         self.active: dict[int, InFlight] = {}  # frame number to the dispatch that waits for it
         self.last_number = last_number
         self._owed_since: dict[str, tuple[float, int]] = {}  # host to (time, rows) of what nobody waits for any more
@@ -68,27 +67,16 @@ class Exchange:
         if self._has_orphans:
             self._resend_orphans()
 
-    def can_ask_now(self, shares: Sequence[Share]) -> bool:
-        """Tell whether one host, in this thread, gets all there is to ask, so that no frame need be made."""
-        link = self._only
-        return link is not None and len(shares) == 1 and link.can_ask() and not self.routes.unmapped
+    def may_defer(self, shares: Sequence[Share]) -> bool:
+        """Tell whether these shares need no frames: a host of this thread computes them when they are wanted."""
+        return self._in_process.takes(shares) and not self.routes.unmapped
 
-    def ask_now(self, in_flight: InFlight) -> bool:
-        """Have a deferred share computed in this call; False where its host does not do that: then frames are sent."""
-        share = in_flight.deferred
+    def take_deferred(self, in_flight: InFlight) -> bool:
+        """Have a deferred share computed in this call; False where frames were sent instead."""
+        share, in_flight.deferred = in_flight.deferred, None
         assert share is not None, "nothing was deferred"
-        in_flight.deferred = None
-        link = self._only
-        if link is not None and link.peer == share.host:
-            y_ND = link.ask(in_flight.layer, share.groups, in_flight.rows_ND)
-            if y_ND is not None and in_flight.take_all(y_ND):
-                stats, num_bytes = self._stats, share.num_rows * in_flight.row_bytes
-                stats.rows_out[share.host] += share.num_rows
-                stats.frames_out[share.host] += 1
-                stats.bytes_out[share.host] += num_bytes
-                stats.rows_in[share.host] += share.num_rows
-                stats.bytes_in[share.host] += num_bytes
-                return True
+        if self._in_process.ask(in_flight, share):
+            return True
         self.send(in_flight, self.parts(share))
         return False
 
@@ -245,7 +233,6 @@ class Exchange:
             return
         log.warning("host_lost host=%s reason=%s", host, reason)
         self.waiter.forget(host)
-        self._only = None
         link.abort()
         self._owed_since.pop(host, None)
         self.routes.lose({host})

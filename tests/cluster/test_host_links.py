@@ -14,8 +14,8 @@ from cluster.attention_worker import usable
 from cluster.host_links import HostLinks
 from cluster.worker import HostAddress
 from llama4_dist.dispatch.handshake import Hello
+from llama4_dist.dispatch.links.connect import connect
 from llama4_dist.dispatch.links.link import Link
-from llama4_dist.dispatch.links.socket import connect
 from llama4_dist.errors import HandshakeError, LinkDownError, UnavailableError
 from tests.dispatch.fakes import ScalingExperts
 from tests.dispatch.servers import LIMITS, SECRET, ServerThread, hello

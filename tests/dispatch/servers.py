@@ -11,9 +11,10 @@ from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.expert_compute import ExpertCompute
 from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.dispatch.handshake import Hello
+from llama4_dist.dispatch.links.connect import connect
 from llama4_dist.dispatch.links.link import Link, LinkLimits, dtype_name
 from llama4_dist.dispatch.links.listener import Listener
-from llama4_dist.dispatch.links.socket import SocketLink, connect
+from llama4_dist.dispatch.links.socket import SocketLink
 from llama4_dist.dispatch.routing_table import RoutingTable
 from tests.dispatch.fakes import NUM_EXPERTS, NUM_LAYERS, WIDTH, ScalingExperts, identity, ranges_of
 

@@ -113,6 +113,15 @@ def test_what_it_takes_python_takes_too_whatever_byte_is_damaged(ends: tuple[soc
     assert num_refused > 50
 
 
+@pytest.mark.parametrize("offset", [(1 << 20) - 64, 1 << 20, 1 << 40, 63])
+def test_a_place_outside_of_the_memory_is_not_taken(ends: tuple[socket.socket, socket.socket], offset: int) -> None:
+    left, right = ends
+    codec = native_codec(RULES)
+    whole = sent_bytes(FrameHeader(FrameKind.REPLY, 1, 0, 0, 0, 3), Place(offset, 0), 0, torch.ones(3, WIDTH))
+    left.send(whole)
+    assert receive(codec, right, 0) == len(whole)
+
+
 def test_a_damaged_checksum_or_a_repeated_frame_is_not_taken(ends: tuple[socket.socket, socket.socket]) -> None:
     left, right = ends
     codec = native_codec(RULES)

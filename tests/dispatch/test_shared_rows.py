@@ -18,9 +18,9 @@ import torch
 from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.frame import FrameRules, Place, decode, decode_prefix, encode
 from llama4_dist.dispatch.handshake import WorkerHandshake
+from llama4_dist.dispatch.links.connect import connect
 from llama4_dist.dispatch.links.link import FrameHeader, FrameKind
 from llama4_dist.dispatch.links.shared_rows import MEMORIES, SharedRows, close_all, make_memories
-from llama4_dist.dispatch.links.socket import connect
 from llama4_dist.errors import FrameError, HandshakeError, UnavailableError
 from tests.dispatch.fakes import (
     NUM_EXPERTS,

@@ -15,9 +15,9 @@ import torch
 
 from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.links.address import bind, parse_address
+from llama4_dist.dispatch.links.connect import connect
 from llama4_dist.dispatch.links.link import FrameHeader, FrameKind, LinkLimits
 from llama4_dist.dispatch.links.listener import Listener
-from llama4_dist.dispatch.links.socket import connect
 from llama4_dist.dispatch.reply_times import Deadlines
 from llama4_dist.errors import HandshakeError, LinkDownError, UnavailableError
 from tests.dispatch.fakes import WIDTH, ScalingExperts, direct, random_batch, random_table, ranges_of

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from llama4_dist.dispatch.handshake import Agreement, Hello, HostHandshake, check_secret
 from llama4_dist.dispatch.links.address import address_of, bind
+from llama4_dist.dispatch.links.connect import prepare_connection
 from llama4_dist.dispatch.links.link import LinkLimits
 from llama4_dist.dispatch.links.shared_rows import MEMORIES, close_all, is_possible
-from llama4_dist.dispatch.links.socket import SocketLink, prepare_connection
+from llama4_dist.dispatch.links.socket import SocketLink
 from llama4_dist.errors import HandshakeError
 
 log = logging.getLogger(__name__)
