@@ -1,5 +1,6 @@
 """Reaches an expert host over a socket: dials, proves who we are, and makes the link. Routes nothing."""
 
+import logging
 import socket
 import time
 
@@ -10,6 +11,8 @@ from llama4_dist.dispatch.links.shared_rows import MEMORIES, close_all, is_possi
 from llama4_dist.dispatch.links.socket import SocketLink
 from llama4_dist.dispatch.links.wire import WireFormat, WireLink
 from llama4_dist.errors import HandshakeError, LinkDownError
+
+log = logging.getLogger(__name__)
 
 _BUFFER_BYTES = 4 * 1024 * 1024  # asked of the kernel, which may give less
 _KEEPALIVE_S = 2  # at rest, before the kernel asks whether the peer is still there, and between two such questions
@@ -40,7 +43,12 @@ def connect_plain(address: str, *, hello: Hello, secret: bytes, limits: LinkLimi
         prepare_connection(connection)
         if not agreement.shares:
             return SocketLink(connection, agreement, initiator=True)
-        memories = make_memories(agreement.rules, agreement.limits.credit)
+        try:
+            memories = make_memories(agreement.rules, agreement.limits.credit)
+        except OSError as error:  # no memory is to be had, or no descriptor
+            log.warning("rows_not_shared host=%s reason=%s", agreement.peer.id, error.strerror)
+            connection.sendall(MEMORIES)
+            return SocketLink(connection, agreement, initiator=True)
         try:
             socket.send_fds(connection, [MEMORIES], memories)
             return SocketLink(connection, agreement, initiator=True, memories=memories)

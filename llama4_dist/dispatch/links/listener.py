@@ -73,14 +73,14 @@ class HalfOpen:
         return SocketLink(self.connection, agreement, initiator=False)
 
     def _take_memories(self, agreement: Agreement) -> SocketLink:
-        """Take the descriptors of the memories to share, which come in one message."""
+        """Take the descriptors of the memories to share, which come in one message; none = the worker could not."""
         message, memories, flags, _ = socket.recv_fds(self.connection, len(MEMORIES), 2, socket.MSG_CMSG_CLOEXEC)
         try:
             if message != MEMORIES or flags & socket.MSG_CTRUNC:
                 raise HandshakeError("no memories to share came", reason="SHARED_MEMORY_WRONG")
             self._handshake.admit_again(agreement.peer)
             prepare_connection(self.connection)
-            return SocketLink(self.connection, agreement, initiator=False, memories=memories)
+            return SocketLink(self.connection, agreement, initiator=False, memories=memories or None)
         finally:
             close_all(memories)
 

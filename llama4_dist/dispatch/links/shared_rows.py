@@ -124,6 +124,13 @@ class SharedRows:
             self._num_acknowledged += 1
             self._free.appendleft(self._posted.popleft())
 
+    def close(self) -> None:
+        """Let go of both memories; they are unmapped when the last frame with rows there is let go too."""
+        self._views.clear()
+        self._free.clear()
+        self._taken.clear()
+        self._incoming = self._outgoing = torch.empty(0, dtype=torch.uint8)
+
     def _view(self, memory: Tensor, offset: int, num_rows: int) -> Tensor:
         """Return [num_rows, width]; the same view again where it repeats, as in decode."""
         key = (memory is self._incoming, offset, num_rows)

@@ -162,6 +162,8 @@ class SocketLink:
         self._fail(LinkDownError(f"the link to {self.peer!r} was closed here"))
         self._outgoing.clear()
         self._held_back.clear()
+        if self.shared is not None:
+            self.shared.close()
         self._connection.close()
 
     def stats(self) -> LinkStats:
