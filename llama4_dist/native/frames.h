@@ -128,8 +128,8 @@ class Reader {
     const uint8_t *at_, *end_;
 };
 
-// Writes prefix and header to `head`, to be sent before the rows, which do not follow where they are shared; false where
-// the header is longer than agreed.
+// Writes prefix and header to `head`, to be sent before the rows, which do not follow where they are shared; false
+// where the header is longer than agreed.
 inline bool encode(const Header& header, const Place& place, uint64_t sequence, const Rules& rules, const uint8_t* rows,
                    std::vector<uint8_t>& head) {
     head.assign(PREFIX_BYTES, 0);
@@ -186,7 +186,8 @@ inline bool read_groups(Reader& reader, const Rules& rules, Header& header) {
     for (auto& [expert, num_rows] : header.groups) {
         uint64_t length;
         if (!reader.array(length) || length != 2 || !reader.count(expert) || !reader.count(num_rows)) return false;
-        if (expert < next_expert || expert >= rules.num_experts || num_rows < 1 || num_rows > rules.max_rows) return false;
+        if (expert < next_expert || expert >= rules.num_experts) return false;
+        if (num_rows < 1 || num_rows > rules.max_rows) return false;
         next_expert = expert + 1;
         total += num_rows;
     }
