@@ -83,6 +83,9 @@ class ServeSettings(BaseModel):
     max_num_seqs: int = Field(default=256, ge=1, le=65536)
     max_num_batched_tokens: int = Field(default=2048, ge=1, le=1048576)
     max_waiting: int = Field(default=1024, ge=1, le=1048576)
+    max_queue_s: float | None = Field(
+        default=None, gt=0, le=86400, description="refuse a request that would wait longer for its first token"
+    )
     max_context: int | None = Field(default=None, ge=1)
     block_size: int = Field(default=16, ge=1, le=1024)
     kv_cache_bytes: int | None = Field(default=None, ge=1)

@@ -47,6 +47,9 @@ Stop = Annotated[list[str] | None, typer.Option(help="Stop string; may be given 
 Dtype = Annotated[DtypeChoice, typer.Option(help="Compute dtype (with --model).")]
 Device = Annotated[str, typer.Option(help="cpu or cuda (with --model).")]
 Period = Annotated[float | None, typer.Option(parser=parse_seconds, metavar="TIME")]
+MaxQueue = Annotated[
+    float | None, typer.Option(help="Refuse a request that would wait longer for its first token, in seconds.")
+]
 Experts = Annotated[int, typer.Option(help="Expert host processes (with --model); 0 = this process only.")]
 
 
@@ -77,6 +80,7 @@ def serve(
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences running at once.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait.")] = None,
+    max_queue_s: MaxQueue = None,
     max_context: Annotated[int | None, typer.Option(help="Longest prompt + answer, in tokens.")] = None,
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory of the KV cache, in bytes.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
@@ -104,6 +108,7 @@ def serve_gateway(
     metrics_address: Annotated[str | None, typer.Option(help="host:port for Prometheus; loopback only.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Requests at once, with max_waiting.")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait.")] = None,
+    max_queue_s: MaxQueue = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     as_json: JsonFlag = False,

@@ -108,6 +108,7 @@ def settings_of_gateway(settings: ServeSettings, sampling: Sampling, secret: byt
         metrics_address=settings.metrics_address,
         max_message_bytes=settings.max_message_bytes,
         max_requests=settings.max_num_seqs + settings.max_waiting,
+        max_queue_s=settings.max_queue_s,
         max_request_s=settings.max_request_s,
         drain_timeout_s=settings.drain_timeout_s,
         sampling=sampling,

@@ -29,7 +29,7 @@ class EventReader:
         resume: tuple[int, ...] | None = None,
     ) -> None:
         self._running = running
-        self._to_skip = dict(enumerate(resume or ()))
+        self._to_skip = {index: number for index, number in enumerate(resume or ()) if number}
         self._call = call
         self._model = model
         self._event_class = event_class
@@ -48,7 +48,9 @@ class EventReader:
         self._started = True
         unread = self._running.events[self._num_read :]
         self._num_read += len(unread)
-        for one in coalesced([one for one in unread if not self._is_known(one)]):
+        if self._to_skip:
+            unread = [one for one in unread if not self._is_known(one)]
+        for one in coalesced(unread):
             event = self._delta(one) if isinstance(one, Delta) else self._finish(one)
             if event is not None:
                 events.append(event)
@@ -78,14 +80,17 @@ class EventReader:
 
     def _delta(self, delta: Delta) -> Event | None:
         """Build a delta; None if it would say nothing (text held back, tokens not asked for)."""
-        message = types_pb2.TokenDelta(
-            output_index=delta.index,
-            text=delta.text,
-            token_ids=delta.token_ids if self._call.return_token_ids else (),
-            logprobs=wire_results.logprobs_to_proto(delta.logprobs or ()),
-        )
-        says_something = message.text or message.token_ids or message.logprobs
-        return self._event_class(delta=message) if says_something else None
+        event = self._event_class()
+        message = event.delta  # filled in place, and only where it differs: the hottest message there is
+        if delta.index:
+            message.output_index = delta.index
+        if delta.text:
+            message.text = delta.text
+        if self._call.return_token_ids:
+            message.token_ids.extend(delta.token_ids)
+        if delta.logprobs:
+            message.logprobs.extend(wire_results.logprobs_to_proto(delta.logprobs))
+        return event if delta.text or message.token_ids or message.logprobs else None
 
     def _finish(self, end: Finished) -> Event:
         self._num_ended += 1

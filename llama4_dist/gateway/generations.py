@@ -1,12 +1,14 @@
 """The ledger of running requests: starts them in the engine, lets calls join them, and aborts what nobody reads.
 
 One callback per engine step crosses from the engine's thread to the event loop; everything else here is the loop's.
+A step of many sequences is delivered in slices, so that the loop is never long away from its sockets.
 """
 
 import asyncio
 import logging
 import secrets
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -33,6 +35,8 @@ from llama4_dist.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+SLICE = 16  # outputs delivered in one pass of the event loop
+
 
 class Generations:
     """Requests by (tenant, request id) and sequences by the id the engine knows them by.
@@ -48,6 +52,7 @@ class Generations:
         self._requests: dict[tuple[str, str], RunningRequest] = {}
         self._sequences: dict[str, RunningRequest] = {}
         self._leaving = Leaving()
+        self._undelivered: deque[TokenOutput] = deque()
         self._loop = asyncio.get_running_loop()
         self.last_unavailable_s: float | None = None  # on the loop's clock
 
@@ -166,33 +171,54 @@ class Generations:
     def _on_outputs(self, outputs: Sequence[TokenOutput]) -> None:
         """Hand one step's outputs to the loop; called on the engine's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._deliver, tuple(outputs))
+            self._loop.call_soon_threadsafe(self._arrive, tuple(outputs))
         except RuntimeError:
             log.info("outputs_dropped reason=loop_closed")  # the server is gone, and so is every reader
 
-    def _deliver(self, outputs: Sequence[TokenOutput]) -> None:
+    def _arrive(self, outputs: Sequence[TokenOutput]) -> None:
+        idle = not self._undelivered
+        self._undelivered += outputs
+        if idle:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Deliver a slice and come again after one pass of the loop: what else came, refusals above all, goes between.
+
+        A reader that was woken writes in that pass, so a slice also bounds how many messages are written in a row.
+        """
         now_s = self._loop.time()
-        touched: set[RunningRequest] = set()
-        for output in outputs:
-            running = self._sequences.get(output.request_id)
-            if running is None:
-                self._leaving.hear(output)
-                continue
-            was_behind = not running.caught_up
-            events = running.take(output)
-            if not was_behind:  # what is caught up with was generated long ago
-                self._observe(running, sum(len(event.token_ids) for event in events if isinstance(event, Delta)), now_s)
-            for event in events:
-                if isinstance(event, Finished):
-                    self._end(output, event)
-            if running.error is not None:
-                self._note(running.error)
-                self._sequences.pop(output.request_id, None)
-                self._release(running)
-                self._metrics.requests.labels("error").inc()
-            touched.add(running)
+        touched: dict[RunningRequest, None] = {}
+        for _ in range(min(SLICE, len(self._undelivered))):
+            running = self._take(self._undelivered.popleft(), now_s)
+            if running is not None:
+                touched[running] = None
         for running in touched:
             running.wake()
+        if self._undelivered:
+            self._loop.call_soon(self._deliver)
+
+    def _take(self, output: TokenOutput, now_s: float) -> RunningRequest | None:
+        """Add one output to the record of its request and return that."""
+        running = self._sequences.get(output.request_id)
+        if running is None:
+            self._leaving.hear(output)
+            return None
+        was_behind = not running.caught_up
+        events = running.take(output)
+        if not was_behind:  # what is caught up with was generated long ago
+            num_tokens = 0
+            for event in events:
+                num_tokens += len(event.token_ids) if isinstance(event, Delta) else 0
+            self._observe(running, num_tokens, now_s)
+        for event in events:
+            if isinstance(event, Finished):
+                self._end(output, event)
+        if running.error is not None:
+            self._note(running.error)
+            self._sequences.pop(output.request_id, None)
+            self._release(running)
+            self._metrics.requests.labels("error").inc()
+        return running
 
     def _note(self, error: BaseException) -> None:
         if isinstance(error, UnavailableError):

@@ -73,7 +73,7 @@ async def running_gateway(
 ) -> AsyncIterator[Gateway]:
     """Start a gateway; stop it on exit."""
     metrics = Metrics(engine.stats)
-    admission = Admission(settings.max_requests, time.monotonic)
+    admission = Admission(settings.max_requests, time.monotonic, max_queue_s=settings.max_queue_s)
     generations = Generations(engine, tokenizer, metrics, EngineIds(settings.engine_id_key))
     health = Health()
     limits = engine.limits

@@ -36,7 +36,7 @@ class RunningRequest:
         self._heard = False
         # Tokens that each sequence has to catch up with; None until the engine has said how many.
         self._behind: dict[str, int | None] = dict.fromkeys(state.running if attached else ())
-        self._changed = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
 
     @property
     def begun(self) -> bool:
@@ -62,18 +62,20 @@ class RunningRequest:
 
     def take(self, output: TokenOutput) -> tuple[Event, ...]:
         """Record one output and return what it adds, at most one token an event. Readers wake at `wake`."""
-        events: list[Event] = []
+        events: tuple[Event, ...] = ()
         try:
-            for one in singly(output):
-                events.extend(self.state.push(one))
+            if len(output.token_ids) <= 1:
+                events = self.state.push(output)
+            else:
+                events = tuple(event for one in singly(output) for event in self.state.push(one))
         except Llama4Error as error:
             self.error = self.error or error
             return ()
         if self._behind:
             self._catch_up(output)
         self._heard = True  # a failure comes before this: a stream that never began answers without headers
-        self.events.extend(events)
-        return tuple(events)
+        self.events += events
+        return events
 
     def _catch_up(self, output: TokenOutput) -> None:
         if output.attached_tokens is not None:
@@ -85,20 +87,21 @@ class RunningRequest:
 
     def wake(self) -> None:
         """Wake every reader."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+        waiting, self._waiting = self._waiting, []
+        for reader in waiting:
+            if not reader.done():  # a cancelled reader is
+                reader.set_result(None)
 
     async def changed(self) -> None:
         """Wait for the next `wake`. Nothing can be missed: check, then call this without awaiting in between."""
-        await self._changed.wait()
+        reader = asyncio.get_running_loop().create_future()
+        self._waiting.append(reader)
+        await reader
 
 
 def singly(output: TokenOutput) -> Iterator[TokenOutput]:
-    """Cut an output into tokens, so that a reader can begin after any of them."""
+    """Cut an output of several tokens into single ones, so that a reader can begin after any of them."""
     last = len(output.token_ids) - 1
-    if last <= 0:
-        yield output
-        return
     for place, token_id in enumerate(output.token_ids):
         yield replace(
             output,
@@ -112,6 +115,8 @@ def singly(output: TokenOutput) -> Iterator[TokenOutput]:
 
 def coalesced(events: list[Event]) -> list[Event]:
     """Join the deltas of each sequence into one; the order within a sequence stays."""
+    if len(events) <= 1:
+        return events
     deltas: dict[int, list[Delta]] = {}
     ends: list[Finished] = []
     for event in events:

@@ -3,7 +3,7 @@
 import asyncio
 import copy
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from llama4_dist.errors import DeadlineExceededError
@@ -79,9 +79,11 @@ class InferenceService:
         return self._model
 
     async def _answer(self, message: GenerationMessage, context: Context, answer_class: type[AnswerT]) -> AnswerT:
-        async with self._opened(message, context) as (running, call):
+        async with self._opened(message, context) as (running, call, note_begun):
             while not running.done:
                 await running.changed()
+                if running.begun:
+                    note_begun()
             if running.error is not None:
                 raise running.error
             self._metrics.streamed_tokens.inc(running.state.usage.completion_tokens)
@@ -89,18 +91,22 @@ class InferenceService:
 
     async def _stream(self, request: StreamMessage, context: Context, event_class: type[Event]) -> None:
         resume = tuple(request.resume.next_token_index) if request.HasField("resume") else None
-        async with self._opened(request.request, context, resume) as (running, call):
+        async with self._opened(request.request, context, resume) as (running, call, note_begun):
             reader = EventReader(running, call, self._model.name, event_class, resume)
+            num_messages = 0
             while True:
                 events = reader.new_events()
                 for event in events:
                     await context.write(event)
-                self._metrics.stream_messages.inc(len(events))
                 if events:
+                    if num_messages == 0:
+                        note_begun()
+                    num_messages += len(events)
                     continue  # the record may have grown while they were sent
                 if running.done:
                     break
                 await running.changed()
+            self._metrics.stream_messages.inc(num_messages)
             self._metrics.streamed_tokens.inc(running.state.usage.completion_tokens)
             if running.error is not None:
                 raise running.error
@@ -108,12 +114,15 @@ class InferenceService:
     @asynccontextmanager
     async def _opened(
         self, message: GenerationMessage, context: Context, resume: tuple[int, ...] | None = None
-    ) -> AsyncIterator[tuple[RunningRequest, GenerationCall]]:
-        """Admit the call and run it under its deadline; without one, under the server's cap."""
+    ) -> AsyncIterator[tuple[RunningRequest, GenerationCall, Callable[[], None]]]:
+        """Admit the call and run it under its deadline; without one, under the server's cap.
+
+        The last of what it yields is to be called when the first token is there.
+        """
         timeout_s = self._settings.max_request_s
         if (remaining_s := context.time_remaining()) is not None:
             timeout_s = min(timeout_s, remaining_s)
-        with self._admission.enter(), self._metrics.in_flight.track_inprogress():
+        with self._admission.enter() as note_begun, self._metrics.in_flight.track_inprogress():
             call = call_from_proto(message, self._settings.sampling)
             try:
                 async with asyncio.timeout(timeout_s):
@@ -121,7 +130,7 @@ class InferenceService:
                         call, tenant=tenant_of(context), body=digest(message), timeout_s=timeout_s, resume=resume
                     )
                     async with opening as running:
-                        yield running, call
+                        yield running, call, note_begun
             except TimeoutError:
                 raise DeadlineExceededError(f"the request did not finish in {timeout_s:.3f} s") from None
 

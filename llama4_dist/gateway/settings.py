@@ -28,6 +28,7 @@ class GatewaySettings:
     max_message_bytes: int = 4 * 1024 * 1024
     max_response_bytes: int = 64 * 1024 * 1024
     max_requests: int = 4096  # in the gateway at once; the engine bounds its own queue besides
+    max_queue_s: float | None = None  # refuse a request that would wait longer for its first token
     max_request_s: float = 600.0
     max_queue_age_s: float = 60.0  # older waiting requests than this turn readiness off
     unready_after_failure_s: float = 5.0  # readiness stays off this long after a request ended as unavailable
@@ -39,6 +40,8 @@ class GatewaySettings:
     def __post_init__(self) -> None:
         if self.engine_id_key is not None and len(self.engine_id_key) < MIN_KEY_BYTES:
             raise ConfigError(f"engine_id_key has {len(self.engine_id_key)} bytes: derive it from the cluster secret")
+        if self.max_queue_s is not None and not self.max_queue_s > 0:
+            raise ConfigError(f"max_queue_s={self.max_queue_s} must be above 0: leave it out to bound only the number")
         for address in filter(None, (self.address, self.metrics_address)):
             host_and_port(address)
         if (self.tls_certificate is None) != (self.tls_key is None):

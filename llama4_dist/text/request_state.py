@@ -70,7 +70,7 @@ class RequestState:
 
     @property
     def done(self) -> bool:
-        return not self.running
+        return all(sequence.ended for sequence in self._sequences.values())
 
     @property
     def num_tokens(self) -> tuple[int, ...]:

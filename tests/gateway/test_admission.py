@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import grpc
 import pytest
@@ -19,12 +20,21 @@ from tests.gateway.serving import eventually, serving
 NO_RETRY = ConnectOptions(max_attempts=1)
 
 
+class Clock:
+    """Stands where it is put."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 async def test_refused_callers_are_told_times_apart() -> None:
-    clock = iter(range(100))
-    admission = Admission(1, lambda: float(next(clock)))
+    clock = Clock()
+    admission = Admission(1, clock)
     for _ in range(50):  # one call a second ends
         with admission.enter():
-            pass
+            clock.now_s += 1.0
     with admission.enter():
         waits = []
         for _ in range(3):
@@ -34,6 +44,77 @@ async def test_refused_callers_are_told_times_apart() -> None:
     assert waits == pytest.approx([waits[0], 2 * waits[0], 3 * waits[0]])
     assert waits[0] == pytest.approx(1.0, rel=0.05)
     assert admission.in_flight == 0
+
+
+async def test_who_would_wait_too_long_is_refused_and_who_would_not_is_let_in() -> None:
+    """Ten begin a second, so with a bound of a second ten may wait; one more begins, and one more may come."""
+    clock = Clock()
+    admission = Admission(1000, clock, max_queue_s=1.0)
+    with ExitStack() as held:
+        began = [held.enter_context(admission.enter()) for _ in range(60)]
+        for begin in began[:50]:
+            clock.now_s += 0.1
+            begin()
+        assert admission.in_flight == 60
+        held.enter_context(admission.enter())
+        with pytest.raises(OverloadedError, match=r"the wait would be 1\.1 s"), admission.enter():
+            pass
+        began[50]()
+        held.enter_context(admission.enter())
+    assert admission.in_flight == 0
+
+
+async def test_a_burst_on_an_idle_engine_is_let_in_whatever_the_pace_was() -> None:
+    clock = Clock()
+    admission = Admission(1000, clock, max_queue_s=1.0)
+    with ExitStack() as held:
+        for _ in range(20):  # one at a time, half a second each: a slow pace, but no queue
+            begin = held.enter_context(admission.enter())
+            clock.now_s += 0.5
+            begin()
+        for _ in range(100):
+            held.enter_context(admission.enter())
+        clock.now_s += 0.3  # none of them has begun
+        with pytest.raises(OverloadedError), admission.enter():
+            pass
+
+
+async def test_without_a_bound_on_the_wait_only_the_number_counts() -> None:
+    clock = Clock()
+    admission = Admission(3, clock)
+    with ExitStack() as held:
+        for _ in range(3):
+            held.enter_context(admission.enter())
+            clock.now_s += 1000.0
+        with pytest.raises(OverloadedError, match="the limit is 3"), admission.enter():
+            pass
+
+
+def test_a_queue_that_is_too_slow_refuses_over_the_wire() -> None:
+    engine = ScriptedEngine(step_s=0.001, running_bound=1)
+    engine.paused.set()
+    with (
+        serving(engine, settings=GatewaySettings(max_queue_s=0.2)) as served,
+        Client(served.address, NO_RETRY) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        first = pool.submit(client.generate, [1], Sampling(max_tokens=2))
+        assert eventually(lambda: engine.num_held == 1)
+        assert eventually(lambda: refused_for_its_wait(client))
+        engine.paused.clear()
+        assert first.result().token_ids == expected_tokens([1], 2)
+        assert client.generate([2], Sampling(max_tokens=2)).token_ids == expected_tokens([2], 2)
+
+
+def refused_for_its_wait(client: Client) -> bool:
+    """Ask with little patience: a request that is let in has to leave again."""
+    try:
+        client.generate([2], Sampling(max_tokens=2), timeout_s=0.05)
+    except DeadlineExceededError:
+        return False
+    except OverloadedError as error:
+        return "the wait would be" in error.message
+    return False
 
 
 def test_a_burst_fills_the_bound_and_the_rest_is_refused_at_once() -> None:
