@@ -1,6 +1,6 @@
 """Puts an engine together: checkpoint, model, experts and dispatcher in one process. Never imports Ray."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.dispatch.dispatcher import Dispatcher
+from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.engine import kv_sizing
 from llama4_dist.engine.apart import apart
 from llama4_dist.engine.engine import EngineCore
@@ -42,6 +43,7 @@ def build_engine(
     options: EngineOptions,
     dtype: torch.dtype,
     device: str = "cpu",
+    local_hosts: Sequence[ExpertServer] = (),
     progress: Progress | None = None,
     on_close: Callable[[], None] | None = None,
 ) -> LocalEngine:
@@ -76,6 +78,7 @@ def build_engine(
         eos_token_ids=checkpoint.generation.eos_token_ids or config.eos_token_ids,
         device=device,
     )
+    core.runner.local_hosts = local_hosts
     return LocalEngine(core, on_close=on_close)
 
 
@@ -97,7 +100,7 @@ def build_single_process(
         checkpoint = Checkpoint.open(Path(model_dir))
         resources.callback(checkpoint.close)
         torch_dtype = resolve_dtype(dtype, checkpoint.config.dtype)
-        dispatcher = start_inproc_hosts(
+        dispatcher, servers = start_inproc_hosts(
             checkpoint, num_hosts=num_inproc_hosts, dtype=torch_dtype, device=device, resources=resources
         )
         engine = build_engine(
@@ -106,6 +109,7 @@ def build_single_process(
             options=options or EngineOptions(),
             dtype=torch_dtype,
             device=device,
+            local_hosts=servers,
             progress=progress,
         )
         engine.on_close = resources.pop_all().close

@@ -1,9 +1,9 @@
 """What an engine counts about itself; plain additions on the engine's thread, read from any."""
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 from llama4_dist.request import FinishReason
+from llama4_dist.stations import Stations
 
 
 @dataclass(slots=True)
@@ -17,15 +17,12 @@ class Counters:
     finished: int = 0
     cancelled: int = 0
     failed: int = 0
-    station_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    stations: Stations = field(default_factory=Stations)
 
     def next_step(self) -> int:
         """Return the number of the step that begins now, from 1."""
         self.steps += 1
         return self.steps
-
-    def add_seconds(self, station: str, seconds: float) -> None:
-        self.station_seconds[station] += seconds
 
     def count_end(self, finish: FinishReason | None) -> None:
         """Count the end of a request; no finish reason means it failed."""

@@ -20,6 +20,7 @@ from llama4_dist.engine.stopping import finish_reason
 from llama4_dist.errors import DeadlineExceededError, Llama4Error
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.request import EngineLimits, EngineRequest, FinishReason, TokenOutput
+from llama4_dist.stations import SCHEDULE
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class EngineCore:
         allocator = PageAllocator(options.num_blocks)
         self.scheduler = Scheduler(allocator, cache.layout, options, fingerprint=cache.fingerprint)
         self.counters = Counters()
-        self.runner = StepRunner(model, cache, dispatcher, counters=self.counters, clock=clock, device=device)
+        self.runner = StepRunner(model, cache, dispatcher, counters=self.counters, device=device)
         self.clock = clock
         self.times = StepTimes()
         self.held_since_s: float | None = None  # since when steps wait for an expert that no host serves
@@ -89,6 +90,8 @@ class EngineCore:
         """Run one step and return what it produced, ends and errors included."""
         started_s = self.clock()
         outputs = self._expire(started_s)
+        stations = self.counters.stations
+        stations.begin()
         plan = self.scheduler.schedule(
             max_prompt_tokens=self.times.prompt_tokens_beside_decodes(
                 self.options.max_decode_slowdown, at_least=self.options.block_size
@@ -98,7 +101,7 @@ class EngineCore:
             if sequence.queue_s is None:
                 sequence.queue_s = started_s - sequence.arrived_s
                 self.counters.prompt_tokens += sequence.num_prompt_tokens
-        self.counters.add_seconds("schedule", self.clock() - started_s)
+        stations.mark(SCHEDULE)
         if plan.spans:
             num_decodes = sum(span.sequence.num_pending == 1 for span in plan.spans)
             results = self.runner.run(plan.spans)
@@ -111,6 +114,7 @@ class EngineCore:
             self._keep_prefixes(plan)  # before a sequence ends and gives its pages back
             outputs += [self._commit(sequence, result) for sequence, result in results]
             outputs += self._hold(self.runner.held)
+            stations.end_step()
         if self.options.debug_invariants:
             self.scheduler.check()
         return outputs

@@ -18,8 +18,8 @@ WORKER = "local"
 
 def start_inproc_hosts(
     checkpoint: Checkpoint, *, num_hosts: int, dtype: torch.dtype, device: str, resources: ExitStack
-) -> Dispatcher:
-    """Spread the experts over `num_hosts` hosts and return a dispatcher linked to each; `resources` closes it."""
+) -> tuple[Dispatcher, list[ExpertServer]]:
+    """Spread the experts over `num_hosts` hosts and return a dispatcher with a link to each, and the hosts."""
     if num_hosts < 1:
         raise ConfigError(f"num_inproc_hosts={num_hosts} must be at least 1")
     config = checkpoint.config
@@ -30,6 +30,7 @@ def start_inproc_hosts(
     }
     limits = LinkLimits()
     links: dict[str, Link] = {}
+    servers: list[ExpertServer] = []
     for host in sorted(set(host_of.values())):
         experts = ExpertStore(checkpoint, dtype=dtype, device=device)
         experts.add([key for key, holder in host_of.items() if holder == host])
@@ -46,6 +47,7 @@ def start_inproc_hosts(
             dtype=dtype,
             limits=limits,
         )
+        servers.append(server)
         links[host] = server.open_inproc(worker=WORKER, incarnation=0)
     whole = {key: _whole(host, config.expert_width) for key, host in host_of.items()}
     dispatcher = Dispatcher(
@@ -58,7 +60,7 @@ def start_inproc_hosts(
         device=device,
     )
     resources.callback(dispatcher.close)
-    return dispatcher
+    return dispatcher, servers
 
 
 def _whole(host: str, width: int) -> tuple[Replica, ...]:

@@ -16,11 +16,12 @@ OnOutputs = Callable[[Sequence[TokenOutput]], None]
 class EngineStats:
     """Gauges and counters since the engine was built; `admitted = finished + cancelled + failed + live`.
 
-    `station_seconds` sums wall time per station of a step: schedule, model (all of the forward pass), dispatch_wait
-    (the part of model spent waiting for expert rows), sample. `host_*` are per expert host. `requests_replayed` counts
-    the times a group gave a request to another engine because its own was lost. `kv_blocks_cached` are free pages kept
-    for the prefixes in them; `prefix_hits` admissions that found some, `prefix_tokens` the positions they did not
-    compute, `prefix_evictions` cached pages that were needed for something else.
+    `station_seconds` sums wall time per station of a step, and `station_steps` counts steps by the time they spent
+    there, by bucket; names and buckets are those of `llama4_dist.stations`. `host_*` are per expert host.
+    `requests_replayed` counts the times a group gave a request to another engine because its own was lost.
+    `kv_blocks_cached` are free pages kept for the prefixes in them; `prefix_hits` admissions that found some,
+    `prefix_tokens` the positions they did not compute, `prefix_evictions` cached pages that were needed for something
+    else.
     """
 
     requests_running: int = 0
@@ -42,6 +43,7 @@ class EngineStats:
     requests_replayed: int = 0
     max_queue_age_s: float = 0.0
     station_seconds: Mapping[str, float] = field(default_factory=dict)
+    station_steps: Mapping[str, int] = field(default_factory=dict)
     host_rows: Mapping[str, int] = field(default_factory=dict)
     host_bytes_out: Mapping[str, int] = field(default_factory=dict)
     host_bytes_in: Mapping[str, int] = field(default_factory=dict)

@@ -1,12 +1,14 @@
 """Computes one planned step: batch, forward pass, sampling. Turns every failure into errors of those it concerns."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from time import perf_counter_ns
 from typing import Protocol
 
 from torch import Tensor
 
 from llama4_dist.dispatch.dispatcher import Dispatcher
+from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.engine import prompt_logprobs
 from llama4_dist.engine.batch_builder import build_batch
 from llama4_dist.engine.counters import Counters
@@ -16,6 +18,7 @@ from llama4_dist.engine.sequence import SequenceState
 from llama4_dist.errors import EngineError, Llama4Error, UnavailableError
 from llama4_dist.model.batch import Batch
 from llama4_dist.model.kv_cache import KVCache
+from llama4_dist.stations import COMBINE, DISPATCH_WAIT, EXPERT, MODEL, OTHER, SAMPLE
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +41,6 @@ class StepRunner:
         dispatcher: Dispatcher,
         *,
         counters: Counters,
-        clock: Callable[[], float],
         device: str,
     ) -> None:
         self.model = model
@@ -47,7 +49,7 @@ class StepRunner:
         self._cache = cache
         self.held: dict[SequenceState, UnavailableError] = {}  # what the last `run` left as it was, and why
         self._counters = counters
-        self._clock = clock
+        self.local_hosts: Sequence[ExpertServer] = ()  # whose experts are computed on this thread
 
     def run(self, spans: Sequence[PlannedSpan]) -> list[Result]:
         """Compute the spans; return a token for each sequence that has none pending, or its error.
@@ -74,23 +76,37 @@ class StepRunner:
 
     def forward(self, batch: Batch) -> Tensor:
         """Run the model on a batch, timed; return logits_PV."""
-        started_s = self._clock()
+        stations, traffic = self._counters.stations, self.dispatcher.stats()
+        waited_s, computed_s = traffic.wait_seconds, self._compute_seconds()
+        started_ns = perf_counter_ns()
+        stations.begin()
         try:
             return self.model.forward(batch, self._cache, self.dispatcher)
         except BaseException:
             self.dispatcher.begin_step(batch.step)  # forgets the rows that a broken pass left in flight
             raise
         finally:
-            self._counters.add_seconds("model", self._clock() - started_s)
+            stations.mark(OTHER)
+            stations.add(MODEL, perf_counter_ns() - started_ns)
+            waited_ns = round(1e9 * (traffic.wait_seconds - waited_s))
+            computed_ns = round(1e9 * (self._compute_seconds() - computed_s))
+            stations.add(DISPATCH_WAIT, waited_ns)
+            stations.add(EXPERT, computed_ns)
+            # Both happened within what the model marked as combine; in one that marks nothing, as other.
+            inside_ns = waited_ns + computed_ns
+            stations.add(COMBINE if stations.step_ns[COMBINE] >= inside_ns else OTHER, -inside_ns)
+
+    def _compute_seconds(self) -> float:
+        return sum(host.stats().compute_seconds for host in self.local_hosts)
 
     def _compute(self, spans: Sequence[PlannedSpan]) -> list[Result]:
         step_batch = build_batch(spans, step=self._counters.next_step(), device=self.device)
         logits_PV = self.forward(step_batch.batch)
-        started_s = self._clock()
+        self._counters.stations.begin()
         for rows in step_batch.prompt_rows:
             prompt_logprobs.collect(rows, logits_PV)
         results = sample(logits_PV[list(step_batch.sampled_rows)], step_batch.sampled)
         for span in spans:
             span.sequence.num_cached += span.num_tokens
-        self._counters.add_seconds("sample", self._clock() - started_s)
+        self._counters.stations.mark(SAMPLE)
         return list(zip(step_batch.sampled, results, strict=True))

@@ -7,6 +7,7 @@ A step of many sequences is delivered in slices, so that the loop is never long 
 import asyncio
 import logging
 import secrets
+import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -35,7 +36,7 @@ from llama4_dist.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-SLICE = 16  # outputs delivered in one pass of the event loop
+SLICE = 4  # outputs delivered in one pass of the event loop; gRPC takes in one new call every other pass
 
 
 class Generations:
@@ -53,6 +54,8 @@ class Generations:
         self._sequences: dict[str, RunningRequest] = {}
         self._leaving = Leaving()
         self._undelivered: deque[TokenOutput] = deque()
+        self._num_arrived = 0
+        self._steps: deque[tuple[int, float]] = deque()  # num_arrived after each, and when the engine handed it over
         self._loop = asyncio.get_running_loop()
         self.last_unavailable_s: float | None = None  # on the loop's clock
 
@@ -171,13 +174,15 @@ class Generations:
     def _on_outputs(self, outputs: Sequence[TokenOutput]) -> None:
         """Hand one step's outputs to the loop; called on the engine's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._arrive, tuple(outputs))
+            self._loop.call_soon_threadsafe(self._arrive, tuple(outputs), time.perf_counter())
         except RuntimeError:
             log.info("outputs_dropped reason=loop_closed")  # the server is gone, and so is every reader
 
-    def _arrive(self, outputs: Sequence[TokenOutput]) -> None:
+    def _arrive(self, outputs: Sequence[TokenOutput], handed_over_s: float) -> None:
         idle = not self._undelivered
         self._undelivered += outputs
+        self._num_arrived += len(outputs)
+        self._steps.append((self._num_arrived, handed_over_s))
         if idle:
             self._deliver()
 
@@ -194,6 +199,10 @@ class Generations:
                 touched[running] = None
         for running in touched:
             running.wake()
+        num_delivered = self._num_arrived - len(self._undelivered)
+        while self._steps and self._steps[0][0] <= num_delivered:
+            _, handed_over_s = self._steps.popleft()
+            self._metrics.stream_seconds.observe(time.perf_counter() - handed_over_s)
         if self._undelivered:
             self._loop.call_soon(self._deliver)
 

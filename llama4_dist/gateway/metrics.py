@@ -1,12 +1,15 @@
 """Prometheus metrics of the gateway under vLLM's base names; owns its registry and knows no request."""
 
+import itertools
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 from llama4_dist.engine.port import EngineStats
 from llama4_dist.errors import Llama4Error
+from llama4_dist.stations import BOUNDS_S, buckets
 
 PREFIX = "llama4_dist"
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -36,6 +39,8 @@ class Metrics:
         self.inter_token_seconds = self._latency("inter_token_latency_seconds", TOKEN_BUCKETS_S)
         self.request_seconds = self._latency("e2e_request_latency_seconds", LATENCY_BUCKETS_S)
         self.queue_seconds = self._latency("queue_time_seconds", LATENCY_BUCKETS_S)
+        # The station after the engine's own: a step's tokens on their way to the streams that carry them.
+        self.stream_seconds = self._latency("stream_seconds", BOUNDS_S)
 
     def _latency(self, name: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"{PREFIX}_{name}", name.replace("_", " "), buckets=buckets, registry=self.registry)
@@ -108,8 +113,10 @@ class EngineCollector:
                 family.add_metric((host, direction), value)
         return family
 
-    def _stations(self, stats: EngineStats) -> CounterMetricFamily:
-        family = CounterMetricFamily(f"{PREFIX}_station_seconds", "engine time by station", labels=("station",))
+    def _stations(self, stats: EngineStats) -> HistogramMetricFamily:
+        family = HistogramMetricFamily(f"{PREFIX}_station_seconds", "time of a step by station", labels=("station",))
         for station, seconds in stats.station_seconds.items():
-            family.add_metric((station,), seconds)
+            numbers = itertools.accumulate(buckets(stats.station_steps, station))
+            bounds = [*map(floatToGoString, BOUNDS_S), "+Inf"]
+            family.add_metric((station,), list(zip(bounds, numbers, strict=True)), seconds)
         return family

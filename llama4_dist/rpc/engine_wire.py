@@ -37,7 +37,7 @@ STATS_NUMBERS = (
     "requests_failed", "requests_replayed", "max_queue_age_s", "kv_blocks_cached", "prefix_hits", "prefix_tokens",
     "prefix_evictions",
 )  # fmt: skip
-STATS_MAPS = ("station_seconds", "host_rows", "host_bytes_out", "host_bytes_in")
+STATS_MAPS = ("station_seconds", "station_steps", "host_rows", "host_bytes_out", "host_bytes_in")
 
 FINISH_TO_WIRE = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from llama4_dist import stations
 from llama4_dist.engine.local import LocalEngine
 from llama4_dist.errors import DuplicateRequestError, EngineError, OverloadedError, UnavailableError
 from llama4_dist.request import FinishReason
@@ -318,7 +319,8 @@ def test_stats_balance_while_running(start: Start) -> None:
     assert (stats.requests_admitted, stats.requests_finished) == (5, 5)
     assert (stats.prompt_tokens, stats.generated_tokens) == (10, 15)
     assert stats.max_queue_age_s == 0.0
-    assert set(stats.station_seconds) == {"schedule", "model", "sample", "dispatch_wait"}
+    assert set(stats.station_seconds) == set(stations.NAMES)
+    assert sum(stations.buckets(stats.station_steps, "model")) == stats.steps
 
 
 def test_callers_of_many_threads_at_once_lose_nothing(start: Start) -> None:

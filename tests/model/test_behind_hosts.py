@@ -20,7 +20,7 @@ def test_logits_do_not_depend_on_where_experts_live(tmp_path: Path, preset: str,
     runner = Runner.load(checkpoint)
     expected_TV = runner.in_chunks(token_ids, [41, 1])
     with ExitStack() as resources:
-        dispatcher = start_inproc_hosts(
+        dispatcher, _ = start_inproc_hosts(
             checkpoint, num_hosts=num_hosts, dtype=torch.float32, device="cpu", resources=resources
         )
         behind_hosts = Runner(runner.model, dispatcher, runner.cache, runner.max_tokens, runner.sequences)

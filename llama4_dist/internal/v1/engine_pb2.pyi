@@ -233,7 +233,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "steps", "prompt_tokens", "generated_tokens", "preemptions", "requests_admitted", "requests_finished", "requests_cancelled", "requests_failed", "max_queue_age_s", "station_seconds", "host_rows", "host_bytes_out", "host_bytes_in", "requests_replayed", "kv_blocks_cached", "prefix_hits", "prefix_tokens", "prefix_evictions")
+    __slots__ = ("requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "steps", "prompt_tokens", "generated_tokens", "preemptions", "requests_admitted", "requests_finished", "requests_cancelled", "requests_failed", "max_queue_age_s", "station_seconds", "host_rows", "host_bytes_out", "host_bytes_in", "requests_replayed", "kv_blocks_cached", "prefix_hits", "prefix_tokens", "prefix_evictions", "station_steps")
     class StationSecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -262,6 +262,13 @@ class GetStatsResponse(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class StationStepsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -284,6 +291,7 @@ class GetStatsResponse(_message.Message):
     PREFIX_HITS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    STATION_STEPS_FIELD_NUMBER: _ClassVar[int]
     requests_running: int
     requests_waiting: int
     kv_blocks_total: int
@@ -306,7 +314,8 @@ class GetStatsResponse(_message.Message):
     prefix_hits: int
     prefix_tokens: int
     prefix_evictions: int
-    def __init__(self, requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., requests_admitted: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., requests_failed: _Optional[int] = ..., max_queue_age_s: _Optional[float] = ..., station_seconds: _Optional[_Mapping[str, float]] = ..., host_rows: _Optional[_Mapping[str, int]] = ..., host_bytes_out: _Optional[_Mapping[str, int]] = ..., host_bytes_in: _Optional[_Mapping[str, int]] = ..., requests_replayed: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., prefix_evictions: _Optional[int] = ...) -> None: ...
+    station_steps: _containers.ScalarMap[str, int]
+    def __init__(self, requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., requests_admitted: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., requests_failed: _Optional[int] = ..., max_queue_age_s: _Optional[float] = ..., station_seconds: _Optional[_Mapping[str, float]] = ..., host_rows: _Optional[_Mapping[str, int]] = ..., host_bytes_out: _Optional[_Mapping[str, int]] = ..., host_bytes_in: _Optional[_Mapping[str, int]] = ..., requests_replayed: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., prefix_evictions: _Optional[int] = ..., station_steps: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class GetLimitsRequest(_message.Message):
     __slots__ = ()
