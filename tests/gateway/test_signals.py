@@ -1,5 +1,7 @@
 """SIGTERM once drains, twice stops at once; a real process and real signals."""
 
+import gc
+import os
 import signal
 import subprocess
 import time
@@ -8,8 +10,10 @@ import pytest
 
 from llama4_dist.client import Client
 from llama4_dist.errors import UnavailableError
+from llama4_dist.gateway.run import Gateway, serve
+from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.request import Sampling
-from tests.gateway.scripted_engine import expected_tokens
+from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
 from tests.gateway.serving import eventually
 from tests.gateway.serving_process import serving_process
 
@@ -53,3 +57,17 @@ def test_the_second_signal_stops_at_once() -> None:
         assert cut.value.reason == "DRAINING"
         assert running.wait(timeout=10) == 0
         assert time.monotonic() - began_s < 5.0
+
+
+async def test_what_was_made_before_serving_is_kept_out_of_garbage_collection() -> None:
+    """A full collection over torch's objects stands still for tens of milliseconds."""
+    engine, seen = ScriptedEngine(), []
+
+    def on_ready(gateway: Gateway) -> None:
+        seen.append(gc.get_freeze_count())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    await serve(engine, None, GatewaySettings(address="127.0.0.1:0"), on_ready=on_ready)
+    engine.close()
+    assert seen[0] > 10_000
+    assert gc.get_freeze_count() == 0
