@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llama4_dist.cli.bench import bench_app
 from llama4_dist.cli.cluster import cluster_app
 from llama4_dist.cli.experts import experts_app
 from llama4_dist.cli.flags import JsonFlag, TlsCa, Token, parse_seconds
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench_app)
 app.add_typer(cluster_app)
 app.add_typer(experts_app)
 
