@@ -80,3 +80,73 @@ def serve(
         json_file,
         plot,
     )
+
+
+@bench_app.command()
+def latency(
+    model: Model,
+    batch_size: Annotated[int, typer.Option(help="Sequences that run together.")] = 1,
+    input_len: InputLen = 32,
+    output_len: OutputLen = 128,
+    num_iters: Annotated[int, typer.Option(help="Batches measured.")] = 5,
+    num_iters_warmup: Annotated[int, typer.Option(help="Batches before them.")] = 1,
+    dtype: Dtype = "auto",
+    num_threads: Threads = None,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Time one batch on an engine of this process: as a whole, to its first token, and step by step."""
+    from llama4_dist.cli.bench_engine import EngineBench, run_bench_latency
+
+    bench = EngineBench(
+        model=model,
+        number=batch_size,
+        input_len=input_len,
+        output_len=output_len,
+        dtype=dtype,
+        num_threads=num_threads,
+        seed=seed,
+        iterations=num_iters,
+        warmups=num_iters_warmup,
+    )
+    run_bench_latency(bench, json_file)
+
+
+@bench_app.command()
+def throughput(
+    model: Model,
+    num_prompts: Annotated[int, typer.Option(help="Prompts, all given at once.")] = 64,
+    input_len: InputLen = 64,
+    output_len: OutputLen = 64,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time went, by station.")] = False,
+    dtype: Dtype = "auto",
+    num_threads: Threads = None,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure tokens a second of an engine of this process that has all prompts at once."""
+    from llama4_dist.cli.bench_engine import EngineBench, run_bench_throughput
+
+    bench = EngineBench(
+        model=model,
+        number=num_prompts,
+        input_len=input_len,
+        output_len=output_len,
+        dtype=dtype,
+        num_threads=num_threads,
+        seed=seed,
+    )
+    run_bench_throughput(bench, profile, json_file)
+
+
+@bench_app.command()
+def startup(
+    model: Model,
+    rounds: Annotated[int, typer.Option(help="Fresh processes.")] = 5,
+    dtype: Dtype = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Time a start in fresh processes: imports, opening the checkpoint, loading, the first token."""
+    from llama4_dist.cli.bench_engine import run_bench_startup
+
+    run_bench_startup(model, dtype, rounds, json_file)
