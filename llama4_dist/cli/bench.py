@@ -150,3 +150,17 @@ def startup(
     from llama4_dist.cli.bench_engine import run_bench_startup
 
     run_bench_startup(model, dtype, rounds, json_file)
+
+
+@bench_app.command()
+def dispatch(
+    rows: Annotated[str, typer.Option(help="Rows of a round trip, several to compare.")] = "1,16,256",
+    width: Annotated[int, typer.Option(help="Numbers of a row; 4 bytes each.")] = 1024,
+    rounds: Annotated[int, typer.Option(help="Turns of 20 round trips each.")] = 30,
+    tcp: Annotated[bool, typer.Option("--tcp", help="TCP over loopback instead of Unix sockets.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Time rows to an expert host in another process and back, beside a bare socket echo of the same bytes."""
+    from llama4_dist.cli.bench_engine import run_bench_dispatch
+
+    run_bench_dispatch(rows, width, rounds, tcp, json_file)

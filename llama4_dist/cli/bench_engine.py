@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llama4_dist.bench import startup
+from llama4_dist.bench import dispatch, startup
 from llama4_dist.bench.arrivals import plan
 from llama4_dist.bench.offline import BatchRunner, latency_figures, profile, throughput_figures
 from llama4_dist.bench.records import wrong
@@ -17,6 +17,7 @@ from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.port import Engine
 from llama4_dist.llm.open_engine import open_engine
 
+MAX_ROWS = 65536
 LATENCY = (
     "avg_latency_ms",
     "p50_latency_ms",
@@ -164,3 +165,22 @@ def requests_of(bench: EngineBench, engine: Engine) -> Any:
 def title(bench: EngineBench) -> str:
     """Name what was run."""
     return f"{bench.model.name}: {bench.input_len} tokens in, {bench.output_len} out"
+
+
+def run_bench_dispatch(rows: str, width: int, rounds: int, tcp: bool, json_file: Path | None) -> None:
+    """Measure the round trip for each number of rows and show it beside the bare echo."""
+    quiet = json_file == STDOUT
+    with reporting(quiet):
+        numbers = [int(part) if part.isdecimal() else 0 for part in rows.split(",")]
+        if not all(0 < number <= MAX_ROWS for number in numbers):
+            raise wrong("rows", f"{rows!r}: give numbers of 1 to {MAX_ROWS}, e.g. 1,16,256")
+        for field, value in (("width", width), ("rounds", rounds)):
+            if value < 1:
+                raise wrong(field, f"{value}: give at least 1")
+        with counting("sizes", len(numbers), quiet=quiet) as on_done:
+            results = dispatch.measure_dispatch(numbers, width=width, rounds=rounds, tcp=tcp, on_done=on_done)
+        transport = "tcp" if tcp else "unix"
+        settings = {"rows": numbers, "width": width, "rounds": rounds, "transport": transport}
+        if write(json_file, "dispatch", settings, results):
+            names = [name for name in results[0] if name != "rows"]
+            show_columns(f"Round trip of rows of {width} float32 over {transport} sockets", names, results, "rows")

@@ -1,7 +1,6 @@
 """The ledger of running requests: starts them in the engine, lets calls join them, and aborts what nobody reads.
 
 One callback per engine step crosses from the engine's thread to the event loop; everything else here is the loop's.
-A step of many sequences is delivered in slices, so that the loop is never long away from its sockets.
 """
 
 import asyncio
@@ -9,7 +8,6 @@ import logging
 import secrets
 import time
 import uuid
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -23,6 +21,7 @@ from llama4_dist.errors import (
     NotFoundError,
     UnavailableError,
 )
+from llama4_dist.gateway.delivery import Delivery
 from llama4_dist.gateway.engine_ids import EngineIds
 from llama4_dist.gateway.leaving import Leaving
 from llama4_dist.gateway.metrics import Metrics
@@ -35,8 +34,6 @@ from llama4_dist.text.request_state import RequestState
 from llama4_dist.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-SLICE = 4  # outputs delivered in one pass of the event loop; gRPC takes in one new call every other pass
 
 
 class Generations:
@@ -53,10 +50,8 @@ class Generations:
         self._requests: dict[tuple[str, str], RunningRequest] = {}
         self._sequences: dict[str, RunningRequest] = {}
         self._leaving = Leaving()
-        self._undelivered: deque[TokenOutput] = deque()
-        self._num_arrived = 0
-        self._steps: deque[tuple[int, float]] = deque()  # num_arrived after each, and when the engine handed it over
         self._loop = asyncio.get_running_loop()
+        self._delivery = Delivery(self._loop, self._take, on_step=metrics.stream_seconds.observe)
         self.last_unavailable_s: float | None = None  # on the loop's clock
 
     def start(self) -> None:
@@ -174,37 +169,9 @@ class Generations:
     def _on_outputs(self, outputs: Sequence[TokenOutput]) -> None:
         """Hand one step's outputs to the loop; called on the engine's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._arrive, tuple(outputs), time.perf_counter())
-        except RuntimeError:
-            log.info("outputs_dropped reason=loop_closed")  # the server is gone, and so is every reader
-
-    def _arrive(self, outputs: Sequence[TokenOutput], handed_over_s: float) -> None:
-        idle = not self._undelivered
-        self._undelivered += outputs
-        self._num_arrived += len(outputs)
-        self._steps.append((self._num_arrived, handed_over_s))
-        if idle:
-            self._deliver()
-
-    def _deliver(self) -> None:
-        """Deliver a slice and come again after one pass of the loop: what else came, refusals above all, goes between.
-
-        A reader that was woken writes in that pass, so a slice also bounds how many messages are written in a row.
-        """
-        now_s = self._loop.time()
-        touched: dict[RunningRequest, None] = {}
-        for _ in range(min(SLICE, len(self._undelivered))):
-            running = self._take(self._undelivered.popleft(), now_s)
-            if running is not None:
-                touched[running] = None
-        for running in touched:
-            running.wake()
-        num_delivered = self._num_arrived - len(self._undelivered)
-        while self._steps and self._steps[0][0] <= num_delivered:
-            _, handed_over_s = self._steps.popleft()
-            self._metrics.stream_seconds.observe(time.perf_counter() - handed_over_s)
-        if self._undelivered:
-            self._loop.call_soon(self._deliver)
+            self._loop.call_soon_threadsafe(self._delivery.arrive, tuple(outputs), time.perf_counter())
+        except RuntimeError:  # the server is gone, and so is every reader
+            log.info("outputs_dropped reason=loop_closed")
 
     def _take(self, output: TokenOutput, now_s: float) -> RunningRequest | None:
         """Add one output to the record of its request and return that."""
@@ -215,10 +182,7 @@ class Generations:
         was_behind = not running.caught_up
         events = running.take(output)
         if not was_behind:  # what is caught up with was generated long ago
-            num_tokens = 0
-            for event in events:
-                num_tokens += len(event.token_ids) if isinstance(event, Delta) else 0
-            self._observe(running, num_tokens, now_s)
+            self._observe(running, sum([len(event.token_ids) for event in events if isinstance(event, Delta)]), now_s)
         for event in events:
             if isinstance(event, Finished):
                 self._end(output, event)

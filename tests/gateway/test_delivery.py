@@ -4,8 +4,9 @@ import asyncio
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 from llama4_dist.engine.port import OnOutputs
+from llama4_dist.gateway.delivery import SLICE
 from llama4_dist.gateway.engine_ids import EngineIds
-from llama4_dist.gateway.generations import SLICE, Generations
+from llama4_dist.gateway.generations import Generations
 from llama4_dist.gateway.metrics import Metrics
 from llama4_dist.gateway.running import RunningRequest
 from llama4_dist.request import EngineRequest, FinishReason, Sampling, TokenOutput
