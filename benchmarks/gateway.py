@@ -33,7 +33,7 @@ from llama4_dist.client import ConnectOptions
 from llama4_dist.v1 import inference_pb2
 
 SHAPES = ((32, 8.0), (64, 8.0), (64, 4.0), (128, 4.0), (256, 64.0), (1000, 250.0))  # streams, step in ms
-OVERLOAD = {"slots": 64, "step_ms": 10.0, "output_len": 32, "max_queue_s": 0.4}
+SLOTS, OUTPUT_LEN, MAX_QUEUE_S = 64, 32, 0.4  # of the engine that is overloaded
 OBJECTIVES = "ttft:1000,tpot:50"
 Arrived = list[list[tuple[float, bytes]]]
 
@@ -102,17 +102,17 @@ def measure_streams(number: int, step_ms: float, seconds: float, folder: Path) -
     }
 
 
-def measure_overload(multiples: list[float], seconds: float) -> list[dict[str, object]]:
-    """Send at multiples of the rate that the engine's slots allow; the first third of each run is warm-up."""
-    peak = OVERLOAD["slots"] / (OVERLOAD["output_len"] * OVERLOAD["step_ms"] / 1000)
+def measure_overload(step_ms: float, multiples: list[float], seconds: float) -> list[dict[str, object]]:
+    """Send at multiples of the rate that the engine's slots allow; the first half of each run is warm-up."""
+    peak = SLOTS / (OUTPUT_LEN * step_ms / 1000)
     results = []
-    flags = ("--step-ms", OVERLOAD["step_ms"], "--running", OVERLOAD["slots"], "--max-queue-s", OVERLOAD["max_queue_s"])
+    flags = ("--step-ms", step_ms, "--running", SLOTS, "--max-queue-s", MAX_QUEUE_S)
     with serving(*flags) as (_, port):
         for multiple in multiples:
             times_s = send_times(multiple * peak, round(multiple * peak * seconds), seed=0)
-            requests = plan(times_s, input_len=16, output_len=int(OVERLOAD["output_len"]), vocab_size=1000, seed=0)
+            requests = plan(times_s, input_len=16, output_len=OUTPUT_LEN, vocab_size=1000, seed=0)
             records = run_plan(f"127.0.0.1:{port}", ConnectOptions(max_attempts=1), requests)
-            found = summarise(records, parse_goodput(OBJECTIVES), skip_s=seconds / 3, until_s=times_s[-1])
+            found = summarise(records, parse_goodput(OBJECTIVES), skip_s=seconds / 2, until_s=times_s[-1])
             results.append({"multiple": multiple, "peak_rate": peak, **found})
     return results
 
@@ -130,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each shape; twice that of each rate")
     parser.add_argument("--only", choices=("streams", "overload"))
+    parser.add_argument("--step-ms", type=float, default=20.0, help="of the engine that is overloaded")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     arguments = parser.parse_args()
     figures: dict[str, list[dict[str, Any]]] = {}
@@ -139,7 +140,7 @@ def main() -> None:
         figures["streams"] = rows
         show("streams through one gateway process", rows, list(rows[0]))
     if arguments.only != "streams":
-        rows = measure_overload([0.95, 2.0, 5.0], 2 * arguments.seconds)
+        rows = measure_overload(arguments.step_ms, [0.95, 2.0, 5.0], 2 * arguments.seconds)
         figures["overload"] = rows
         columns = ["multiple", "peak_rate", "request_throughput", "goodput", "p99_ttft_ms", "median_refusal_ms"]
         show(f"overload, objectives {OBJECTIVES} ms", rows, [*columns, "p99_refusal_ms", "p99_send_lag_ms"])

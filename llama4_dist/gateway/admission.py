@@ -40,17 +40,11 @@ class Admission:
 
     @contextmanager
     def enter(self) -> Iterator[Callable[[], None]]:
-        """Hold a place while the call runs; raise OverloadedError or UnavailableError (reason DRAINING).
+        """Hold a place while the call runs, or raise as `check` does.
 
         What it yields is to be called when the first token is there, and does nothing after the first time.
         """
-        if self.draining:
-            raise UnavailableError("the server is shutting down; try another one", reason="DRAINING", retry_after_s=1.0)
-        if self.in_flight >= self.max_requests:
-            raise self.overloaded(f"{self.in_flight} requests are in flight, the limit is {self.max_requests}")
-        expected_s = self._queue.expected_s
-        if expected_s > self._max_queue_s and self._queue.oldest_s > BURST * self._max_queue_s:
-            raise self.overloaded(f"the wait would be {expected_s:.1f} s, the limit is {self._max_queue_s} s")
+        self.check()
         self.in_flight += 1
         self.idle.clear()
         place = object()
@@ -60,6 +54,16 @@ class Admission:
         finally:
             self._queue.leave(place)
             self._exit()
+
+    def check(self) -> None:
+        """Raise OverloadedError, or UnavailableError (reason DRAINING), if a call that came now could not enter."""
+        if self.draining:
+            raise UnavailableError("the server is shutting down; try another one", reason="DRAINING", retry_after_s=1.0)
+        if self.in_flight >= self.max_requests:
+            raise self.overloaded(f"{self.in_flight} requests are in flight, the limit is {self.max_requests}")
+        expected_s = self._queue.expected_s
+        if expected_s > self._max_queue_s and self._queue.oldest_s > BURST * self._max_queue_s:
+            raise self.overloaded(f"the wait would be {expected_s:.1f} s, the limit is {self._max_queue_s} s")
 
     def overloaded(self, why: str) -> OverloadedError:
         """Build a refusal; callers refused in a row are told times one finish apart, so they do not return together."""

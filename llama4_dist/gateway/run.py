@@ -86,6 +86,7 @@ async def running_gateway(
         tokenizer=TokenizerService(tokenizer, limits),
         health=health,
         metrics=metrics,
+        admission=admission,
         extra_services=extra_services,
     )
     with exporter(metrics, settings.metrics_address) as metrics_port:

@@ -1,6 +1,6 @@
 """Assembles the gRPC server: transport limits, services, credentials; refuses to bind what it cannot protect."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import grpc
@@ -10,7 +10,9 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from llama4_dist.errors import ConfigError
+from llama4_dist.gateway.admission import Admission
 from llama4_dist.gateway.auth import AuthInterceptor, Scope, read_tokens
+from llama4_dist.gateway.early_refusal import AdmissionInterceptor
 from llama4_dist.gateway.handlers import service_handler
 from llama4_dist.gateway.health import Health
 from llama4_dist.gateway.metrics import Metrics
@@ -64,6 +66,7 @@ def build_server(
     tokenizer: TokenizerService,
     health: Health,
     metrics: Metrics,
+    admission: Admission,
     extra_services: Services = NO_SERVICES,
 ) -> tuple[grpc.aio.Server, int]:
     """Build the server and bind its port; return both. `extra_services` are the caller's."""
@@ -72,7 +75,8 @@ def build_server(
         tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"]: tokenizer,
         **extra_services,
     }
-    return assemble(settings, services, interceptor=auth_interceptor(settings, metrics), health=health, metrics=metrics)
+    interceptors = [auth_interceptor(settings, metrics), AdmissionInterceptor(admission, metrics)]
+    return assemble(settings, services, interceptors=interceptors, health=health, metrics=metrics)
 
 
 def build_admin_server(
@@ -80,7 +84,7 @@ def build_admin_server(
 ) -> tuple[grpc.aio.Server, int]:
     """Build a server of which every method but health needs the admin scope, and bind its port."""
     return assemble(
-        settings, services, interceptor=admin_interceptor(settings, metrics), health=health, metrics=metrics
+        settings, services, interceptors=[admin_interceptor(settings, metrics)], health=health, metrics=metrics
     )
 
 
@@ -88,15 +92,15 @@ def assemble(
     settings: GatewaySettings,
     served: Services,
     *,
-    interceptor: AuthInterceptor,
+    interceptors: Sequence[grpc.aio.ServerInterceptor],
     health: Health,
     metrics: Metrics,
 ) -> tuple[grpc.aio.Server, int]:
-    """Put services, health and reflection behind the interceptor and bind the port."""
+    """Put services, health and reflection behind the interceptors and bind the port."""
     refuse_slow_protobuf()
     quieten_lost_statuses()
     server = grpc.aio.server(
-        interceptors=[interceptor],
+        interceptors=interceptors,
         options=server_options(settings),
         # Calls beyond what admission refuses politely are refused by the transport.
         maximum_concurrent_rpcs=2 * settings.max_requests + 64,

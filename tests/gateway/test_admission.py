@@ -164,6 +164,36 @@ def test_a_refusal_carries_push_back_and_no_headers() -> None:
         assert served.gateway.admission.in_flight == 0
 
 
+@pytest.mark.parametrize("method", ["Generate", "StreamGenerate", "Chat", "StreamChat"])
+def test_a_full_gateway_does_not_read_what_it_refuses(method: str) -> None:
+    """The body is no message at all; a gateway with room says so, and a full one has not looked."""
+    engine = ScriptedEngine(step_s=0.001)
+    engine.paused.set()
+    settings = GatewaySettings(max_requests=1)
+    with (
+        serving(engine, settings=settings) as served,
+        grpc.insecure_channel(served.address) as channel,
+        Client(served.address, NO_RETRY) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        kind = channel.unary_stream if method.startswith("Stream") else channel.unary_unary
+        call = kind(f"/llama4_dist.v1.InferenceService/{method}", response_deserializer=bytes)
+        assert code_of(call) is grpc.StatusCode.INVALID_ARGUMENT
+        running = pool.submit(client.generate, [1], Sampling(max_tokens=2))
+        assert eventually(lambda: engine.num_held == 1)
+        assert code_of(call) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        engine.paused.clear()
+        assert running.result().token_ids == expected_tokens([1], 2)
+        assert eventually(lambda: served.gateway.admission.in_flight == 0)
+        assert code_of(call) is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def code_of(call: "grpc.UnaryStreamMultiCallable[bytes, bytes] | grpc.UnaryUnaryMultiCallable[bytes, bytes]") -> object:
+    with pytest.raises(grpc.RpcError) as failure:
+        list(call(b"\xff\xff\xff"))
+    return failure.value.code()
+
+
 def test_our_client_obeys_push_back() -> None:
     engine = ScriptedEngine(step_s=0.001, running_bound=1, max_waiting=0)
     with serving(engine) as served, Client(served.address) as client:
