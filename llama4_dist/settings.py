@@ -74,6 +74,7 @@ class ServeSettings(BaseModel):
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = Field(default=None, description="require client certificates of this CA")
+    reuse_port: bool = Field(default=False, description="share the port with other gateways of this machine")
     reflection: bool = True
     metrics_address: str | None = Field(default=None, description="host:port for Prometheus; loopback only")
     max_message_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=256 * 1024 * 1024)

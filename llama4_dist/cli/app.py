@@ -52,6 +52,9 @@ Period = Annotated[float | None, typer.Option(parser=parse_seconds, metavar="TIM
 MaxQueue = Annotated[
     float | None, typer.Option(help="Refuse a request that would wait longer for its first token, in seconds.")
 ]
+ReusePort = Annotated[
+    bool | None, typer.Option("--reuse-port", help="Share the port with other gateways of this machine.")
+]
 Experts = Annotated[int, typer.Option(help="Expert host processes (with --model); 0 = this process only.")]
 
 
@@ -83,6 +86,7 @@ def serve(
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait.")] = None,
     max_queue_s: MaxQueue = None,
+    reuse_port: ReusePort = None,
     max_context: Annotated[int | None, typer.Option(help="Longest prompt + answer, in tokens.")] = None,
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory of the KV cache, in bytes.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
@@ -111,6 +115,7 @@ def serve_gateway(
     max_num_seqs: Annotated[int | None, typer.Option(help="Requests at once, with max_waiting.")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait.")] = None,
     max_queue_s: MaxQueue = None,
+    reuse_port: ReusePort = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     as_json: JsonFlag = False,

@@ -104,6 +104,7 @@ def settings_of_gateway(settings: ServeSettings, sampling: Sampling, secret: byt
         tls_certificate=settings.tls_certificate,
         tls_key=settings.tls_key,
         tls_client_ca=settings.tls_client_ca,
+        reuse_port=settings.reuse_port,
         reflection=settings.reflection,
         metrics_address=settings.metrics_address,
         max_message_bytes=settings.max_message_bytes,

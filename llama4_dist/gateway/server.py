@@ -46,7 +46,7 @@ def server_options(settings: GatewaySettings) -> list[tuple[str, int]]:
         ("grpc.absolute_max_metadata_size", 32 * 1024),
         ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION),
         ("grpc.compression_enabled_algorithms_bitset", IDENTITY_ONLY),
-        ("grpc.so_reuseport", 0),  # two servers on one port would share it silently
+        ("grpc.so_reuseport", int(settings.reuse_port)),  # unasked, two servers on one port would share it silently
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),

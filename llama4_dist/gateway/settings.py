@@ -23,6 +23,7 @@ class GatewaySettings:
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
+    reuse_port: bool = False  # share the port with other gateways of this user; the kernel deals out connections
     reflection: bool = True
     metrics_address: str | None = None
     max_message_bytes: int = 4 * 1024 * 1024
