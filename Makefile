@@ -47,8 +47,9 @@ format: setup ## Format and sort imports
 stubs: setup ## Generate the Python stubs from protos/
 	$(BIN)/python tools/generate_stubs.py
 
-bench: setup ## Dispatch round trip against a bare socket echo; throughput side by side
+bench: setup ## Dispatch round trip against a bare socket echo; throughput side by side; the gateway alone
 	$(BIN)/python -m benchmarks.dispatch
+	$(BIN)/python -m benchmarks.gateway
 	$(BIN)/python -m benchmarks.throughput
 
 chaos: setup ## Kill hosts at every moment, scale under load, five minutes of chaos; about 25 minutes

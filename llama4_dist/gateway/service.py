@@ -94,19 +94,18 @@ class InferenceService:
         async with self._opened(request.request, context, resume) as (running, call, note_begun):
             reader = EventReader(running, call, self._model.name, event_class, resume)
             num_messages = 0
-            while True:
-                events = reader.new_events()
-                for event in events:
-                    await context.write(event)
-                if events:
+            try:
+                while (events := reader.new_events()) or not running.done:
+                    if not events:
+                        await running.changed()
+                        continue
                     if num_messages == 0:
                         note_begun()
-                    num_messages += len(events)
-                    continue  # the record may have grown while they were sent
-                if running.done:
-                    break
-                await running.changed()
-            self._metrics.stream_messages.inc(num_messages)
+                    for event in events:
+                        await context.write(event)
+                        num_messages += 1
+            finally:
+                self._metrics.stream_messages.inc(num_messages)  # once a stream: a metric has a lock
             self._metrics.streamed_tokens.inc(running.state.usage.completion_tokens)
             if running.error is not None:
                 raise running.error
