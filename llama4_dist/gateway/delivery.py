@@ -9,6 +9,9 @@ from llama4_dist.gateway.running import RunningRequest
 from llama4_dist.request import TokenOutput
 
 SLICE = 4  # outputs delivered in one pass of the loop; gRPC takes in one new call every other pass
+# A sixteenth of what waits, if that is more: steps that come faster than messages go must pile up in the records of
+# their requests, where they are joined, and not here.
+SHARE = 16
 
 Take = Callable[[TokenOutput, float], RunningRequest | None]
 
@@ -42,7 +45,7 @@ class Delivery:
         """
         now_s = self._loop.time()
         touched: dict[RunningRequest, None] = {}
-        for _ in range(min(SLICE, len(self._outputs))):
+        for _ in range(min(max(SLICE, len(self._outputs) // SHARE), len(self._outputs))):
             running = self._take(self._outputs.popleft(), now_s)
             if running is not None:
                 touched[running] = None

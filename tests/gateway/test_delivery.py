@@ -4,7 +4,7 @@ import asyncio
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 from llama4_dist.engine.port import OnOutputs
-from llama4_dist.gateway.delivery import SLICE
+from llama4_dist.gateway.delivery import SHARE, SLICE
 from llama4_dist.gateway.engine_ids import EngineIds
 from llama4_dist.gateway.generations import Generations
 from llama4_dist.gateway.metrics import Metrics
@@ -53,6 +53,22 @@ async def test_a_large_step_lets_the_loop_breathe_and_arrives_whole_and_in_order
         assert all(one.state.completion().outputs[0].token_ids == (1, 2) for one in running)
 
 
+async def test_steps_that_come_faster_than_they_go_do_not_pile_up() -> None:
+    """A sixteenth of what waits goes in each pass, so what waits cannot exceed sixteen times what comes in one."""
+    engine = HandDriven()
+    generations = Generations(engine, None, Metrics(engine.stats), EngineIds(None))
+    generations.start()
+    number, num_steps = 4 * SLICE, 400
+    async with AsyncExitStack() as stack:
+        opening = [opened(generations, num_tokens=num_steps + 1) for _ in range(number)]
+        running = [await stack.enter_async_context(one) for one in opening]
+        for _ in range(num_steps):  # four times what a pass takes at the least
+            engine.listener([TokenOutput(request_id=one.request_id, token_ids=(1,)) for one in engine.requests])
+            await asyncio.sleep(0)
+        num_delivered = sum(one.state.usage.completion_tokens for one in running)
+        assert number * num_steps - num_delivered <= SHARE * 2 * number
+
+
 async def test_every_reader_that_waits_is_woken_and_one_that_left_is_not_missed() -> None:
     engine = HandDriven()
     generations = Generations(engine, None, Metrics(engine.stats), EngineIds(None))
@@ -67,6 +83,6 @@ async def test_every_reader_that_waits_is_woken_and_one_that_left_is_not_missed(
         assert [reader.cancelled() for reader in readers] == [False, True, False]
 
 
-def opened(generations: Generations) -> AbstractAsyncContextManager[RunningRequest]:
-    call = GenerationCall(model="", request_id="", prompt=(1, 2), sampling=Sampling(max_tokens=2))
+def opened(generations: Generations, num_tokens: int = 2) -> AbstractAsyncContextManager[RunningRequest]:
+    call = GenerationCall(model="", request_id="", prompt=(1, 2), sampling=Sampling(max_tokens=num_tokens))
     return generations.open(call, tenant="", body=b"", timeout_s=60.0)
