@@ -47,10 +47,11 @@ format: setup ## Format and sort imports
 stubs: setup ## Generate the Python stubs from protos/
 	$(BIN)/python tools/generate_stubs.py
 
-bench: setup ## Dispatch round trip against a bare socket echo; throughput side by side; the gateway alone
+bench: setup ## Dispatch against a bare echo, the gateway alone, a cluster against one process, that against transformers
 	$(BIN)/python -m benchmarks.dispatch
 	$(BIN)/python -m benchmarks.gateway
 	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.compare
 
 chaos: setup ## Kill hosts at every moment, scale under load, five minutes of chaos; about 25 minutes
 	$(BIN)/python -m benchmarks.kills
