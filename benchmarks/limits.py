@@ -56,12 +56,10 @@ def measure(arguments: argparse.Namespace, folder: Path, model_dir: Path, config
     rounds: Rounds = defaultdict(list)
     try:
         for index in range(arguments.rounds + 1):
-            found = {
-                MEMORY: memory.native(),
-                MEMORY_TORCH: memory.torch(),
-                ACTIVE: active.native(),
-            }
-            found |= products.rates()
+            found = {}
+            for name, rate in {MEMORY: memory.native, MEMORY_TORCH: memory.torch, ACTIVE: active.native}.items():
+                found[name], _ = undisturbed(rate, (os.getpid(),))
+            found |= undisturbed(products.rates, (os.getpid(),))[0]
             for name, workload in workloads.items():
                 prompts = workload.prompts(index, config.vocab_size)
                 timed, _ = undisturbed(

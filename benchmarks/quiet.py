@@ -1,5 +1,6 @@
 """Tells how much of the processors other processes took while something was timed; such a round is taken again."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -7,7 +8,7 @@ from typing import TypeVar
 import psutil
 
 MAX_SHARE = 0.05  # of all processor time; kernel threads and the clock's own resolution take a few hundredths
-TRIES = 4
+PAUSES_S = (0.0, 0.1, 0.3, 1.0, 3.0, 3.0)  # before each try
 
 T = TypeVar("T")
 
@@ -38,10 +39,13 @@ def others_share(before: Usage, after: Usage, own_s: float) -> float:
     return max(0.0, after.busy_s - before.busy_s - own_s) / total_s if total_s else 0.0
 
 
-def undisturbed(run: Callable[[], T], pids: tuple[int, ...]) -> tuple[T, float]:
+def undisturbed(
+    run: Callable[[], T], pids: tuple[int, ...], *, sleep: Callable[[float], None] = time.sleep
+) -> tuple[T, float]:
     """Run until others take little of the processors, a few times at most; return the quietest run and their share."""
     best: tuple[T, float] | None = None
-    for _ in range(TRIES):
+    for pause_s in PAUSES_S:
+        sleep(pause_s)
         own_s, before = sum(map(processor_seconds, pids)), Usage.now()
         result = run()
         share = others_share(before, Usage.now(), sum(map(processor_seconds, pids)) - own_s)

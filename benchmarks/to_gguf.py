@@ -64,7 +64,9 @@ def refuse_others(config: ModelConfig) -> None:
         wrong.append("layers without rotation are not every fourth one")
     if config.use_qk_norm != (config.num_experts != EXPERTS_OF_128):
         wrong.append(f"use_qk_norm={config.use_qk_norm} with {config.num_experts} experts")
-    if config.moe_layers != interleaved(config):
+    if not config.temperature_tuning:
+        wrong.append("no temperature tuning")
+    if not config.moe_layer_ids or config.moe_layers != interleaved(config):
         wrong.append("MoE layers are not every n-th one")
     if config.tie_word_embeddings:
         wrong.append("the head is tied")

@@ -102,7 +102,9 @@ def test_metadata_say_the_geometry(tmp_path: Path) -> None:
         ("scout", {"attention_chunk_size": 16}, "chunk_size=16"),
         ("scout", {"attn_scale": 0.5}, "attn_scale=0.5"),
         ("scout", {"use_qk_norm": False}, "use_qk_norm=False with 16 experts"),
+        ("scout", {"attn_temperature_tuning": False}, "no temperature tuning"),
         ("topk2", {}, "every fourth"),
+        ("dense", {}, "MoE layers are not every n-th one"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(

@@ -1,8 +1,12 @@
 """How rounds become figures, and what counts as agreement."""
 
+import os
+from collections.abc import Iterator
+
 import pytest
 
-from benchmarks.quiet import Usage, others_share
+from benchmarks import quiet
+from benchmarks.quiet import Usage, others_share, undisturbed
 from benchmarks.workloads import Speed, agreement, decode, equal_in_a_row, prefill, ratios
 
 
@@ -38,3 +42,21 @@ def test_what_others_took_is_what_was_busy_without_us() -> None:
     assert others_share(before, after, own_s=8.0) == pytest.approx(0.1)
     assert others_share(before, after, own_s=9.5) == 0.0
     assert others_share(before, before, own_s=0.0) == 0.0
+
+
+def test_a_disturbed_run_is_taken_again_and_the_quietest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def readings(busy: list[float]) -> Iterator[Usage]:
+        for index, busy_s in enumerate(busy):
+            yield Usage(total_s=10.0 * index, busy_s=0.0)
+            yield Usage(total_s=10.0 * index + 10, busy_s=busy_s)
+
+    def measured(busy: list[float]) -> tuple[int, float, list[float]]:
+        usages, runs, pauses = readings(busy), iter(range(9)), []
+        monkeypatch.setattr(quiet.Usage, "now", lambda: next(usages))
+        monkeypatch.setattr(quiet, "processor_seconds", lambda pid: 0.0)
+        run, share = undisturbed(lambda: next(runs), (os.getpid(),), sleep=pauses.append)
+        return run, share, pauses
+
+    assert measured([3.0, 2.0, 0.4, 1.0]) == (2, pytest.approx(0.04), [0.0, 0.1, 0.3])
+    never = [3.0, 2.0, 4.0, 1.0, 5.0, 2.0]
+    assert measured(never) == (3, pytest.approx(0.1), list(quiet.PAUSES_S))
