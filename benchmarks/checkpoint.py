@@ -9,7 +9,7 @@ from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# About 340 million parameters, nine tenths of them in 16 experts. Chunks, temperature and its floor are the published
+# 346 million parameters, nine tenths of them in 16 experts. Chunks, temperature and its floor are the published
 # ones, because llama.cpp knows no others.
 GEOMETRY = {
     "hidden_size": 768,

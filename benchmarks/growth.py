@@ -63,7 +63,7 @@ class Axis:
 
 
 def by_sequences(model_dir: Path, arguments: argparse.Namespace) -> Axis:
-    axis = Axis(name="sequences", unit="sequences", setting="337M, 16 experts, 64 positions cached each", batch=None)
+    axis = Axis(name="sequences", unit="sequences", setting="346M, 16 experts, 64 positions cached each", batch=None)
     options = EngineOptions(kv_cache_bytes=1 << 29, max_num_seqs=max(arguments.sequences), max_waiting=1024)
     with engine_steps(model_dir, options, num_threads=arguments.threads) as steps:
         for number in arguments.sequences:
@@ -144,7 +144,7 @@ def main() -> int:
         mini = ROOT / "models" / "llama4-mini"
         axes = [
             by_sequences(model_dir, arguments),
-            by_context(model_dir, arguments.contexts, "337M", arguments),
+            by_context(model_dir, arguments.contexts, "346M", arguments),
             by_context(mini, [32, 64, 128, 256, 512, 960], "llama4-mini", arguments),
             by_experts(folder, arguments),
             by_hosts(folder, arguments),

@@ -42,7 +42,7 @@ def measure(contenders: Mapping[str, EngineTimer], arguments: argparse.Namespace
 
 def compare(arguments: argparse.Namespace, model_dir: Path) -> dict[str, Speed]:
     """Run a cluster and one process on the same cores."""
-    options = EngineOptions(num_blocks=512, max_num_seqs=max(16, arguments.batch))
+    options = EngineOptions(kv_cache_bytes=256 << 20, max_num_seqs=max(16, arguments.batch))
     with ExitStack() as resources:
         cluster = RayEngine(
             model_dir,
