@@ -27,9 +27,9 @@ from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.dispatch.handshake import Hello, HostIdentity
 from llama4_dist.dispatch.links.address import bind, parse_address
+from llama4_dist.dispatch.links.connect import connect
 from llama4_dist.dispatch.links.link import LinkLimits
 from llama4_dist.dispatch.links.listener import Listener
-from llama4_dist.dispatch.links.socket import connect
 from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
 from llama4_dist.errors import EngineError
 

@@ -79,6 +79,7 @@ def build_engine(
         device=device,
     )
     core.runner.local_hosts = local_hosts
+    model.stations = core.counters.stations
     return LocalEngine(core, on_close=on_close)
 
 

@@ -19,6 +19,7 @@ from llama4_dist.model.norm import rms_norm
 from llama4_dist.model.rope import frequencies
 from llama4_dist.model.router import Router
 from llama4_dist.model.weights import Weights
+from llama4_dist.stations import ATTENTION, COMBINE, OTHER, NotMeasured, Stations
 
 
 class DecoderLayer:
@@ -38,14 +39,19 @@ class DecoderLayer:
         else:
             self.feed_forward = FeedForward(f"{prefix}.feed_forward", weights)
 
-    def __call__(self, x_TD: Tensor, plan: StepPlan, cache: KVCache, dispatcher: Dispatcher) -> None:
+    def __call__(
+        self, x_TD: Tensor, plan: StepPlan, cache: KVCache, dispatcher: Dispatcher, stations: Stations
+    ) -> None:
         """Add the layer's outputs to the residual stream `x_TD` in place."""
         x_TD += self.attention(rms_norm(x_TD, self.input_norm_D, self.eps), plan, cache)
         h_TD = rms_norm(x_TD, self.post_attention_norm_D, self.eps)
+        stations.mark(ATTENTION)
         if isinstance(self.feed_forward, MixtureOfExperts):
-            x_TD[: plan.num_tokens] += self.feed_forward(h_TD, plan.num_tokens, dispatcher)
+            x_TD[: plan.num_tokens] += self.feed_forward(h_TD, plan.num_tokens, dispatcher, stations)
+            stations.mark(COMBINE)
         else:
             x_TD += self.feed_forward(h_TD)
+            stations.mark(OTHER)
 
 
 class Llama4:
@@ -55,6 +61,7 @@ class Llama4:
         self, config: ModelConfig, weights: Weights, *, progress: Callable[[int, int], None] | None = None
     ) -> None:
         self.config = config
+        self.stations: Stations = NotMeasured()  # the engine gives it its own
         self.frequencies_C = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.embedding_VD = weights.tensor("model.embed_tokens.weight")
         self.layers: list[DecoderLayer] = []
@@ -97,8 +104,9 @@ class Llama4:
         # All row-wise work runs on a tile of rows; the rows past `num_tokens` are thrown away at the end.
         num_padding = plan.rotation_T1C.shape[0] - plan.num_tokens
         x_TD = embedding_VD[F.pad(batch.token_ids_T.to(embedding_VD.device), (0, num_padding))]
+        self.stations.mark(OTHER)
         for layer in self.layers:
-            layer(x_TD, plan, cache, dispatcher)
+            layer(x_TD, plan, cache, dispatcher, self.stations)
         if not batch.logit_rows:
             return x_TD.new_empty((0, self.config.vocab_size), dtype=torch.float32)
         x_PD = rms_norm(x_TD[list(batch.logit_rows)], self.norm_D, self.config.rms_norm_eps)

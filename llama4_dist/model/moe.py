@@ -6,6 +6,7 @@ from torch import Tensor
 
 from llama4_dist.model.feed_forward import FeedForward
 from llama4_dist.model.router import Router
+from llama4_dist.stations import EXPERT, ROUTE, Stations
 
 
 class Dispatcher(Protocol):
@@ -26,11 +27,13 @@ class MixtureOfExperts:
         self.router = router
         self.shared_expert = shared_expert
 
-    def __call__(self, x_TD: Tensor, num_tokens: int, dispatcher: Dispatcher) -> Tensor:
+    def __call__(self, x_TD: Tensor, num_tokens: int, dispatcher: Dispatcher, stations: Stations) -> Tensor:
         """Return the layer's output for the first `num_tokens` rows; the others are padding and stay here."""
         route = self.router(x_TD)
         in_flight = dispatcher.dispatch(
             self.layer, x_TD[:num_tokens], route.experts_TK[:num_tokens], route.scores_TK[:num_tokens]
         )
+        stations.mark(ROUTE)
         shared_TD = self.shared_expert(x_TD)[:num_tokens]
+        stations.mark(EXPERT)
         return shared_TD + dispatcher.combine(in_flight)

@@ -20,6 +20,7 @@ from llama4_dist.model.kv_layout import layout_of
 from llama4_dist.model.llama4 import Llama4
 from llama4_dist.model.moe import MixtureOfExperts
 from llama4_dist.model.router import Router
+from llama4_dist.stations import NotMeasured
 from tests.checkpoints import make_checkpoint
 from tests.model.direct import DirectDispatcher, all_experts
 from tests.model.references import load_reference, reference_logits
@@ -90,7 +91,7 @@ def test_feed_forward_of_every_layer_gives_the_reference_output(case: Case) -> N
         x_TD, expected_TD = case.seen[f"{index}.feed_forward"]
         with torch.inference_mode():
             if isinstance(layer.feed_forward, MixtureOfExperts):
-                output_TD = layer.feed_forward(x_TD, NUM_TOKENS, case.dispatcher)
+                output_TD = layer.feed_forward(x_TD, NUM_TOKENS, case.dispatcher, NotMeasured())
                 decided_T = ~_tied(x_TD, layer.feed_forward.router)
                 assert decided_T.sum() >= 0.9 * NUM_TOKENS
                 output_TD, expected_TD = output_TD[decided_T], expected_TD[decided_T]

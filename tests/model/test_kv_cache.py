@@ -20,7 +20,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
 def test_entries_come_back_as_stored(config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
-    cache = KVCache(config, num_pages=3, block_size=4, dtype=dtype, device="cpu", compute_dtype=compute_dtype)
+    cache = KVCache(config, num_pages=4, block_size=4, dtype=dtype, device="cpu", compute_dtype=compute_dtype)
     k_TGC, v_TGC = (torch.randn(5, 2, 16, generator=torch.Generator().manual_seed(i)).to(compute_dtype) for i in (0, 1))
     k_TGC[0, 0, 0] = 1e4  # more than a float8 holds
     slots_T = torch.tensor([7, 0, 11, 3, 4])
@@ -33,7 +33,7 @@ def test_entries_come_back_as_stored(config: ModelConfig, dtype: torch.dtype, co
     keys, _ = cache.slots(2)
     assert keys.dtype == dtype
     assert torch.equal(keys.float()[7], k_TGC[0].flatten().double().clamp(-largest, largest).to(dtype).float())
-    assert cache.num_bytes == 2 * 1 * 3 * 4 * 2 * 16 * dtype.itemsize
+    assert cache.num_bytes == 2 * 1 * 4 * 4 * 2 * 16 * dtype.itemsize
 
 
 def test_layers_of_different_groups_share_memory_and_those_of_one_group_do_not(config: ModelConfig) -> None:

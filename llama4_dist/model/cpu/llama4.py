@@ -17,6 +17,7 @@ from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.moe import Dispatcher
 from llama4_dist.model.rope import frequencies
 from llama4_dist.model.weights import Weights
+from llama4_dist.stations import ATTENTION, OTHER, ROUTE, NotMeasured, Stations
 
 
 class DecoderLayer:
@@ -30,14 +31,17 @@ class DecoderLayer:
         else:
             self.feed_forward = DenseFeedForward(config, layer, weights)
 
-    def __call__(self, x_TD: Tensor, plan: CpuPlan, cache: KVCache, dispatcher: Dispatcher) -> None:
+    def __call__(self, x_TD: Tensor, plan: CpuPlan, cache: KVCache, dispatcher: Dispatcher, stations: Stations) -> None:
         """Add the layer's outputs to the residual stream in place."""
         self.attention(x_TD, plan, cache)
+        stations.mark(ATTENTION)
         if isinstance(self.feed_forward, MixtureOfExperts):
             normed_TD, in_flight = self.feed_forward.dispatch(x_TD, dispatcher)
-            self.feed_forward.combine(x_TD, normed_TD, in_flight, dispatcher)
+            stations.mark(ROUTE)
+            self.feed_forward.combine(x_TD, normed_TD, in_flight, dispatcher, stations)
         else:
             self.feed_forward(x_TD)
+            stations.mark(OTHER)
 
 
 class DenseFeedForward:
@@ -59,6 +63,7 @@ class CpuLlama4:
         self, config: ModelConfig, weights: Weights, *, progress: Callable[[int, int], None] | None = None
     ) -> None:
         self.config = config
+        self.stations: Stations = NotMeasured()  # the engine gives it its own
         self.frequencies_C = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.embedding_VD = weights.tensor("model.embed_tokens.weight")
         self.layers: list[DecoderLayer] = []
@@ -82,8 +87,9 @@ class CpuLlama4:
         )
         dispatcher.begin_step(batch.step)
         x_TD = self.embedding_VD.index_select(0, batch.token_ids_T).float()
+        self.stations.mark(OTHER)
         for layer in self.layers:
-            layer(x_TD, plan, cache, dispatcher)
+            layer(x_TD, plan, cache, dispatcher, self.stations)
         if not batch.logit_rows:
             return x_TD.new_empty((0, self.config.vocab_size))
         x_PD = x_TD if len(batch.logit_rows) == len(x_TD) else x_TD[list(batch.logit_rows)]

@@ -12,6 +12,7 @@ from llama4_dist.model.cpu.panels import NAME_OF, pack
 from llama4_dist.model.moe import Dispatcher
 from llama4_dist.model.weights import Weights
 from llama4_dist.native.bindings import Router, passes
+from llama4_dist.stations import COMBINE, EXPERT, Stations
 
 
 class MixtureOfExperts:
@@ -49,7 +50,11 @@ class MixtureOfExperts:
         rows_TD = normed_TD.to(self._dtype)
         return normed_TD, dispatcher.dispatch(self._layer, rows_TD, experts_TK, scores_TK, microbatch)
 
-    def combine(self, x_TD: Tensor, normed_TD: Tensor, in_flight: Any, dispatcher: Dispatcher) -> None:
+    def combine(
+        self, x_TD: Tensor, normed_TD: Tensor, in_flight: Any, dispatcher: Dispatcher, stations: Stations
+    ) -> None:
         """Add the shared expert's output and the routed ones to the residual stream in place."""
         shared_TD = self._shared_expert(normed_TD)
+        stations.mark(EXPERT)
         x_TD += shared_TD.add_(dispatcher.combine(in_flight))
+        stations.mark(COMBINE)
