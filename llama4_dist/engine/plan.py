@@ -25,12 +25,13 @@ class PlannedSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepPlan:
-    """One step: preempt, admit with the prefixes found, move the pages of all spans, compute the spans in order."""
+    """One step: preempt, admit with the prefixes found, carry out all moves of pages, compute the spans in order."""
 
     spans: tuple[PlannedSpan, ...]
     preempted: tuple[SequenceState, ...]
     admitted: tuple[SequenceState, ...]
     hits: tuple[PrefixHit, ...]  # parallel to `admitted`
+    moves: tuple[tuple[SequenceState, PageMove], ...]
 
 
 class PagePool(Protocol):
@@ -61,14 +62,14 @@ def plan_step(
     preempted for no other, and any single sequence fits an empty cache, hence the oldest always advances in the end.
     Both inputs are sorted by `order`.
     """
-    kept, preempted, moves, num_free = _keep_room(running, pool, layout, options.block_size)
+    kept, preempted, moves, num_free, freed = _keep_room(running, pool, layout, options.block_size)
     budget = _Budget(options, layout, num_free)
     decodes = [s for s in kept if s.num_pending == 1]
     spans = [span for s in decodes if (span := budget.spend(s, s.num_cached, moves.get(s.request_id)))]
     if spans and max_prompt_tokens is not None:
         budget.num_tokens = min(budget.num_tokens, max_prompt_tokens)
     candidates = [s for s in kept if s.num_pending > 1]
-    admissions = _Admissions(budget, pool, layout, options, num_running=len(kept), prompts=candidates)
+    admissions = _Admissions(budget, pool, layout, options, num_running=len(kept), prompts=candidates, freed=freed)
     # After a preemption nothing is admitted: it would take back the pages that were just freed.
     if not preempted and len(kept) < options.max_num_seqs:
         candidates += waiting
@@ -79,8 +80,12 @@ def plan_step(
             span = admissions.admit(sequence)
         if span:
             spans.append(span)
+    with_span = {span.sequence.request_id for span in spans}
+    # Who gets no token in this step moves too: what it lets go was counted as free.
+    others = [(s, moves[s.request_id]) for s in kept if s.request_id in moves and s.request_id not in with_span]
     return StepPlan(
         spans=tuple(spans),
+        moves=(*((span.sequence, span.move) for span in spans if span.move), *others),
         preempted=tuple(preempted),
         admitted=tuple(admissions.admitted),
         hits=tuple(admissions.hits),
@@ -99,6 +104,7 @@ class _Admissions:
         *,
         num_running: int,
         prompts: Iterable[SequenceState],
+        freed: set[int],
     ) -> None:
         self.admitted: list[SequenceState] = []
         self.hits: list[PrefixHit] = []
@@ -107,6 +113,7 @@ class _Admissions:
         self._layout = layout
         self._block_size = options.block_size
         self._num_places = options.max_num_seqs - num_running
+        self._freed = freed  # pages that this step's moves leave to nobody, unless an admission finds them
         self._woken: set[int] = set()  # idle pages that an admission of this step holds
         self._coming = {key for s in prompts if (key := _key_ahead(s, s.num_named, self._block_size))}
 
@@ -122,7 +129,7 @@ class _Admissions:
         if ahead in self._coming:
             return None  # another computes the same just now: its pages will be found
         first = hit.num_blocks * self._block_size
-        idle = {page for page in page_ids(hit.pages) if not self._pool.num_holders(page)}
+        idle = {page for page in page_ids(hit.pages) if page in self._freed or not self._pool.num_holders(page)}
         move = _move(hit.pages, first, len(sequence.tokens), self._layout, self._block_size)
         num_needed = move.num_taken + len(idle - self._woken)
         if num_needed > self._budget.num_free:
@@ -173,23 +180,28 @@ def _next_move(sequence: SequenceState, layout: KVLayout, block_size: int) -> Pa
 
 def _keep_room(
     running: Sequence[SequenceState], pool: PagePool, layout: KVLayout, block_size: int
-) -> tuple[list[SequenceState], list[SequenceState], dict[str, PageMove], int]:
+) -> tuple[list[SequenceState], list[SequenceState], dict[str, PageMove], int, set[int]]:
     """Find room for the next tokens of every running sequence, preempting from the youngest end."""
     kept = list(running)
     preempted: list[SequenceState] = []
     moves = {s.request_id: move for s in kept if (move := _next_move(s, layout, block_size))}
-    while (num_free := _num_left(kept, preempted, moves, pool)) < 0:
+    while True:
+        freed, num_taken = _exchanged(kept, preempted, moves, pool)
+        if (num_free := pool.num_free + len(freed) - num_taken) >= 0:
+            return kept, preempted, moves, num_free, freed
         preempted.append(kept.pop())
-    return kept, preempted, moves, num_free
 
 
-def _num_left(
+def _exchanged(
     kept: Iterable[SequenceState],
     preempted: Iterable[SequenceState],
     moves: dict[str, PageMove],
     pool: PagePool,
-) -> int:
-    """Return how many pages are free once the preempted ones gave theirs back and the kept ones moved theirs."""
+) -> tuple[set[int], int]:
+    """Return which pages get free when preempted sequences give theirs back and kept ones move, and the number taken.
+
+    A page is free when all its holders have let go.
+    """
     given_back: Counter[int] = Counter()
     num_taken = 0
     for sequence in preempted:
@@ -198,7 +210,7 @@ def _num_left(
         if move := moves.get(sequence.request_id):
             given_back.update(move.dropped)
             num_taken += move.num_taken
-    return pool.num_free + sum(count == pool.num_holders(page) for page, count in given_back.items()) - num_taken
+    return {page for page, count in given_back.items() if count == pool.num_holders(page)}, num_taken
 
 
 class _Budget:

@@ -72,10 +72,9 @@ class Scheduler:
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_order)
             self._start_after(sequence, hit)
-        moves = [(span.sequence, span.move) for span in plan.spans if span.move is not None]
-        for _, move in moves:
+        for _, move in plan.moves:
             self.allocator.release(move.dropped)
-        for sequence, move in moves:
+        for sequence, move in plan.moves:
             sequence.hold(move.apply(self.allocator.take(move.num_taken)), self.options.block_size)
         return plan
 

@@ -78,9 +78,8 @@ class KVCache:
 
     def _stored(self, x_TGC: Tensor) -> Tensor:
         x_TW = x_TGC.flatten(1)
-        if (
-            self.dtype.itemsize == 1
-        ):  # past its largest number a float8_e4m3 knows only NaN; torch 2.13 on x86 saturates
+        # Past its largest number a float8_e4m3 knows only NaN; torch 2.13 saturates on x86, which is not promised.
+        if self.dtype.itemsize == 1:
             largest = torch.finfo(self.dtype).max
             x_TW = x_TW.clamp(-largest, largest)
         return x_TW.to(self.dtype).view(_moved_as(self.dtype))
