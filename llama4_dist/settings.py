@@ -92,6 +92,7 @@ class ServeSettings(BaseModel):
     kv_cache_bytes: int | None = Field(default=None, ge=1)
     kv_dtype: Literal["auto", "float32", "bfloat16", "float8_e4m3"] = "auto"
     prefix_caching: bool = True
+    max_decode_slowdown: float = Field(default=2.0, ge=1.0)
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
