@@ -77,12 +77,12 @@ class KVCache:
         return k_BSGC.transpose(1, 2), v_BSGC.transpose(1, 2)
 
     def _stored(self, x_TGC: Tensor) -> Tensor:
-        x_TW = x_TGC.flatten(1)
+        x_TD = x_TGC.flatten(1)
         # Past its largest number a float8_e4m3 knows only NaN; torch 2.13 saturates on x86, which is not promised.
         if self.dtype.itemsize == 1:
             largest = torch.finfo(self.dtype).max
-            x_TW = x_TW.clamp(-largest, largest)
-        return x_TW.to(self.dtype).view(_moved_as(self.dtype))
+            x_TD = x_TD.clamp(-largest, largest)
+        return x_TD.to(self.dtype).view(_moved_as(self.dtype))
 
 
 def _moved_as(dtype: torch.dtype) -> torch.dtype:
