@@ -1,12 +1,7 @@
 """Measure how a step's time grows with sequences, context, experts and hosts, term by term, and fit the exponents.
 
-Steps of the engine's core are timed, in this process and without a gateway. The terms are what the core's own counters
-and two clocks around the dispatcher give:
-  schedule   who runs, and which pages it gets
-  attention  the model without routed experts: attention, router, shared expert, head; here the context matters
-  routed     from dispatch to combine: layout, frames, hosts, experts
-  sample     logits to tokens
-  rest       all else in the step
+Steps of the engine's core are timed, in this process and without a gateway. The terms are the core's own stations
+(`llama4_dist.stations`) and the rest of the step; a term that is nothing at some size is shown, but not fitted.
 A long context is reached without computing it: the engine takes the whole prompt through its own steps while a stand-in
 for the model returns at once; then the model comes back and decodes against a cache that is full of zeros. Page tables,
 chunks and the number of keys read are the real ones; only the values are not, and no time depends on those.
@@ -28,11 +23,11 @@ from rich.table import Table
 from benchmarks import plots
 from benchmarks.checkpoint import ROOT, commit, write_checkpoint
 from benchmarks.exponents import Growth, fit
-from benchmarks.step_timer import ATTENTION, STEP, Steps, engine_steps
+from benchmarks.step_timer import STEP, Steps, engine_steps
 from llama4_dist.engine.options import EngineOptions
 
 CONTEXT = "positions cached"
-MAY_GROW_FASTER = {STEP, ATTENTION}  # by context, where attention's own work may be more than linear, and so the sum
+MAY_GROW_FASTER = {STEP, "attention"}  # by context, where attention's own work may be more than linear, and so the sum
 MAX_OTHERS = 0.3  # share of the processors; beyond it times say nothing
 # For experts and hosts: many small experts, so that the work of reaching them shows.
 SMALL = {"hidden_size": 256, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -60,7 +55,7 @@ class Axis:
             self.terms.setdefault(term, []).append(value)
 
     def growth(self) -> dict[str, Growth]:
-        return {term: fit(self.sizes, values) for term, values in self.terms.items()}
+        return {term: fit(self.sizes, values) for term, values in self.terms.items() if min(values) > 0}
 
 
 def by_sequences(model_dir: Path, arguments: argparse.Namespace) -> Axis:
@@ -106,7 +101,7 @@ def small_options() -> EngineOptions:
 
 def report(axes: Sequence[Axis]) -> list[str]:
     """Print each axis and return the terms that grow faster than they may."""
-    console = Console(width=140)
+    console = Console(width=170)
     too_fast = []
     for axis in axes:
         table = Table(axis.unit, *axis.terms, "tokens/s", title=axis.setting)
@@ -115,7 +110,7 @@ def report(axes: Sequence[Axis]) -> list[str]:
             table.add_row(f"{size:,}", *cells, f"{(axis.batch or size) / axis.terms[STEP][index]:,.1f}")
         growth = axis.growth()
         table.add_section()
-        table.add_row("exponent", *map(str, growth.values()))
+        table.add_row("exponent", *(str(growth.get(term, "")) for term in axis.terms))
         others = f"other processes had {max(axis.others):.0%} of the processors at most"
         console.print(table, f"milliseconds; exponents over the upper half of the {axis.unit}; {others}\n")
         for term, found in growth.items():
@@ -156,7 +151,13 @@ def main() -> int:
     print(f"MORE THAN LINEAR: {'; '.join(too_fast)}" if too_fast else verdict)
     for axis in axes:
         labels = {term: f"{term} ({found.exponent:.2f})" for term, found in axis.growth().items()}
-        plots.lines(arguments.plots / f"{axis.name}.svg", axis.sizes, axis.terms, labels, (axis.unit, axis.setting))
+        plots.lines(
+            arguments.plots / f"{axis.name}.svg",
+            axis.sizes,
+            {term: axis.terms[term] for term in labels},
+            labels,
+            (axis.unit, axis.setting),
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(figures(axes, arguments), indent=2, default=str) + "\n")
     return 1 if too_fast else 0

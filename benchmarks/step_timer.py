@@ -3,7 +3,7 @@
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,32 +19,8 @@ from llama4_dist.model.batch import Batch
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.request import EngineRequest, Sampling
 
-STEP, ATTENTION, ROUTED = "step", "attention", "routed"
+STEP = "step"
 WARM_UP_STEPS = 2
-
-
-class TimedDispatcher:
-    """A dispatcher whose dispatch and combine are timed; all else is the dispatcher's own."""
-
-    def __init__(self, dispatcher: Any) -> None:
-        self._dispatcher = dispatcher
-        self.seconds = 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._dispatcher, name)
-
-    def dispatch(self, *arguments: Any, **named: Any) -> Any:
-        return self._timed(self._dispatcher.dispatch, *arguments, **named)
-
-    def combine(self, *arguments: Any, **named: Any) -> Any:
-        return self._timed(self._dispatcher.combine, *arguments, **named)
-
-    def _timed(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return call(*arguments, **named)
-        finally:
-            self.seconds += time.perf_counter() - started
 
 
 class InstantModel:
@@ -67,7 +43,6 @@ class Steps:
     def __init__(self, core: EngineCore) -> None:
         self._core = core
         self._instant_model = InstantModel(core.limits.vocab_size)
-        self._dispatcher = core.runner.dispatcher = TimedDispatcher(core.runner.dispatcher)  # type: ignore[assignment]
 
     def decode(self, num_sequences: int, context: int, num_steps: int) -> tuple[dict[str, float], float]:
         """Return the median seconds of every term in a decode step of sequences with that many cached positions.
@@ -108,20 +83,13 @@ class Steps:
             runner.model = model
 
     def _one(self) -> dict[str, float]:
-        counted = self._core.counters.station_seconds
-        before, routed_s, started = dict(counted), self._dispatcher.seconds, time.perf_counter()
+        """Run a step; return its seconds, those of the core's stations but their sum, and the rest."""
+        stations = self._core.counters.stations
+        before, started = stations.seconds(), time.perf_counter()
         self._core.step()
         step_s = time.perf_counter() - started
-        routed_s = self._dispatcher.seconds - routed_s
-        spent = {name: counted[name] - before.get(name, 0.0) for name in ("schedule", "model", "sample")}
-        return {
-            STEP: step_s,
-            "schedule": spent["schedule"],
-            ATTENTION: spent["model"] - routed_s,
-            ROUTED: routed_s,
-            "sample": spent["sample"],
-            "rest": step_s - sum(spent.values()),
-        }
+        spent = {name: total_s - before[name] for name, total_s in stations.seconds().items() if name != "model"}
+        return {STEP: step_s} | spent | {"rest": step_s - sum(spent.values())}
 
 
 @contextmanager

@@ -40,9 +40,8 @@ def test_only_decode_steps_at_the_wanted_context_are_computed(tmp_path: Path) ->
     assert all(num_tokens == 1 and num_cached >= 100 for step in spans for num_tokens, num_cached in step)
     assert [num_cached for _, num_cached in spans[0]][-1] == 100
     assert not engine.core.scheduler.live(), "they end with the measurement"
-    assert set(seconds) == {"step", "schedule", "attention", "routed", "sample", "rest"}
-    assert seconds["routed"] > 0 < seconds["attention"]
-    assert seconds["step"] >= max(seconds["routed"], seconds["attention"])
+    assert seconds["step"] >= max(seconds["attention"], seconds["expert"]) > 0
+    assert seconds["rest"] < 0.5 * seconds["step"], "stations tell where most of a step goes"
 
 
 def test_sequences_go_on_with_different_tokens(tmp_path: Path) -> None:
