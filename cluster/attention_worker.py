@@ -37,6 +37,7 @@ from llama4_dist.dispatch.routing_table import RoutingTable
 from llama4_dist.engine.build import build_engine, resolve_dtype
 from llama4_dist.engine.local import LocalEngine
 from llama4_dist.errors import PreconditionError
+from llama4_dist.model.load import arithmetic
 from llama4_dist.rpc.engine_service import EngineServer
 
 log = logging.getLogger(__name__)
@@ -236,6 +237,7 @@ class AttentionWorker:
             width=config.hidden_size,
             dtype=dtype_name(self._dtype),
             wire=self._config.wire,
+            arithmetic=arithmetic(self._dtype, self._config.device),
         )
         return connect(
             address.seen_from(self._location.node),

@@ -24,6 +24,7 @@ from llama4_dist.dispatch.stats import HostStats
 from llama4_dist.engine.build import resolve_dtype
 from llama4_dist.errors import PreconditionError, UnavailableError
 from llama4_dist.model.expert_store import ExpertStore
+from llama4_dist.model.load import arithmetic
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class ExpertHost:
                 model_hash=checkpoint.model_hash,
                 num_layers=geometry.num_layers,
                 num_experts=geometry.num_experts,
+                arithmetic=arithmetic(dtype, config.device),
             ),
             compute=self._store,
             width=geometry.hidden_size,

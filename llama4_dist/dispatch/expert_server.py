@@ -73,6 +73,7 @@ class ExpertServer:
             num_layers=identity.num_layers,
             num_experts=identity.num_experts,
             wire=wire,
+            arithmetic=identity.arithmetic,
         )
         self._form = WireFormat(wire, width, dtype)
         self._hub = Hub(hello, limits, self._admit, self._stats.closed_links)

@@ -25,12 +25,13 @@ from llama4_dist.dispatch.links.wire import WireFormat
 from llama4_dist.errors import HandshakeError
 
 _MAGIC = b"L4DH"
-VERSION = 2
+VERSION = 3
 _GREETING = struct.Struct("<4sHH32s")
 _PROVEN = struct.Struct("<32sI")
 _MAX_HELLO_BYTES = 2048
 _MIN_SECRET_BYTES = 16
 _MAX_ID = 128
+_REMEDIES = {"arithmetic": ": give every node a C++ compiler, or none (LLAMA4_DIST_NATIVE=0)"}
 
 
 class Role(StrEnum):
@@ -47,6 +48,7 @@ class HostIdentity:
     model_hash: str
     num_layers: int
     num_experts: int
+    arithmetic: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,7 @@ class Hello:
     num_layers: int
     num_experts: int  # E
     wire: str = ""  # how rows travel, see links/wire.py
+    arithmetic: str = ""  # what computes: two kinds round differently, and tokens would depend on who computed them
 
     def __post_init__(self) -> None:
         if not 0 < len(self.id) <= _MAX_ID:
@@ -236,12 +239,11 @@ def _agree(own: Hello, limits: LinkLimits, may_share: bool, body: bytes, role: R
     peer, max_rows, credit, max_header_bytes, peer_may_share = _parse(body)
     if peer.role != role:
         raise _failed("ROLE_WRONG", f"the peer is {peer.role!r}; {role} was expected")
-    for field in ("model_hash", "width", "dtype", "num_layers", "num_experts", "wire"):
-        if getattr(peer, field) != getattr(own, field):
-            raise _failed(
-                f"{field.upper()}_DIFFERS",
-                f"the peer's {field} is {getattr(peer, field)!r}, ours {getattr(own, field)!r}",
-            )
+    for field in ("model_hash", "width", "dtype", "num_layers", "num_experts", "wire", "arithmetic"):
+        theirs, ours = getattr(peer, field), getattr(own, field)
+        if theirs != ours:
+            remedy = _REMEDIES.get(field, "")
+            raise _failed(f"{field.upper()}_DIFFERS", f"the peer's {field} is {theirs!r}, ours {ours!r}{remedy}")
     try:
         agreed = replace(
             limits,
@@ -261,7 +263,7 @@ def _parse(body: bytes) -> tuple[Hello, int, int, int, int]:
         raise _failed("HELLO_NOT_MSGPACK", "the peer's Hello is no msgpack array") from None
     if type(values) is list and len(values) == 1 and type(values[0]) is str:
         raise _failed(values[0], f"the host refused: {values[0]}")
-    kinds = (str, str, int, str, int, str, int, int, str, int, int, int, int)
+    kinds = (str, str, int, str, int, str, int, int, str, str, int, int, int, int)
     if type(values) is not list or [type(value) for value in values] != list(kinds):
         raise _failed("HELLO_SHAPE", f"the peer's Hello is no array of {len(kinds)} fields of the right types")
     if any(type(value) is int and not 0 <= value < 1 << 63 for value in values):

@@ -1,4 +1,7 @@
-"""Chooses the decoder for a device: native passes on a processor, torch elsewhere and where there is no compiler."""
+"""Chooses the decoder for a device, and names the choice.
+
+Native passes compute on a processor, torch elsewhere and where there is no compiler.
+"""
 
 from collections.abc import Callable
 
@@ -22,3 +25,13 @@ def load_model(
     weights = Weights(checkpoint, dtype=dtype, device=torch.device(device))
     decoder = CpuLlama4 if is_native(dtype, device) else Llama4
     return decoder(checkpoint.config, weights, progress=progress)
+
+
+def arithmetic(dtype: torch.dtype, device: torch.device | str) -> str:
+    """Name what computes here; two kinds of arithmetic round differently, so one cluster has one kind.
+
+    Native passes have the same bits on every processor; torch's are its libraries'.
+    """
+    if is_native(dtype, device):
+        return "native"
+    return f"torch-{torch.device(device).type}"

@@ -312,6 +312,7 @@ DIFFERENT = {  # T32, T33
     "DTYPE_DIFFERS": {"dtype": "bfloat16"},
     "NUM_LAYERS_DIFFERS": {"num_layers": 99},
     "NUM_EXPERTS_DIFFERS": {"num_experts": 99},
+    "ARITHMETIC_DIFFERS": {"arithmetic": "torch-cpu"},
     "ROLE_WRONG": {"role": "expert"},
     "HELLO_RANGE": {"incarnation": -1},
     "HELLO_SHAPE": {"incarnation": "1"},
