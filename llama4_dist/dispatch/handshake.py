@@ -25,7 +25,7 @@ from llama4_dist.dispatch.links.wire import WireFormat
 from llama4_dist.errors import HandshakeError
 
 _MAGIC = b"L4DH"
-VERSION = 3
+VERSION = 2
 _GREETING = struct.Struct("<4sHH32s")
 _PROVEN = struct.Struct("<32sI")
 _MAX_HELLO_BYTES = 2048
