@@ -15,6 +15,7 @@ from llama4_dist.engine.draw import GREEDY_BELOW, draw
 from llama4_dist.engine.logprobs import position_logprobs
 from llama4_dist.engine.masks import apply_masks, needs_masks
 from llama4_dist.engine.penalties import apply_penalties, needs_penalties
+from llama4_dist.engine.scan import scan
 from llama4_dist.engine.sequence import SequenceState
 from llama4_dist.errors import EngineError, Llama4Error
 from llama4_dist.request import PositionLogprobs
@@ -48,14 +49,14 @@ def _as_engine_error(error: Exception, request_id: str) -> Llama4Error:
 
 
 def _sample_rows(logits_PV: Tensor, sequences: Sequence[SequenceState]) -> list[Sampled | Llama4Error]:
-    token_ids = _choose(logits_PV, sequences)
+    best, finite = scan(logits_PV)
+    token_ids = _choose(logits_PV, best, sequences)
     wanting = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
     logprobs: dict[int, PositionLogprobs] = {}
     if wanting:
         num_top = [sequences[row].sampling.logprobs or 0 for row in wanting]
         found = position_logprobs(logits_PV[wanting], [token_ids[row] for row in wanting], num_top)
         logprobs = dict(zip(wanting, found, strict=True))
-    finite = torch.isfinite(logits_PV).all(dim=1).tolist()
     return [
         Sampled(token_id=token_ids[row], logprobs=logprobs.get(row))
         if finite[row]
@@ -64,8 +65,12 @@ def _sample_rows(logits_PV: Tensor, sequences: Sequence[SequenceState]) -> list[
     ]
 
 
-def _choose(logits_PV: Tensor, sequences: Sequence[SequenceState]) -> list[int]:
-    """Return one token id per row; rows that are not finite get some token, which the caller drops."""
+def _choose(logits_PV: Tensor, best: Sequence[int], sequences: Sequence[SequenceState]) -> list[int]:
+    """Return one token id per row; rows that are not finite get some token, which the caller drops.
+
+    `best` are the likeliest tokens before masks and penalties.
+    """
+    token_ids = list(best)
     masked = [row for row, s in enumerate(sequences) if needs_masks(s)]
     penalised = [row for row, s in enumerate(sequences) if needs_penalties(s)]
     if masked or penalised:
@@ -75,8 +80,10 @@ def _choose(logits_PV: Tensor, sequences: Sequence[SequenceState]) -> list[int]:
             part_PV = logits_PV[rows]
             apply(part_PV, [sequences[row] for row in rows])
             logits_PV[rows] = part_PV
-    best_P = logits_PV.argmax(dim=1)  # the first, hence lowest, id among equals
-    token_ids: list[int] = best_P.tolist()
+    changed = sorted({*masked, *penalised})
+    if changed:
+        for row, token_id in zip(changed, scan(logits_PV[changed])[0], strict=True):
+            token_ids[row] = token_id
     if masked and logits_PV[masked].amax(dim=1).isneginf().any():
         raise EngineError("allowed_token_ids, bad_token_ids and min_tokens leave no token")
     drawn = [row for row, s in enumerate(sequences) if s.sampling.temperature >= GREEDY_BELOW]

@@ -69,6 +69,7 @@ _FEED_FORWARD = (
 _LINEAR = (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int)
 _ATTENTION = (POINTER(AttentionLayer), POINTER(AttentionStep), POINTER(Cache), c_void_p, c_int)
 _ROUTE = (POINTER(Router), c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int)
+_SCAN = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int)
 _NORM = (c_void_p, c_void_p, c_int64, c_int64, c_double, c_void_p)
 
 
@@ -87,6 +88,7 @@ def passes() -> Any | None:
     for kinds in ("float32_float32", "bfloat16_float32", "bfloat16_bfloat16"):
         _declare(loaded, f"l4d_feed_forward_{kinds}", _FEED_FORWARD)
     _declare(loaded, "l4d_norm", _NORM)
+    _declare(loaded, "l4d_scan_logits", _SCAN)
     loaded.l4d_strip.restype = c_int64
     return loaded
 
