@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export NO_PROXY := localhost,127.0.0.1,::1
 
-.PHONY: help setup demo test test-fast check format stubs bench chaos soak switch-off clean
+.PHONY: help setup demo test test-fast check format stubs bench chaos soak switch-off gpu-check clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,10 @@ soak: setup ## An hour of chaos
 
 switch-off: setup ## Take each mechanism out of a copy and see its tests fail; about 10 minutes
 	$(BIN)/python tools/switch_off.py
+
+# No `setup`: on a machine with a card, any python3 that has torch, Triton, numpy and safetensors will do.
+gpu-check: ## On a CUDA device: check every kernel against float64 and time it; about 4 minutes
+	$(PYTHON) tools/gpu_check.py
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -1,0 +1,319 @@
+"""Attention over cached pages, for decode and prefill by one device function, so that both give a query the same bits.
+
+A query's keys start at a fixed place (its sequence's or its chunk's first position) and are cut into splits of
+KEYS_PER_SPLIT. Inside a split softmax runs online over tiles of keys; splits are merged in ascending order. Decode
+computes splits side by side and merges them in a second launch, prefill one after the other: the same numbers, in the
+same order. A tile of keys that a query may not see changes nothing: its weights are exactly 0.
+Sources: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding (Dao et al. 2023), paging as in vLLM (arXiv 2309.06180).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llama4_dist.gpu.tile_loads import add_product
+from llama4_dist.gpu.tiles import precision_of
+
+ROWS_PER_TILE = 64  # rows of one tile: queries times the heads that share a key head
+KEYS_PER_TILE = 64
+KEYS_PER_SPLIT = 512
+NUM_WARPS = 4
+NUM_STAGES = 3
+ITEM_FIELDS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttentionWork:
+    """Tiles of queries, int32 [items, ITEM_FIELDS] on the device; `max_splits` bounds the splits of any of them.
+
+    Fields: first row, its position, number of queries, position of the first key, sequence.
+    """
+
+    items: Tensor
+    max_splits: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PagedKeys:
+    """One layer's keys and values, each [slots, G·C], and the page table [B, pages] of its group, int32.
+
+    A sequence's table row starts with the page of position `first_pages_B` · `page_size`.
+    """
+
+    keys_SD: Tensor
+    values_SD: Tensor
+    table: Tensor
+    first_pages_B: Tensor
+    page_size: int
+
+
+def queries_per_tile(num_heads: int, num_kv_heads: int) -> int:
+    """Return how many queries of consecutive positions one tile holds."""
+    return ROWS_PER_TILE // (num_heads // num_kv_heads)
+
+
+def attend(q_THC: Tensor, pages: PagedKeys, work: AttentionWork, out_THC: Tensor, *, in_splits: bool) -> None:
+    """Write softmax(q · k / √C) · v of each item's queries to `out_THC`; rows of no item keep what they hold.
+
+    `in_splits` (decode) takes one query an item and spreads its keys over the device.
+    """
+    num_heads, head_dim = q_THC.shape[1:]
+    num_kv_heads = pages.keys_SD.shape[1] // head_dim
+    num_items = work.items.shape[0]
+    if not num_items:
+        return
+    max_splits = work.max_splits if in_splits else 1
+    partial = None
+    if in_splits:
+        partial = q_THC.new_empty((num_items, max_splits, num_heads, head_dim + 2), dtype=torch.float32)
+    attend_kernel[(num_items, num_kv_heads, max_splits)](
+        q_THC,
+        pages.keys_SD,
+        pages.values_SD,
+        pages.table,
+        pages.first_pages_B,
+        work.items,
+        out_THC,
+        partial,
+        pages.table.stride(0),
+        max_splits,
+        math.log2(math.e) / math.sqrt(head_dim),
+        HEADS=num_heads,
+        KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        PAGE=pages.page_size,
+        FIELDS=ITEM_FIELDS,
+        SPLIT=KEYS_PER_SPLIT,
+        BLOCK_M=ROWS_PER_TILE,
+        BLOCK_S=KEYS_PER_TILE,
+        PRECISION=precision_of(q_THC.dtype),
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+        enable_fp_fusion=False,
+    )
+    if in_splits:
+        merge_splits_kernel[(num_items, num_heads)](
+            partial,
+            work.items,
+            out_THC,
+            max_splits,
+            HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            FIELDS=ITEM_FIELDS,
+            SPLIT=KEYS_PER_SPLIT,
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
+
+
+def attend_reference(q_THC: Tensor, pages: PagedKeys, work: AttentionWork) -> Tensor:
+    """The same in float64, query by query; rows of no item are 0."""
+    out_THC = torch.zeros_like(q_THC, dtype=torch.float64)
+    num_heads, head_dim = q_THC.shape[1:]
+    for row, position, num_queries, first_key, sequence in work.items.tolist():
+        for query in range(num_queries):
+            seen = torch.arange(first_key, position + query + 1, device=q_THC.device)
+            pages_S = pages.table[sequence][seen // pages.page_size - pages.first_pages_B[sequence]]
+            slots_S = pages_S.long() * pages.page_size + seen % pages.page_size
+            k_GSC, v_GSC = (
+                cache_SD[slots_S].double().view(len(seen), -1, head_dim).transpose(0, 1)
+                for cache_SD in (pages.keys_SD, pages.values_SD)
+            )
+            q_HC = q_THC[row + query].double()
+            k_HSC, v_HSC = (x_GSC.repeat_interleave(num_heads // len(x_GSC), 0) for x_GSC in (k_GSC, v_GSC))
+            weights_HS = F.softmax((k_HSC @ q_HC[:, :, None])[..., 0] / math.sqrt(head_dim), dim=-1)
+            out_THC[row + query] = (weights_HS[:, None] @ v_HSC)[:, 0]
+    return out_THC
+
+
+@triton.jit
+def exponential_of_difference(a, b):
+    """2^(a − b), where a ≤ b; 0 if a is −inf, also when b is."""
+    return tl.exp2(a - tl.where(b == float("-inf"), 0.0, b))
+
+
+@triton.jit
+def attend_split(
+    q_tile,
+    keys,
+    values,
+    table_row,
+    first_page,
+    first_key,
+    key_start,
+    key_stop,
+    num_keys,
+    kv_head,
+    scale,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Largest logit, sum of weights and weighted values over keys [key_start, key_stop) of those each row may see."""
+    channel = tl.arange(0, HEAD_DIM)
+    best = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    mixed = tl.zeros((BLOCK_M, HEAD_DIM), dtype=tl.float32)
+    for start in range(key_start, key_stop, BLOCK_S):
+        key = start + tl.arange(0, BLOCK_S)
+        exists = key < key_stop
+        position = first_key + key
+        page = tl.load(table_row + position // PAGE - first_page, mask=exists, other=0)
+        slot = page.to(tl.int64) * PAGE + position % PAGE
+        at = slot[:, None] * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM + channel[None, :]
+        k_tile = tl.load(keys + at, mask=exists[:, None], other=0.0)
+        v_tile = tl.load(values + at, mask=exists[:, None], other=0.0)
+        logits = add_product(q_tile, k_tile.T, tl.zeros((BLOCK_M, BLOCK_S), dtype=tl.float32), PRECISION, 0) * scale
+        logits = tl.where(key[None, :] < num_keys[:, None], logits, float("-inf"))
+        new_best = tl.maximum(best, tl.max(logits, 1))
+        shrink = exponential_of_difference(best, new_best)
+        weights = exponential_of_difference(logits, new_best[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        mixed = add_product(weights.to(v_tile.dtype), v_tile, mixed * shrink[:, None], PRECISION, 0)
+        best = new_best
+    return best, total, mixed
+
+
+@triton.jit
+def attend_kernel(
+    queries,
+    keys,
+    values,
+    table,
+    first_pages,
+    items,
+    out,
+    partial,
+    table_stride,
+    max_splits,
+    scale,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    item = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    first_row = tl.load(items + item * FIELDS)
+    first_position = tl.load(items + item * FIELDS + 1)
+    num_queries = tl.load(items + item * FIELDS + 2)
+    first_key = tl.load(items + item * FIELDS + 3)
+    sequence = tl.load(items + item * FIELDS + 4)
+    SHARING: tl.constexpr = HEADS // KV_HEADS
+    row = tl.arange(0, BLOCK_M)
+    query = row // SHARING
+    head = kv_head * SHARING + row % SHARING
+    is_live = query < num_queries
+    channel = tl.arange(0, HEAD_DIM)
+    at = ((first_row + query).to(tl.int64) * HEADS + head)[:, None] * HEAD_DIM + channel[None, :]
+    q_tile = tl.load(queries + at, mask=is_live[:, None], other=0.0)
+    num_keys = tl.where(is_live, first_position + query - first_key + 1, 0)
+    most_keys = first_position + num_queries - first_key
+    table_row = table + sequence.to(tl.int64) * table_stride
+    first_page = tl.load(first_pages + sequence)
+    if partial is not None:
+        split = tl.program_id(2)
+        if split * SPLIT < most_keys:
+            best, total, mixed = attend_split(
+                q_tile,
+                keys,
+                values,
+                table_row,
+                first_page,
+                first_key,
+                split * SPLIT,
+                min(most_keys, (split + 1) * SPLIT),
+                num_keys,
+                kv_head,
+                scale,
+                KV_HEADS,
+                HEAD_DIM,
+                PAGE,
+                BLOCK_M,
+                BLOCK_S,
+                PRECISION,
+            )
+            slot = ((item * max_splits + split) * HEADS + head).to(tl.int64) * (HEAD_DIM + 2)
+            tl.store(partial + slot[:, None] + channel[None, :], mixed, mask=is_live[:, None])
+            tl.store(partial + slot + HEAD_DIM, best, mask=is_live)
+            tl.store(partial + slot + HEAD_DIM + 1, total, mask=is_live)
+    else:
+        best = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        mixed = tl.zeros((BLOCK_M, HEAD_DIM), dtype=tl.float32)
+        for split_start in range(0, most_keys, SPLIT):
+            best_of_split, total_of_split, mixed_of_split = attend_split(
+                q_tile,
+                keys,
+                values,
+                table_row,
+                first_page,
+                first_key,
+                split_start,
+                min(most_keys, split_start + SPLIT),
+                num_keys,
+                kv_head,
+                scale,
+                KV_HEADS,
+                HEAD_DIM,
+                PAGE,
+                BLOCK_M,
+                BLOCK_S,
+                PRECISION,
+            )
+            new_best = tl.maximum(best, best_of_split)
+            old = exponential_of_difference(best, new_best)
+            new = exponential_of_difference(best_of_split, new_best)
+            total = total * old + total_of_split * new
+            mixed = mixed * old[:, None] + mixed_of_split * new[:, None]
+            best = new_best
+        mixed = mixed / tl.where(is_live, total, 1.0)[:, None]
+        tl.store(out + at, mixed.to(out.dtype.element_ty), mask=is_live[:, None])
+
+
+@triton.jit
+def merge_splits_kernel(
+    partial,
+    items,
+    out,
+    max_splits,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    FIELDS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    item = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.load(items + item * FIELDS).to(tl.int64)
+    num_keys = tl.load(items + item * FIELDS + 1) - tl.load(items + item * FIELDS + 3) + 1
+    num_keys = tl.where(tl.load(items + item * FIELDS + 2) > 0, num_keys, 0)
+    channel = tl.arange(0, HEAD_DIM)
+    best = tl.full((1,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((1,), dtype=tl.float32)
+    mixed = tl.zeros((HEAD_DIM,), dtype=tl.float32)
+    for split in range(tl.cdiv(num_keys, SPLIT)):
+        at = partial + ((item * max_splits + split) * HEADS + head).to(tl.int64) * (HEAD_DIM + 2)
+        mixed_of_split = tl.load(at + channel)
+        best_of_split = tl.load(at + HEAD_DIM + tl.arange(0, 1))
+        total_of_split = tl.load(at + HEAD_DIM + 1 + tl.arange(0, 1))
+        new_best = tl.maximum(best, best_of_split)
+        old = exponential_of_difference(best, new_best)
+        new = exponential_of_difference(best_of_split, new_best)
+        total = total * old + total_of_split * new
+        mixed = mixed * old + mixed_of_split * new
+        best = new_best
+    if num_keys > 0:
+        tl.store(out + (row * HEADS + head) * HEAD_DIM + channel, (mixed / total).to(out.dtype.element_ty))

@@ -1,0 +1,113 @@
+"""One decoder layer on the device: the order of the launches, and no arithmetic of its own."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from llama4_dist.config import ModelConfig
+from llama4_dist.gpu.attention import AttentionWork, PagedKeys, attend
+from llama4_dist.gpu.routing import SortedRows, group_rows, sort_rows
+from llama4_dist.gpu.row_kernels import add_and_norm, rotate_and_store, route
+from llama4_dist.gpu.step_tables import StepTables
+from llama4_dist.gpu.stream_linear import MAX_ROWS, RowGroups
+from llama4_dist.gpu.weights import LayerWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepInputs:
+    """What all layers of a step read: tables, and per row cosines and sines [T, 2, C/2] and the query temperature."""
+
+    tables: StepTables
+    rotation_T2C: Tensor
+    temperature_T: Tensor
+    all_rows: RowGroups | SortedRows  # every row through one linear
+
+
+def every_row(num_rows: int, device: torch.device) -> RowGroups | SortedRows:
+    """Return the rows of a dense linear, in the form for few or for many of them."""
+    if num_rows <= MAX_ROWS:
+        return _few_rows(num_rows, device)
+    return SortedRows(order_R=None, starts=RowGroups.dense(num_rows, device).starts)
+
+
+@cache  # at most MAX_ROWS entries, which recorded steps point to
+def _few_rows(num_rows: int, device: torch.device) -> RowGroups:
+    return RowGroups.dense(num_rows, device)
+
+
+class GpuLayer:
+    """x += attention(norm(x)); x += feed_forward(norm(x)), where each sum is made by the norm that follows it."""
+
+    def __init__(self, config: ModelConfig, layer: int, weights: LayerWeights) -> None:
+        self.weights = weights
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.has_rope = config.rope_layers[layer]
+        self.has_qk_norm = config.use_qk_norm and self.has_rope
+        self.has_temperature = config.temperature_tuning and not self.has_rope
+        self.is_chunked = config.chunked_layers[layer]
+        self.eps = config.rms_norm_eps
+        self.num_routed = config.experts_per_token if config.moe_layers[layer] else 0  # copies of a token
+
+    def __call__(
+        self, x_TD: Tensor, added_ND: Tensor | None, num_routed: int, step: StepInputs, pages: PagedKeys
+    ) -> Tensor:
+        """Add the last layer's outputs to `x_TD` in place and return this layer's, not yet added.
+
+        `num_routed` says how those outputs lie, see `add_and_norm`.
+        """
+        normed_TD = torch.empty_like(x_TD)
+        add_and_norm(x_TD, added_ND, self.weights.input_norm_D, normed_TD, eps=self.eps, num_routed=num_routed)
+        attended_TD = self._attention(normed_TD, step, pages)
+        copies_ND = x_TD.new_empty((x_TD.shape[0] * (self.num_routed + 1), x_TD.shape[1]))
+        normed_TD = copies_ND[x_TD.shape[0] * self.num_routed :]
+        add_and_norm(x_TD, attended_TD, self.weights.post_attention_norm_D, normed_TD, eps=self.eps)
+        rows = step.all_rows if self.weights.router_ED is None else self._route(copies_ND, normed_TD, step)
+        if isinstance(rows, SortedRows) and rows.order_R is not None:
+            copies_ND = copies_ND.index_select(0, rows.order_R)
+        inner_NF = self.weights.gate_up.multiply(copies_ND, rows, gated=True)
+        return self.weights.down.multiply(inner_NF, rows)
+
+    def _attention(self, x_TD: Tensor, step: StepInputs, pages: PagedKeys) -> Tensor:
+        tables = step.tables
+        q_THC = x_TD.new_empty((x_TD.shape[0], self.num_heads, self.head_dim))
+        rotate_and_store(
+            self.weights.qkv.multiply(x_TD, step.all_rows),
+            q_THC,
+            pages,
+            positions_T=tables.positions_T,
+            sequences_T=tables.sequences_T,
+            rotation_T2C=step.rotation_T2C if self.has_rope else None,
+            temperature_T=step.temperature_T if self.has_temperature else None,
+            has_qk_norm=self.has_qk_norm,
+            eps=self.eps,
+        )
+        attended_THC = torch.empty_like(q_THC)
+        for work, in_splits in self._work(tables):
+            attend(q_THC, pages, work, attended_THC, in_splits=in_splits)
+        return self.weights.o.multiply(attended_THC.flatten(1), step.all_rows)
+
+    def _work(self, tables: StepTables) -> tuple[tuple[AttentionWork, bool], ...]:
+        if self.is_chunked:
+            return (tables.decode_chunked, True), (tables.prefill_chunked, False)
+        return (tables.decode_full, True), (tables.prefill_full, False)
+
+    def _route(self, copies_ND: Tensor, normed_TD: Tensor, step: StepInputs) -> RowGroups | SortedRows:
+        router_ED = self.weights.router_ED
+        assert router_ED is not None
+        num_experts, num_tokens = router_ED.shape[0], normed_TD.shape[0]
+        # The shared expert follows the routed ones and takes every row.
+        experts_N = torch.full((len(copies_ND),), num_experts, dtype=torch.int32, device=copies_ND.device)
+        route(
+            normed_TD,
+            router_ED,
+            step.tables.sequences_T,
+            experts_per_token=self.num_routed,
+            experts_N=experts_N,
+            copies_ND=copies_ND,
+        )
+        if num_tokens > MAX_ROWS:
+            return sort_rows(experts_N, num_experts + 1)
+        max_groups = min(num_experts, num_tokens * self.num_routed) + 1
+        return group_rows(experts_N, num_experts + 1, max_groups=max_groups, max_rows=num_tokens)

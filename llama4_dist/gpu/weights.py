@@ -1,0 +1,113 @@
+"""The weights of the whole model on one device, and how they are read from a checkpoint."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama4_dist.checkpoint.reader import Checkpoint
+from llama4_dist.config import ModelConfig
+from llama4_dist.gpu.packed import Packed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerWeights:
+    """One decoder layer. `gate_up` and `down` hold all routed experts and after them the shared one.
+
+    A dense layer has no router and one entry.
+    """
+
+    input_norm_D: Tensor
+    qkv: Packed
+    o: Packed
+    post_attention_norm_D: Tensor
+    router_ED: Tensor | None
+    gate_up: Packed
+    down: Packed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModelWeights:
+    """All that a forward pass reads."""
+
+    embedding_VD: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm_D: Tensor
+    head: Packed
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> ModelWeights:
+    """Read every weight, in `dtype`, to `device`; `progress` is told (layers read, layers in all)."""
+    reader = WeightReader(checkpoint, dtype, device)
+    layers = []
+    for layer in range(checkpoint.config.num_layers):
+        layers.append(reader.layer(layer))
+        if progress:
+            progress(layer + 1, checkpoint.config.num_layers)
+    return ModelWeights(
+        embedding_VD=reader.tensor("model.embed_tokens.weight"),
+        layers=tuple(layers),
+        norm_D=reader.tensor("model.norm.weight"),
+        head=reader.linear("lm_head.weight"),
+    )
+
+
+class WeightReader:
+    """Reads tensors by canonical name and lays them out for the kernels."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self._checkpoint = checkpoint
+        self._config: ModelConfig = checkpoint.config
+        self._dtype = dtype
+        self._device = device
+
+    def tensor(self, name: str) -> Tensor:
+        return self._checkpoint.tensor(name).to(device=self._device, dtype=self._dtype)
+
+    def linear(self, *names: str) -> Packed:
+        """Return linears of one input as one."""
+        return Packed(values_EFD=torch.cat([self.tensor(name) for name in names])[None])
+
+    def layer(self, layer: int) -> LayerWeights:
+        prefix = f"model.layers.{layer}"
+        is_moe = self._config.moe_layers[layer]
+        mlp = f"{prefix}.feed_forward.shared_expert" if is_moe else f"{prefix}.feed_forward"
+        gate_up = self.linear(f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight")
+        down = self.linear(f"{mlp}.down_proj.weight")
+        if is_moe:
+            gate_up, down = self._with_experts(layer, gate_up, down)
+        return LayerWeights(
+            input_norm_D=self.tensor(f"{prefix}.input_layernorm.weight"),
+            qkv=self.linear(*(f"{prefix}.self_attn.{name}_proj.weight" for name in "qkv")),
+            o=self.linear(f"{prefix}.self_attn.o_proj.weight"),
+            post_attention_norm_D=self.tensor(f"{prefix}.post_attention_layernorm.weight"),
+            router_ED=self.tensor(f"{prefix}.feed_forward.router.weight") if is_moe else None,
+            gate_up=gate_up,
+            down=down,
+        )
+
+    def _with_experts(self, layer: int, shared_gate_up: Packed, shared_down: Packed) -> tuple[Packed, Packed]:
+        num_experts, width = self._config.num_experts, self._config.expert_width
+        gate_up_EFD = self._empty(num_experts + 1, *shared_gate_up.values_EFD.shape[1:])
+        down_EDF = self._empty(num_experts + 1, *shared_down.values_EFD.shape[1:])
+        for expert in range(num_experts):
+            weights = self._checkpoint.expert(layer, expert)  # stored input-major: turned on the device
+            gate_up_EFD[expert, :width] = self._moved(weights.gate_DF).T
+            gate_up_EFD[expert, width:] = self._moved(weights.up_DF).T
+            down_EDF[expert] = self._moved(weights.down_FD).T
+        gate_up_EFD[num_experts] = shared_gate_up.values_EFD[0]
+        down_EDF[num_experts] = shared_down.values_EFD[0]
+        return Packed(values_EFD=gate_up_EFD), Packed(values_EFD=down_EDF)
+
+    def _moved(self, weight_DF: Tensor) -> Tensor:
+        return weight_DF.to(device=self._device, dtype=self._dtype)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device)

@@ -1,0 +1,224 @@
+"""Times decode of a stack in Scout's shape, and the same few layers beside transformers on the same card."""
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_checks.harness import Session, relative_error, replay_seconds
+from gpu_checks.stack import BLOCK_SIZE, layer_bytes, make_batch, make_cache, random_model, scout_config
+from llama4_dist.gpu.model import GpuLlama4
+from llama4_dist.gpu.packed import Packed
+from llama4_dist.gpu.weights import LayerWeights, ModelWeights
+from llama4_dist.model.kv_cache import KVCache
+
+CONTEXT = 1024
+FEW_LAYERS = 4
+RESERVED_BYTES = 10 << 30  # for the cache, logits, and what torch keeps
+
+
+def check_decode(session: Session) -> None:
+    """Decode at batch 1: active weight bytes over step time, against the copy rate."""
+    free = torch.cuda.mem_get_info(session.device)[0] - RESERVED_BYTES
+    config = scout_config(1)
+    ends = 2 * 2 * config.vocab_size * config.hidden_size
+    num_layers = int((min(free, session.stack_bytes) - ends) // layer_bytes(config))
+    config = scout_config(num_layers)
+    model = random_model(config, session.device)
+    active = num_layers * layer_bytes(config, experts=1) + ends // 2
+    cache = _random_cache(model, 64)
+    for num_sequences in (1, 4, 16, 64):
+        step_s, replay_s = _decode_seconds(model, cache, num_sequences)
+        name = f"decode, {num_layers} layers of Scout, batch {num_sequences}, context {CONTEXT}"
+        note = f"{num_sequences / step_s:.0f} token/s, step with host {step_s * 1e6:.0f} us"
+        if num_sequences > 1:
+            session.add(name, "measured", seconds=replay_s, note=note)
+            continue
+        rate = active / replay_s
+        share = rate / session.copy_rate
+        note = f"wanted: 75 %; active {active / 1e9:.1f} GB; {note}"
+        session.add(name, share >= 0.75, seconds=replay_s, rate=f"{rate / 1e12:.2f} TB/s", share=share, note=note)
+    for num_tokens in (512, 2048):
+        tokens = torch.randint(0, config.vocab_size, (num_tokens,)).tolist()
+        batch = make_batch([(tokens, 0, range(CONTEXT * 2 // BLOCK_SIZE))], session.device)
+        batch = type(batch)(step=1, token_ids_T=batch.token_ids_T, spans=batch.spans, logit_rows=(num_tokens - 1,))
+        seconds = _host_seconds(lambda batch=batch: model.forward(batch, cache), 4)
+        operations = num_tokens * active  # 2 operations a parameter of 2 bytes
+        session.add(
+            f"prefill, {num_layers} layers of Scout, {num_tokens} tokens",
+            "measured",
+            seconds=seconds,
+            rate=f"{operations / seconds / 1e12:.0f} TFLOP/s",
+            share=operations / seconds / session.matrix_rate,
+            note=f"{num_tokens / seconds:.0f} token/s",
+        )
+
+
+def check_batches(session: Session) -> None:
+    """A row of Scout's own shapes: the same bits at every batch size."""
+    model = random_model(scout_config(2), session.device)
+    cache = _random_cache(model, 64)
+    tokens = torch.randint(0, model.config.vocab_size, (64,)).tolist()
+    alone_1V = model.forward(make_batch([_part(tokens[0], 0)], session.device), cache)
+    for num_sequences in (2, 3, 16, 33, 64):
+        batch = make_batch([_part(token, index) for index, token in enumerate(tokens[:num_sequences])], session.device)
+        same = torch.equal(model.forward(batch, cache)[:1], alone_1V)
+        session.add(f"Scout's layers, batch {num_sequences}: row 0 has the bits of batch 1", same)
+    generator = torch.Generator().manual_seed(3)
+    prompt = torch.randint(0, model.config.vocab_size, (600,), generator=generator).tolist()
+    blocks = range(CONTEXT // BLOCK_SIZE)
+    whole_TV = model.forward(make_batch([(prompt, 0, blocks)], session.device), cache)[-8:]
+    model.forward(make_batch([(prompt[:592], 0, blocks)], session.device), cache)
+    decoded_TV = torch.cat(
+        [model.forward(make_batch([([prompt[i]], i, blocks)], session.device), cache) for i in range(592, 600)]
+    )
+    note = f"largest difference {float((whole_TV - decoded_TV).abs().max()):.1e}"
+    session.add("Scout's layers: decode is prefill", torch.equal(whole_TV, decoded_TV), note=note)
+
+
+def check_transformers(session: Session) -> None:
+    """The same weights in transformers: its logits, and its time for a decode step at batch 1."""
+    if importlib.util.find_spec("transformers") is None:
+        session.add("decode beside transformers", "skipped", note="transformers is not installed")
+        return
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = scout_config(FEW_LAYERS)
+    text_config = Llama4TextConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.expert_width,
+        intermediate_size_mlp=config.dense_width,
+        num_hidden_layers=FEW_LAYERS,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        num_local_experts=config.num_experts,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=1,
+        attention_chunk_size=config.chunk_size,
+        rope_theta=config.rope_theta,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": config.rope_theta,
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
+        floor_scale=config.floor_scale,
+        attn_scale=config.attn_scale,
+        max_position_embeddings=config.max_position_embeddings,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(session.device):
+            theirs = Llama4ForCausalLM(text_config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.dim() > 1:
+                fan_in = parameter.shape[1] if "experts." in name else parameter.shape[-1]
+                parameter.normal_(std=fan_in**-0.5)
+    ours = GpuLlama4(config, _weights_of(theirs))
+    _compare_transformers(session, ours, theirs)
+
+
+def _compare_transformers(session: Session, ours: GpuLlama4, theirs: Any) -> None:
+    tokens = torch.randint(0, ours.config.vocab_size, (1, 130), device=session.device)
+    cache = make_cache(ours.config, 64 * CONTEXT, session.device, torch.bfloat16)
+    blocks = range(CONTEXT // BLOCK_SIZE)
+    with torch.inference_mode():
+        expected = theirs(tokens[:, :128], use_cache=True)
+        logits_TV = ours.forward(make_batch([(tokens[0, :128].tolist(), 0, blocks)], session.device), cache)
+        error = relative_error(logits_TV, expected.logits[0])
+        session.add(f"logits beside transformers, {FEW_LAYERS} layers of Scout", error < 0.05, error=error)
+        past = expected.past_key_values
+        step = tokens[:, 128:129]
+        theirs_s = _host_seconds(lambda: theirs(step, past_key_values=past, use_cache=True), 12)
+    ours_s, replay_s = _decode_seconds(ours, cache, 1, context=129)
+    ratio = theirs_s / ours_s
+    session.add(
+        f"decode step of {FEW_LAYERS} layers beside transformers",
+        ratio >= 10,
+        seconds=ours_s,
+        note=f"wanted: 10 times; theirs {theirs_s * 1e6:.0f} us, {ratio:.1f} times; our graph {replay_s * 1e6:.0f} us",
+    )
+
+
+def _weights_of(theirs: Any) -> ModelWeights:
+    """Lay transformers' weights out for the kernels."""
+
+    def linear(*weights: Tensor) -> Packed:
+        return Packed(values_EFD=torch.cat([weight.data for weight in weights])[None])
+
+    layers = []
+    for layer in theirs.model.layers:
+        attention, moe = layer.self_attn, layer.feed_forward
+        shared = moe.shared_expert
+        gate_up = torch.cat([shared.gate_proj.weight.data, shared.up_proj.weight.data])
+        layers.append(
+            LayerWeights(
+                input_norm_D=layer.input_layernorm.weight.data,
+                qkv=linear(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
+                o=linear(attention.o_proj.weight),
+                post_attention_norm_D=layer.post_attention_layernorm.weight.data,
+                router_ED=moe.router.weight.data,
+                gate_up=Packed(values_EFD=torch.cat([moe.experts.gate_up_proj.data.mT, gate_up[None]])),
+                down=Packed(values_EFD=torch.cat([moe.experts.down_proj.data.mT, shared.down_proj.weight.data[None]])),
+            )
+        )
+    return ModelWeights(
+        embedding_VD=theirs.model.embed_tokens.weight.data,
+        layers=tuple(layers),
+        norm_D=theirs.model.norm.weight.data,
+        head=linear(theirs.lm_head.weight),
+    )
+
+
+def _random_cache(model: GpuLlama4, num_sequences: int) -> KVCache:
+    cache = make_cache(model.config, num_sequences * CONTEXT, model.device, torch.bfloat16)
+    for layer in cache._slots:
+        for slots_SD in layer:
+            slots_SD.normal_()
+    return cache
+
+
+def _part(token: int, sequence: int, context: int = CONTEXT) -> tuple[list[int], int, range]:
+    blocks = CONTEXT // BLOCK_SIZE
+    return [token], context - 1, range(sequence * blocks, (sequence + 1) * blocks)
+
+
+def _decode_seconds(
+    model: GpuLlama4, cache: KVCache, num_sequences: int, context: int = CONTEXT
+) -> tuple[float, float]:
+    """Return seconds of a step, host and all, and of its graph alone; other tokens, so other experts, each step."""
+    batches = []
+    for _ in range(8):
+        tokens = torch.randint(0, model.config.vocab_size, (num_sequences,)).tolist()
+        batches.append(make_batch([_part(token, index, context) for index, token in enumerate(tokens)], model.device))
+    turns = iter(range(1 << 30))
+    step_s = _host_seconds(lambda: model.forward(batches[next(turns) % 8], cache), 24)
+    graphs = model._graphs
+    assert graphs is not None
+    graph = next(reversed(graphs._graphs.values())).graph
+    return step_s, replay_seconds(graph, 10)
+
+
+def _host_seconds(function: Callable[[], Any], repeats: int) -> float:
+    """Return the median wall-clock seconds of a call and what it started on the device."""
+    times = []
+    for _ in range(2):
+        function()
+    torch.cuda.synchronize()
+    for _ in range(repeats):
+        started_s = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started_s)
+    return statistics.median(times)
