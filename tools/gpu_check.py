@@ -27,6 +27,7 @@ from gpu_checks.products import (  # noqa: E402
     check_small_products,
     check_stream,
 )
+from gpu_checks.quantized import check_quantized, check_quantized_bits, time_quantized  # noqa: E402
 from gpu_checks.rows import check_rows  # noqa: E402
 
 CHECKS = {
@@ -34,6 +35,8 @@ CHECKS = {
     "rows": check_rows,
     "attention": check_attention,
     "bits": check_same_bits,
+    "quantized": check_quantized,
+    "quantized-bits": check_quantized_bits,
     "model": check_model,
     "model-bits": check_model_bits,
 }
@@ -41,6 +44,7 @@ TIMED = {
     "gemm": check_grouped_gemm,
     "stream": check_stream,
     "attention-time": time_attention,
+    "quantized-time": time_quantized,
     "decode": check_decode,
     "batches": check_batches,
     "transformers": check_transformers,

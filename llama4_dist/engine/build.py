@@ -17,7 +17,9 @@ from llama4_dist.engine.engine import EngineCore
 from llama4_dist.engine.inproc_hosts import start_inproc_hosts
 from llama4_dist.engine.kv_dtype import resolve_kv_dtype
 from llama4_dist.engine.local import LocalEngine
+from llama4_dist.engine.one_device import load_on_one_device
 from llama4_dist.engine.options import EngineOptions
+from llama4_dist.engine.step import ForwardModel
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.load import load_model
@@ -45,12 +47,16 @@ def build_engine(
     device: str = "cpu",
     local_hosts: Sequence[ExpertServer] = (),
     progress: Progress | None = None,
+    model: ForwardModel | None = None,
     on_close: Callable[[], None] | None = None,
 ) -> LocalEngine:
-    """Load the attention side of a checkpoint and return an engine that reaches experts through `dispatcher`."""
+    """Load the attention side of a checkpoint and return an engine that reaches experts through `dispatcher`.
+
+    With a `model`, that one is used.
+    """
     config = checkpoint.config
     kv_dtype = resolve_kv_dtype(options.kv_dtype, compute_dtype=dtype, device=device)
-    model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
+    model = model or load_model(checkpoint, dtype=dtype, device=device, progress=progress)
     num_pages = kv_sizing.num_pages(config, options, dtype_bytes=kv_dtype.itemsize, memory_bytes=_memory_bytes(device))
     cache = KVCache(
         config,
@@ -94,16 +100,25 @@ def build_single_process(
     num_threads: int | None = None,
     progress: Progress | None = None,
 ) -> LocalEngine:
-    """Open a checkpoint and return an engine whose experts live in this process, behind inproc links."""
+    """Open a checkpoint and return an engine whose experts live in this process, behind inproc links.
+
+    On a CUDA device with one host the experts need no links: they are the model's own (`llama4_dist.gpu`).
+    """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     with ExitStack() as resources:
         checkpoint = Checkpoint.open(Path(model_dir))
         resources.callback(checkpoint.close)
         torch_dtype = resolve_dtype(dtype, checkpoint.config.dtype)
-        dispatcher, servers = start_inproc_hosts(
-            checkpoint, num_hosts=num_inproc_hosts, dtype=torch_dtype, device=device, resources=resources
-        )
+        model: ForwardModel | None = None
+        servers: Sequence[ExpertServer] = ()
+        if torch.device(device).type == "cuda" and num_inproc_hosts == 1:
+            model, dispatcher = load_on_one_device(checkpoint, dtype=torch_dtype, device=device, progress=progress)
+            resources.callback(dispatcher.close)
+        else:
+            dispatcher, servers = start_inproc_hosts(
+                checkpoint, num_hosts=num_inproc_hosts, dtype=torch_dtype, device=device, resources=resources
+            )
         engine = build_engine(
             checkpoint,
             dispatcher,
@@ -112,6 +127,7 @@ def build_single_process(
             device=device,
             local_hosts=servers,
             progress=progress,
+            model=model,
         )
         engine.on_close = resources.pop_all().close
     return engine

@@ -21,6 +21,8 @@ ROW_TILES_TOGETHER = 8  # row tiles that take one weight tile after another whil
 GATED_TILE = Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4)
 PLAIN_TILE = Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4)
 FLOAT32_TILE = Tile(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=2)  # no matrix units: for tests
+FLOAT8_GATED_TILE = Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3)
+FLOAT8_PLAIN_TILE = Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=4)
 IMPRECISE_PRODUCTS = 128  # float8: products the tensor cores add in their own short accumulator before float32
 
 
@@ -41,8 +43,7 @@ def grouped_gemm(
     `starts_E` is int32 with E + 1 entries. `order_R` says in which row of the result row r is written. `x_scale_R` and
     `scales_EF` are the float32 scales of float8 rows and weights. Rows past the last start are not written.
     """
-    if tile is None:
-        tile = FLOAT32_TILE if x_RD.dtype == torch.float32 else GATED_TILE if gated else PLAIN_TILE
+    tile = tile or default_tile(x_RD, gated)
     num_experts, num_weight_rows, width = weights_EFD.shape
     num_columns = num_weight_rows // 2 if gated else num_weight_rows
     out_RF = x_RD.new_empty((x_RD.shape[0], num_columns), dtype=out_dtype or x_RD.dtype)
@@ -78,6 +79,15 @@ def grouped_gemm(
         num_stages=tile.num_stages,
     )
     return out_RF
+
+
+def default_tile(x_RD: Tensor, gated: bool) -> Tile:
+    """Return the tile for rows of this type."""
+    if x_RD.dtype == torch.float32:
+        return FLOAT32_TILE
+    if x_RD.element_size() == 1:
+        return FLOAT8_GATED_TILE if gated else FLOAT8_PLAIN_TILE
+    return GATED_TILE if gated else PLAIN_TILE
 
 
 def grouped_gemm_reference(

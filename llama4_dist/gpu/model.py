@@ -42,10 +42,13 @@ class GpuLlama4:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        expert_format: str = "stored",
         progress: Callable[[int, int], None] | None = None,
     ) -> "GpuLlama4":
         """Read all weights, routed experts too; `progress` is told (layers read, layers in all)."""
-        weights = load_weights(checkpoint, dtype=dtype, device=torch.device(device), progress=progress)
+        weights = load_weights(
+            checkpoint, dtype=dtype, device=torch.device(device), expert_format=expert_format, progress=progress
+        )
         return cls(checkpoint.config, weights)
 
     @torch.inference_mode()

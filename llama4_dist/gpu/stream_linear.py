@@ -5,7 +5,7 @@ added atomically. The weight tile is the left operand, so that few rows fill a m
 in the order in which `grouped_gemm` adds them; `tools/gpu_check.py` compares the two bit by bit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -59,8 +59,7 @@ def stream_linear(
 
     `gated`, `x_scale_R` and `scales_EF` as in `grouped_gemm`. Rows of no group are not written.
     """
-    if tile is None:
-        tile = FLOAT32_TILE if x_RD.dtype == torch.float32 else STREAM_GATED_TILE if gated else STREAM_TILE
+    tile = tile or default_tile(x_RD, gated)
     num_experts, num_weight_rows, width = weights_EFD.shape
     num_columns = num_weight_rows // 2 if gated else num_weight_rows
     assert groups.max_rows <= MAX_ROWS, "too many rows to stream weights for"
@@ -89,6 +88,14 @@ def stream_linear(
         num_stages=tile.num_stages,
     )
     return out_RF
+
+
+def default_tile(x_RD: Tensor, gated: bool) -> Tile:
+    """Return the tile for rows of this type."""
+    if x_RD.dtype == torch.float32:
+        return FLOAT32_TILE
+    tile = STREAM_GATED_TILE if gated else STREAM_TILE
+    return replace(tile, block_k=2 * tile.block_k) if x_RD.element_size() == 1 else tile
 
 
 def stream_linear_reference(x_RD: Tensor, weights_EFD: Tensor, groups: RowGroups, *, gated: bool = False) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.config import ModelConfig
-from llama4_dist.gpu.packed import Packed
+from llama4_dist.errors import ConfigError
+from llama4_dist.gpu.packed import FORMATS, Packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,10 +43,16 @@ def load_weights(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    expert_format: str = "stored",
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelWeights:
-    """Read every weight, in `dtype`, to `device`; `progress` is told (layers read, layers in all)."""
-    reader = WeightReader(checkpoint, dtype, device)
+    """Read every weight, in `dtype`, to `device`; `progress` is told (layers read, layers in all).
+
+    `expert_format` is one of `packed.FORMATS`: how feed-forward weights, which are most of the model, are kept.
+    """
+    if expert_format not in FORMATS:
+        raise ConfigError(f"expert_format={expert_format!r} is none of {', '.join(FORMATS)}")
+    reader = WeightReader(checkpoint, dtype, device, expert_format)
     layers = []
     for layer in range(checkpoint.config.num_layers):
         layers.append(reader.layer(layer))
@@ -62,7 +69,8 @@ def load_weights(
 class WeightReader:
     """Reads tensors by canonical name and lays them out for the kernels."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, expert_format: str) -> None:
+        self._expert_format = expert_format
         self._checkpoint = checkpoint
         self._config: ModelConfig = checkpoint.config
         self._dtype = dtype
@@ -89,8 +97,8 @@ class WeightReader:
             o=self.linear(f"{prefix}.self_attn.o_proj.weight"),
             post_attention_norm_D=self.tensor(f"{prefix}.post_attention_layernorm.weight"),
             router_ED=self.tensor(f"{prefix}.feed_forward.router.weight") if is_moe else None,
-            gate_up=gate_up,
-            down=down,
+            gate_up=gate_up.quantized(self._expert_format),
+            down=down.quantized(self._expert_format),
         )
 
     def _with_experts(self, layer: int, shared_gate_up: Packed, shared_down: Packed) -> tuple[Packed, Packed]:

@@ -1,5 +1,6 @@
 """Times decode of a stack in Scout's shape, and the same few layers beside transformers on the same card."""
 
+import gc
 import importlib.util
 import statistics
 import time
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from gpu_checks.harness import Session, relative_error, replay_seconds
 from gpu_checks.stack import BLOCK_SIZE, layer_bytes, make_batch, make_cache, random_model, scout_config
+from llama4_dist.config import ModelConfig
 from llama4_dist.gpu.model import GpuLlama4
-from llama4_dist.gpu.packed import Packed
+from llama4_dist.gpu.packed import FORMATS, Packed
 from llama4_dist.gpu.weights import LayerWeights, ModelWeights
+from llama4_dist.model.batch import Batch
 from llama4_dist.model.kv_cache import KVCache
 
 CONTEXT = 1024
-FEW_LAYERS = 4
+FEW_LAYERS = 4  # beside transformers
+QUANTIZED_LAYERS = 8  # enough that weights are no longer in the cache when they are read again
 RESERVED_BYTES = 10 << 30  # for the cache, logits, and what torch keeps
 
 
@@ -27,35 +31,55 @@ def check_decode(session: Session) -> None:
     config = scout_config(1)
     ends = 2 * 2 * config.vocab_size * config.hidden_size
     num_layers = int((min(free, session.stack_bytes) - ends) // layer_bytes(config))
-    config = scout_config(num_layers)
-    model = random_model(config, session.device)
-    active = num_layers * layer_bytes(config, experts=1) + ends // 2
+    for expert_format in FORMATS:
+        layers = num_layers if expert_format == "stored" else min(num_layers, QUANTIZED_LAYERS)
+        _time_stack(session, scout_config(layers), expert_format)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _time_stack(session: Session, config: ModelConfig, expert_format: str) -> None:
+    model = random_model(config, session.device, expert_format=expert_format)
+    active = config.num_layers * layer_bytes(config, experts=1, expert_format=expert_format)
+    active += 2 * config.vocab_size * config.hidden_size
     cache = _random_cache(model, 64)
-    for num_sequences in (1, 4, 16, 64):
+    is_stored = expert_format == "stored"
+    for num_sequences in (1, 4, 16, 64) if is_stored else (1,):
         step_s, replay_s = _decode_seconds(model, cache, num_sequences)
-        name = f"decode, {num_layers} layers of Scout, batch {num_sequences}, context {CONTEXT}"
+        name = f"decode, {config.num_layers} layers of Scout, {expert_format}, batch {num_sequences}"
         note = f"{num_sequences / step_s:.0f} token/s, step with host {step_s * 1e6:.0f} us"
         if num_sequences > 1:
             session.add(name, "measured", seconds=replay_s, note=note)
             continue
         rate = active / replay_s
         share = rate / session.copy_rate
-        note = f"wanted: 75 %; active {active / 1e9:.1f} GB; {note}"
-        session.add(name, share >= 0.75, seconds=replay_s, rate=f"{rate / 1e12:.2f} TB/s", share=share, note=note)
-    for num_tokens in (512, 2048):
-        tokens = torch.randint(0, config.vocab_size, (num_tokens,)).tolist()
-        batch = make_batch([(tokens, 0, range(CONTEXT * 2 // BLOCK_SIZE))], session.device)
-        batch = type(batch)(step=1, token_ids_T=batch.token_ids_T, spans=batch.spans, logit_rows=(num_tokens - 1,))
-        seconds = _host_seconds(lambda batch=batch: model.forward(batch, cache), 4)
-        operations = num_tokens * active  # 2 operations a parameter of 2 bytes
         session.add(
-            f"prefill, {num_layers} layers of Scout, {num_tokens} tokens",
-            "measured",
-            seconds=seconds,
-            rate=f"{operations / seconds / 1e12:.0f} TFLOP/s",
-            share=operations / seconds / session.matrix_rate,
-            note=f"{num_tokens / seconds:.0f} token/s",
+            name,
+            share >= 0.75 if is_stored else "measured",
+            seconds=replay_s,
+            rate=f"{rate / 1e12:.2f} TB/s",
+            share=share,
+            note=f"wanted of stored: 75 %; context {CONTEXT}, active {active / 1e9:.1f} GB; {note}",
         )
+    for num_tokens in (512, 2048) if is_stored else (2048,):
+        _time_prefill(session, model, cache, num_tokens, expert_format)
+
+
+def _time_prefill(session: Session, model: GpuLlama4, cache: KVCache, num_tokens: int, expert_format: str) -> None:
+    config = model.config
+    tokens = torch.randint(0, config.vocab_size, (num_tokens,)).tolist()
+    batch = make_batch([(tokens, 0, range(CONTEXT * 2 // BLOCK_SIZE))], session.device)
+    batch = Batch(step=1, token_ids_T=batch.token_ids_T, spans=batch.spans, logit_rows=(num_tokens - 1,))
+    seconds = _host_seconds(lambda: model.forward(batch, cache), 4)
+    operations = num_tokens * config.num_layers * layer_bytes(config, experts=1)  # 2 a parameter of 2 bytes
+    session.add(
+        f"prefill, {config.num_layers} layers of Scout, {expert_format}, {num_tokens} tokens",
+        "measured",
+        seconds=seconds,
+        rate=f"{operations / seconds / 1e12:.0f} TFLOP/s",
+        share=operations / seconds / session.matrix_rate,
+        note=f"{num_tokens / seconds:.0f} token/s",
+    )
 
 
 def check_batches(session: Session) -> None:

@@ -74,15 +74,20 @@ def _config(
     )
 
 
-def layer_bytes(config: ModelConfig, *, experts: int | None = None) -> int:
-    """Return bytes of one layer's weights in bfloat16: with all experts, or with so many of them."""
+EXPERT_BITS = {"stored": 16.0, "float8": 8.0, "int4": 4.25}  # a weight, with its share of a four-bit group's scale
+
+
+def layer_bytes(config: ModelConfig, *, experts: int | None = None, expert_format: str = "stored") -> int:
+    """Return bytes of one layer's weights, bfloat16 beside the experts: with all of those, or with so many of them."""
     experts = config.num_experts if experts is None else experts
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim  # q and o, k and v
-    expert = 3 * config.expert_width
-    return 2 * config.hidden_size * (heads + (experts + 1) * expert + config.num_experts)
+    expert = 3 * config.expert_width * (experts + 1) * EXPERT_BITS[expert_format] / 8
+    return int(config.hidden_size * (2 * heads + expert + 2 * config.num_experts))
 
 
-def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> GpuLlama4:
+def random_model(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16, expert_format: str = "stored"
+) -> GpuLlama4:
     """Return a model whose weights have a standard deviation of 1/sqrt(fan in)."""
 
     def linear(*shape: int) -> Packed:
@@ -97,8 +102,8 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype =
             o=linear(1, width, q_width),
             post_attention_norm_D=1 + normal(width, device=device, dtype=dtype, scale=0.1),
             router_ED=normal(config.num_experts, width, device=device, dtype=dtype, scale=2 * width**-0.5),
-            gate_up=linear(config.num_experts + 1, 2 * inner, width),
-            down=linear(config.num_experts + 1, width, inner),
+            gate_up=linear(config.num_experts + 1, 2 * inner, width).quantized(expert_format),
+            down=linear(config.num_experts + 1, width, inner).quantized(expert_format),
         )
         for _ in range(config.num_layers)
     )

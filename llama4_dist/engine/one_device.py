@@ -1,0 +1,33 @@
+"""The model with all its experts on one CUDA device, for an engine whose experts need no hosts."""
+
+from collections.abc import Callable
+
+import torch
+
+from llama4_dist.checkpoint.reader import Checkpoint
+from llama4_dist.dispatch.dispatcher import Dispatcher
+from llama4_dist.dispatch.routing_table import RoutingTable
+from llama4_dist.engine.step import ForwardModel
+
+
+def load_on_one_device(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[ForwardModel, Dispatcher]:
+    """Return the model, and a dispatcher that knows no host: the model asks it for nothing."""
+    from llama4_dist.gpu.model import GpuLlama4  # needs Triton, which only this device does
+
+    model = GpuLlama4.load(checkpoint, dtype=dtype, device=device, progress=progress)
+    dispatcher = Dispatcher(
+        worker="local",
+        incarnation=0,
+        table=RoutingTable(epoch=1, replicas={}),
+        links={},
+        width=checkpoint.config.hidden_size,
+        dtype=dtype,
+        device=device,
+    )
+    return model, dispatcher
