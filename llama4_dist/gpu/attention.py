@@ -169,8 +169,8 @@ def attend_split(
         page = tl.load(table_row + position // PAGE - first_page, mask=exists, other=0)
         slot = page.to(tl.int64) * PAGE + position % PAGE
         at = slot[:, None] * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM + channel[None, :]
-        k_tile = tl.load(keys + at, mask=exists[:, None], other=0.0)
-        v_tile = tl.load(values + at, mask=exists[:, None], other=0.0)
+        k_tile = tl.load(keys + at, mask=exists[:, None], other=0.0).to(q_tile.dtype)
+        v_tile = tl.load(values + at, mask=exists[:, None], other=0.0).to(q_tile.dtype)
         logits = add_product(q_tile, k_tile.T, tl.zeros((BLOCK_M, BLOCK_S), dtype=tl.float32), PRECISION, 0) * scale
         logits = tl.where(key[None, :] < num_keys[:, None], logits, float("-inf"))
         new_best = tl.maximum(best, tl.max(logits, 1))

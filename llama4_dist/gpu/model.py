@@ -8,7 +8,6 @@ from torch import Tensor
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.config import ModelConfig
 from llama4_dist.gpu.attention import PagedKeys, queries_per_tile
-from llama4_dist.gpu.cache_pages import group_of, layer_slots
 from llama4_dist.gpu.graphs import DecodeGraphs, bucket_of
 from llama4_dist.gpu.layer import GpuLayer, StepInputs, every_row
 from llama4_dist.gpu.row_kernels import add_and_norm
@@ -80,8 +79,8 @@ class GpuLlama4:
         x_TD = self.weights.embedding_VD.index_select(0, tables.tokens_T)
         outputs_ND, num_routed = None, 0
         for index, layer in enumerate(self.layers):
-            keys_SD, values_SD = layer_slots(cache, index)
-            group = group_of(cache, index)
+            keys_SD, values_SD = cache.slots(index)
+            group = cache.layout.group_of[index]
             pages = PagedKeys(
                 keys_SD=keys_SD,
                 values_SD=values_SD,

@@ -229,4 +229,4 @@ def rotate_and_store_kernel(
                 at = keys + slot * (KV_HEADS * HEAD_DIM) + (head - HEADS) * HEAD_DIM + channel
             else:
                 at = values + slot * (KV_HEADS * HEAD_DIM) + (head - HEADS - KV_HEADS) * HEAD_DIM + channel
-            tl.store(at, x.to(dtype))
+            tl.store(at, x.to(keys.dtype.element_ty))

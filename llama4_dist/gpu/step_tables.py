@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama4_dist.gpu.attention import ITEM_FIELDS, KEYS_PER_SPLIT, AttentionWork
-from llama4_dist.gpu.cache_pages import page_runs
 from llama4_dist.model.batch import SequenceSpan
 
 Item = tuple[int, int, int, int, int]  # see attention.AttentionWork
@@ -50,7 +49,7 @@ class Extent:
 
 def extent_of(spans: Sequence[SequenceSpan], num_rows: int) -> Extent:
     """Return the sizes for these spans, pages and splits rounded up to powers of two."""
-    num_pages = max(len(ids) for span in spans for _, ids in page_runs(span))
+    num_pages = max(len(run.ids) for span in spans for run in span.pages)
     num_keys = max(span.num_cached + span.num_tokens for span in spans)
     return Extent(
         num_rows=num_rows,
@@ -80,13 +79,12 @@ class TableWriter:
         full, chunked = (list(_items(spans, chunk, self._per_tile)) for chunk in (None, self._chunk_size))
         positions = [p for s in spans for p in range(s.num_cached, s.num_cached + s.num_tokens)]
         sequences = [index for index, span in enumerate(spans) for _ in range(span.num_tokens)]
-        runs = [page_runs(span) for span in spans]
-        pages = np.zeros((len(runs[0]), extent.num_sequences, extent.num_pages), dtype=np.int32)
+        pages = np.zeros((len(spans[0].pages), extent.num_sequences, extent.num_pages), dtype=np.int32)
         first_pages = np.zeros(pages.shape[:2], dtype=np.int32)
-        for sequence, groups in enumerate(runs):
-            for group, (first_page, ids) in enumerate(groups):
-                pages[group, sequence, : len(ids)] = ids
-                first_pages[group, sequence] = first_page
+        for sequence, span in enumerate(spans):
+            for group, run in enumerate(span.pages):
+                pages[group, sequence, : len(run.ids)] = run.ids_N
+                first_pages[group, sequence] = run.first_block
         return {
             "tokens_T": _padded(token_ids, extent.num_rows, 0),
             "positions_T": _padded(positions, extent.num_rows, 0),
@@ -111,10 +109,12 @@ class TableWriter:
 
     def views(self, memory: Tensor, shapes: dict[str, tuple[int, ...]]) -> StepTables:
         """Return the tables that lie in `memory`."""
+        max_splits = self.extent.max_splits
+        in_chunk = max_splits if self._chunk_size is None else min(max_splits, -(-self._chunk_size // KEYS_PER_SPLIT))
         parts = memory.split([int(np.prod(shape)) for shape in shapes.values()])
         tables = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
         works = {
-            name: AttentionWork(items=tables[name], max_splits=self.extent.max_splits)
+            name: AttentionWork(items=tables[name], max_splits=in_chunk if "chunked" in name else max_splits)
             for name in ("decode_full", "decode_chunked", "prefill_full", "prefill_chunked")
         }
         return StepTables(

@@ -9,14 +9,11 @@ from llama4_dist.config import ModelConfig
 from llama4_dist.gpu.model import GpuLlama4
 from llama4_dist.gpu.packed import Packed
 from llama4_dist.gpu.weights import LayerWeights, ModelWeights
-from llama4_dist.model.batch import Batch, SequenceSpan
-from llama4_dist.model.kv_cache import KVCache
 from tests.gpu.compiling import compile_launches, print_json
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-from gpu_checks.stack import scout_config
+from gpu_checks.stack import make_batch, make_cache, scout_config
 
-BLOCK_SIZE = 16
 NUM_ROWS = (1, 40, 100)  # decode of one sequence, decode of many, a prompt
 
 
@@ -48,12 +45,11 @@ def main() -> None:
     config = scout_config(4)  # three layers with rotation, one without
     kernels = compile_launches()
     model = GpuLlama4(config, unread_weights(config, torch.bfloat16))
-    cache = KVCache(config, num_blocks=256, block_size=BLOCK_SIZE, dtype=torch.bfloat16, device="cpu")
+    cache = make_cache(config, 4096, torch.device("cpu"), torch.bfloat16)
     for num_rows in NUM_ROWS:
         lengths = [1] * num_rows if num_rows < NUM_ROWS[-1] else [num_rows - 1, 1]
-        spans = tuple(SequenceSpan(num_tokens=n, num_cached=40, blocks=tuple(range(9))) for n in lengths)
-        tokens_T = torch.zeros(num_rows, dtype=torch.int64)
-        model.forward(Batch(step=1, token_ids_T=tokens_T, spans=spans, logit_rows=tuple(range(num_rows))), cache)
+        parts = [([0] * length, 40, range(9)) for length in lengths]
+        model.forward(make_batch(model, parts), cache)
     print_json({kernel.hash: kernel for kernel in kernels}.values())
 
 

