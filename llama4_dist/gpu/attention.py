@@ -25,6 +25,7 @@ KEYS_PER_SPLIT = 512
 NUM_WARPS = 4
 NUM_STAGES = 3
 ITEM_FIELDS = 5
+SPLITS_AT_ONCE = 8  # merged with their loads under way together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -106,6 +107,7 @@ def attend(q_THC: Tensor, pages: PagedKeys, work: AttentionWork, out_THC: Tensor
             HEAD_DIM=head_dim,
             FIELDS=ITEM_FIELDS,
             SPLIT=KEYS_PER_SPLIT,
+            AT_ONCE=SPLITS_AT_ONCE,
             num_warps=1,
             enable_fp_fusion=False,
         )
@@ -294,26 +296,31 @@ def merge_splits_kernel(
     HEAD_DIM: tl.constexpr,
     FIELDS: tl.constexpr,
     SPLIT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     item = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.load(items + item * FIELDS).to(tl.int64)
     num_keys = tl.load(items + item * FIELDS + 1) - tl.load(items + item * FIELDS + 3) + 1
     num_keys = tl.where(tl.load(items + item * FIELDS + 2) > 0, num_keys, 0)
+    num_splits = tl.cdiv(num_keys, SPLIT)
     channel = tl.arange(0, HEAD_DIM)
     best = tl.full((1,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((1,), dtype=tl.float32)
     mixed = tl.zeros((HEAD_DIM,), dtype=tl.float32)
-    for split in range(tl.cdiv(num_keys, SPLIT)):
-        at = partial + ((item * max_splits + split) * HEADS + head).to(tl.int64) * (HEAD_DIM + 2)
-        mixed_of_split = tl.load(at + channel)
-        best_of_split = tl.load(at + HEAD_DIM + tl.arange(0, 1))
-        total_of_split = tl.load(at + HEAD_DIM + 1 + tl.arange(0, 1))
-        new_best = tl.maximum(best, best_of_split)
-        old = exponential_of_difference(best, new_best)
-        new = exponential_of_difference(best_of_split, new_best)
-        total = total * old + total_of_split * new
-        mixed = mixed * old + mixed_of_split * new
-        best = new_best
+    first_split = partial + (item.to(tl.int64) * max_splits * HEADS + head) * (HEAD_DIM + 2)
+    for start in range(0, num_splits, AT_ONCE):
+        for offset in tl.static_range(AT_ONCE):  # their loads are under way together
+            exists = tl.arange(0, 1) + (start + offset) < num_splits
+            at = first_split + (start + offset) * (HEADS * (HEAD_DIM + 2))
+            mixed_of_split = tl.load(at + channel, mask=exists, other=0.0)
+            best_of_split = tl.load(at + HEAD_DIM + tl.arange(0, 1), mask=exists, other=float("-inf"))
+            total_of_split = tl.load(at + HEAD_DIM + 1 + tl.arange(0, 1), mask=exists, other=0.0)
+            new_best = tl.maximum(best, best_of_split)
+            old = exponential_of_difference(best, new_best)
+            new = exponential_of_difference(best_of_split, new_best)
+            total = total * old + total_of_split * new
+            mixed = mixed * old + mixed_of_split * new
+            best = new_best
     if num_keys > 0:
         tl.store(out + (row * HEADS + head) * HEAD_DIM + channel, (mixed / total).to(out.dtype.element_ty))

@@ -1,6 +1,6 @@
 """One decoder layer on the device: the order of the launches, and no arithmetic of its own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -30,6 +30,12 @@ def every_row(num_rows: int, device: torch.device) -> RowGroups | SortedRows:
     if num_rows <= MAX_ROWS:
         return _few_rows(num_rows, device)
     return SortedRows(order_R=None, starts=RowGroups.dense(num_rows, device).starts)
+
+
+@cache  # at most one a model
+def _few_rows_apart(num_rows: int, device: torch.device) -> RowGroups:
+    starts = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
+    return RowGroups(num_groups=num_rows, max_rows=1, starts=starts, experts=starts, order_R=None)
 
 
 @cache  # at most MAX_ROWS entries, which recorded steps point to
@@ -97,8 +103,7 @@ class GpuLayer:
         router_ED = self.weights.router_ED
         assert router_ED is not None
         num_experts, num_tokens = router_ED.shape[0], normed_TD.shape[0]
-        # The shared expert follows the routed ones and takes every row.
-        experts_N = torch.full((len(copies_ND),), num_experts, dtype=torch.int32, device=copies_ND.device)
+        experts_N = torch.empty(len(copies_ND), dtype=torch.int32, device=copies_ND.device)
         route(
             normed_TD,
             router_ED,
@@ -107,6 +112,8 @@ class GpuLayer:
             experts_N=experts_N,
             copies_ND=copies_ND,
         )
+        if num_tokens == 1:  # each copy is a group
+            return replace(_few_rows_apart(len(copies_ND), copies_ND.device), experts=experts_N)
         if num_tokens > MAX_ROWS:
             return sort_rows(experts_N, num_experts + 1)
         max_groups = min(num_experts, num_tokens * self.num_routed) + 1

@@ -79,7 +79,10 @@ def route(
     experts_N: Tensor,
     copies_ND: Tensor,
 ) -> None:
-    """Choose each token's experts and write their numbers to `experts_N` [T·K] and its scored rows to `copies_ND`.
+    """Choose each token's experts; write their numbers to `experts_N` and the token's scored rows to `copies_ND`.
+
+    The T·K copies are followed by T of the shared expert, whose number is that of the last routed one plus 1; their
+    rows are left as they are.
 
     A row is multiplied by the sigmoid of its expert's logit: Llama 4 scales what an expert reads. Equal logits go to
     the lowest expert. A row whose sequence is -1 is padding and gets expert -1.
@@ -91,6 +94,7 @@ def route(
         sequences_T,
         experts_N,
         copies_ND,
+        num_tokens,
         width,
         weight_ED.shape[0],
         COPIES=experts_per_token,
@@ -107,6 +111,7 @@ def route_kernel(
     sequences,
     chosen,
     copies,
+    num_tokens,
     width,
     num_experts,
     COPIES: tl.constexpr,
@@ -126,6 +131,7 @@ def route_kernel(
         products += tile * row[None, :]
     logits = tl.sum(products, 1).to(dtype).to(tl.float32)
     logits = tl.where(expert < num_experts, logits, float("-inf"))
+    tl.store(chosen + num_tokens * COPIES + token, num_experts)
     for copy in tl.static_range(COPIES):
         best = tl.max(logits, 0)
         winner = tl.min(tl.where(logits == best, expert, EXPERTS), 0)

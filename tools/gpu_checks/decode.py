@@ -162,7 +162,7 @@ def _compare_transformers(session: Session, ours: GpuLlama4, theirs: Any) -> Non
         logits_TV = ours.forward(make_batch(ours, [(tokens[0, :128].tolist(), 0, blocks)]), cache)
         difference_T = (logits_TV - expected.logits[0].float()).norm(dim=1)
         errors_T = difference_T / expected.logits[0].float().norm(dim=1)
-        # Rounding lets a token with two nearly equal experts go to the other one now and then: the median is of the rest.
+        # Now and then rounding sends a token with two nearly equal experts to the other one: so the median.
         error, far = float(errors_T.median()), float((errors_T > 0.1).float().mean())
         name = f"logits beside transformers, {FEW_LAYERS} layers of Scout, median row"
         session.add(name, error < 0.03 and far < 0.1, error=error, note=f"{far:.0%} of rows further than 0.1")

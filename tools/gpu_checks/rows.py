@@ -46,7 +46,7 @@ def _check_route(session: Session, dtype: torch.dtype) -> None:
         x_TD = normal(6, width, device=device, dtype=dtype)
         weight_ED = normal(num_experts, width, device=device, dtype=dtype, scale=width**-0.5)
         sequences_T = torch.tensor([0, 0, 1, 2, 3, -1], dtype=torch.int32, device=device)
-        experts_N = torch.full((6 * copies,), 99, dtype=torch.int32, device=device)
+        experts_N = torch.full((6 * copies + 6,), 99, dtype=torch.int32, device=device)
         copies_ND = torch.full((6 * copies, width), float("nan"), dtype=dtype, device=device)
         route(x_TD, weight_ED, sequences_T, experts_per_token=copies, experts_N=experts_N, copies_ND=copies_ND)
         logits_TE = x_TD.double() @ weight_ED.double().T
@@ -54,8 +54,9 @@ def _check_route(session: Session, dtype: torch.dtype) -> None:
         expected = (x_TD.double()[:, None] * top_TK.sigmoid()[..., None]).flatten(0, 1)
         error = relative_error(copies_ND, expected)
         margins = logits_TE.sort(descending=True).values.diff().abs()[:, :copies].min(-1).values[:5]
-        agrees = experts_N.view(6, copies)[:5].long() == chosen_TK[:5]
-        is_right = bool((agrees.all(-1) | (margins < 0.05)).all()) and bool((experts_N[5 * copies :] == -1).all())
+        agrees = experts_N[: 6 * copies].view(6, copies)[:5].long() == chosen_TK[:5]
+        is_right = bool((agrees.all(-1) | (margins < 0.05)).all()) and bool((experts_N[5 * copies : -6] == -1).all())
+        is_right &= bool((experts_N[-6:] == num_experts).all())
         session.add(f"route to {copies}, {str(dtype)[6:]}", is_right and error < _limit(dtype), error=error)
 
 
