@@ -73,6 +73,7 @@ def grouped_gemm(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         TOGETHER=ROW_TILES_TOGETHER,
+        FLAT=tile.is_flat,
         PRECISION=precision_of(x_RD.dtype),
         IMPRECISE=IMPRECISE_PRODUCTS if x_RD.element_size() == 1 else 0,
         num_warps=tile.num_warps,
@@ -127,6 +128,7 @@ def grouped_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TOGETHER: tl.constexpr,
+    FLAT: tl.constexpr,
     PRECISION: tl.constexpr,
     IMPRECISE: tl.constexpr,
 ):
@@ -137,7 +139,7 @@ def grouped_gemm_kernel(
     tiles = tl.cdiv(ends - begins, BLOCK_M) * column_tiles
     last_tiles = tl.cumsum(tiles, 0)
     weight_rows = 2 * num_columns if GATED else num_columns
-    for tile in tl.range(tl.program_id(0), tl.sum(tiles, 0), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.sum(tiles, 0), tl.num_programs(0), flatten=FLAT):
         expert = tl.sum((last_tiles <= tile).to(tl.int32), 0)
         is_mine = experts == expert
         begin = tl.sum(tl.where(is_mine, begins, 0), 0)

@@ -20,8 +20,9 @@ DESCRIPTOR_ALIGNMENT = 16  # bytes; of a tensor map's address and of all its str
 class Tile:
     """Block sizes of one matrix kernel. `block_n` counts columns of the output; a gated one takes two weights.
 
-    `programs_per_sm` 0 starts one program a tile; otherwise programs stay and walk over tiles. `use_descriptors` loads
-    through the copy engine's tensor maps, else through pointers.
+    `programs_per_sm` 0 starts one program a tile; otherwise programs stay and walk over tiles, and with `is_flat` they
+    load the next tile's first blocks while they store the last tile. `use_descriptors` loads through the copy engine's
+    tensor maps, else through pointers.
     """
 
     block_m: int
@@ -30,6 +31,7 @@ class Tile:
     num_warps: int = 8
     num_stages: int = 3
     programs_per_sm: int = 0
+    is_flat: bool = False
     use_descriptors: bool = True
 
 

@@ -18,15 +18,20 @@ GATED_TILES = (
     gemm.GATED_TILE,
     replace(gemm.GATED_TILE, num_stages=3),
     replace(gemm.GATED_TILE, programs_per_sm=1),
+    replace(gemm.GATED_TILE, programs_per_sm=1, is_flat=True),
+    replace(gemm.GATED_TILE, programs_per_sm=1, is_flat=True, num_stages=3),
     replace(gemm.GATED_TILE, use_descriptors=False),
     Tile(block_m=128, block_n=64, block_k=64, num_warps=4, num_stages=3),
     Tile(block_m=256, block_n=64, block_k=64, num_warps=8, num_stages=4),
-    Tile(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3),
+    Tile(block_m=128, block_n=64, block_k=64, num_warps=4, num_stages=3, programs_per_sm=2, is_flat=True),
 )
 PLAIN_TILES = (
     gemm.PLAIN_TILE,
     replace(gemm.PLAIN_TILE, num_stages=3),
     replace(gemm.PLAIN_TILE, programs_per_sm=1),
+    replace(gemm.PLAIN_TILE, programs_per_sm=1, is_flat=True),
+    replace(gemm.PLAIN_TILE, programs_per_sm=1, is_flat=True, num_stages=3),
+    Tile(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3, programs_per_sm=2, is_flat=True),
     replace(gemm.PLAIN_TILE, use_descriptors=False),
     Tile(block_m=256, block_n=128, block_k=64, num_warps=8, num_stages=4),
     Tile(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3),
@@ -158,6 +163,7 @@ def _check_uneven(
 def _name(tile: Tile) -> str:
     loads = "tma" if tile.use_descriptors else "ptr"
     stay = f" stay{tile.programs_per_sm}" if tile.programs_per_sm else ""
+    stay += " flat" if tile.is_flat else ""
     return f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages} {loads}{stay}"
 
 
