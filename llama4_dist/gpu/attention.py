@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama4_dist.gpu.tile_loads import add_product
-from llama4_dist.gpu.tiles import precision_of
+from llama4_dist.gpu.tile_loads import add_product, wait_for_earlier
+from llama4_dist.gpu.tiles import overlap_options, precision_of
 
-ROWS_PER_TILE = 64  # rows of one tile: queries times the heads that share a key head
+DECODE_ROWS = 64  # of one tile: queries times the heads that share a key head
+PREFILL_ROWS = 128  # a row's bits are the same in both: a warp holds 16 whole rows either way
 KEYS_PER_TILE = 64
-KEYS_PER_SPLIT = 512
-NUM_WARPS = 4
+KEYS_PER_SPLIT = 256
+ROWS_PER_WARP = 16
 NUM_STAGES = 3
 ITEM_FIELDS = 5
 SPLITS_AT_ONCE = 8  # merged with their loads under way together
@@ -55,7 +56,7 @@ class PagedKeys:
 
 def queries_per_tile(num_heads: int, num_kv_heads: int) -> int:
     """Return how many queries of consecutive positions one tile holds."""
-    return ROWS_PER_TILE // (num_heads // num_kv_heads)
+    return PREFILL_ROWS // (num_heads // num_kv_heads)
 
 
 def attend(q_THC: Tensor, pages: PagedKeys, work: AttentionWork, out_THC: Tensor, *, in_splits: bool) -> None:
@@ -90,12 +91,13 @@ def attend(q_THC: Tensor, pages: PagedKeys, work: AttentionWork, out_THC: Tensor
         PAGE=pages.page_size,
         FIELDS=ITEM_FIELDS,
         SPLIT=KEYS_PER_SPLIT,
-        BLOCK_M=ROWS_PER_TILE,
+        BLOCK_M=DECODE_ROWS if in_splits else PREFILL_ROWS,
         BLOCK_S=KEYS_PER_TILE,
         PRECISION=precision_of(q_THC.dtype),
-        num_warps=NUM_WARPS,
+        num_warps=(DECODE_ROWS if in_splits else PREFILL_ROWS) // ROWS_PER_WARP,
         num_stages=NUM_STAGES,
         enable_fp_fusion=False,
+        **overlap_options(),
     )
     if in_splits:
         merge_splits_kernel[(num_items, num_heads)](
@@ -110,6 +112,7 @@ def attend(q_THC: Tensor, pages: PagedKeys, work: AttentionWork, out_THC: Tensor
             AT_ONCE=SPLITS_AT_ONCE,
             num_warps=1,
             enable_fp_fusion=False,
+            **overlap_options(),
         )
 
 
@@ -140,18 +143,21 @@ def exponential_of_difference(a, b):
 
 
 @triton.jit
-def attend_split(
+def attend_tile(
     q_tile,
     keys,
     values,
     table_row,
     first_page,
     first_key,
-    key_start,
+    start,
     key_stop,
     num_keys,
     kv_head,
     scale,
+    best,
+    total,
+    mixed,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
@@ -159,29 +165,27 @@ def attend_split(
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Largest logit, sum of weights and weighted values over keys [key_start, key_stop) of those each row may see."""
+    """Go on with the largest logit, the sum of weights and the weighted values over keys [start, start + BLOCK_S)."""
     channel = tl.arange(0, HEAD_DIM)
-    best = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    mixed = tl.zeros((BLOCK_M, HEAD_DIM), dtype=tl.float32)
-    for start in range(key_start, key_stop, BLOCK_S):
-        key = start + tl.arange(0, BLOCK_S)
-        exists = key < key_stop
-        position = first_key + key
-        page = tl.load(table_row + position // PAGE - first_page, mask=exists, other=0)
-        slot = page.to(tl.int64) * PAGE + position % PAGE
-        at = slot[:, None] * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM + channel[None, :]
-        k_tile = tl.load(keys + at, mask=exists[:, None], other=0.0).to(q_tile.dtype)
-        v_tile = tl.load(values + at, mask=exists[:, None], other=0.0).to(q_tile.dtype)
-        logits = add_product(q_tile, k_tile.T, tl.zeros((BLOCK_M, BLOCK_S), dtype=tl.float32), PRECISION, 0) * scale
-        logits = tl.where(key[None, :] < num_keys[:, None], logits, float("-inf"))
-        new_best = tl.maximum(best, tl.max(logits, 1))
-        shrink = exponential_of_difference(best, new_best)
-        weights = exponential_of_difference(logits, new_best[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        mixed = add_product(weights.to(v_tile.dtype), v_tile, mixed * shrink[:, None], PRECISION, 0)
-        best = new_best
-    return best, total, mixed
+    key = start + tl.arange(0, BLOCK_S)
+    exists = key < key_stop
+    position = first_key + key
+    page = tl.load(table_row + position // PAGE - first_page, mask=exists, other=0)
+    slot = page.to(tl.int64) * PAGE + position % PAGE
+    at = slot[:, None] * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM + channel[None, :]
+    k_tile = tl.load(keys + at, mask=exists[:, None], other=0.0).to(q_tile.dtype)
+    v_tile = tl.load(values + at, mask=exists[:, None], other=0.0).to(q_tile.dtype)
+    logits = add_product(q_tile, k_tile.T, tl.zeros((BLOCK_M, BLOCK_S), dtype=tl.float32), PRECISION, 0)
+    logits = tl.where(key[None, :] < num_keys[:, None], logits, float("-inf"))
+    new_best = tl.maximum(best, tl.max(logits, 1) * scale)
+    shrink = exponential_of_difference(best, new_best)
+    shift = tl.where(new_best == float("-inf"), 0.0, -new_best)
+    weights = tl.exp2(
+        tl.fma(logits, tl.full(logits.shape, scale, tl.float32), tl.broadcast_to(shift[:, None], logits.shape))
+    )
+    total = total * shrink + tl.sum(weights, 1)
+    mixed = add_product(weights.to(v_tile.dtype), v_tile, mixed * shrink[:, None], PRECISION, 0)
+    return new_best, total, mixed
 
 
 @triton.jit
@@ -206,8 +210,10 @@ def attend_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    item = tl.program_id(0)
+    wait_for_earlier(OVERLAP)
+    item = tl.num_programs(0) - 1 - tl.program_id(0)  # the last queries see most keys: they start first
     kv_head = tl.program_id(1)
     first_row = tl.load(items + item * FIELDS)
     first_position = tl.load(items + item * FIELDS + 1)
@@ -226,49 +232,59 @@ def attend_kernel(
     most_keys = first_position + num_queries - first_key
     table_row = table + sequence.to(tl.int64) * table_stride
     first_page = tl.load(first_pages + sequence)
+    best_of_split = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total_of_split = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    mixed_of_split = tl.zeros((BLOCK_M, HEAD_DIM), dtype=tl.float32)
     if partial is not None:
         split = tl.program_id(2)
         if split * SPLIT < most_keys:
-            best, total, mixed = attend_split(
-                q_tile,
-                keys,
-                values,
-                table_row,
-                first_page,
-                first_key,
-                split * SPLIT,
-                min(most_keys, (split + 1) * SPLIT),
-                num_keys,
-                kv_head,
-                scale,
-                KV_HEADS,
-                HEAD_DIM,
-                PAGE,
-                BLOCK_M,
-                BLOCK_S,
-                PRECISION,
-            )
+            for start in range(split * SPLIT, min(most_keys, (split + 1) * SPLIT), BLOCK_S):
+                best_of_split, total_of_split, mixed_of_split = attend_tile(
+                    q_tile,
+                    keys,
+                    values,
+                    table_row,
+                    first_page,
+                    first_key,
+                    start,
+                    most_keys,
+                    num_keys,
+                    kv_head,
+                    scale,
+                    best_of_split,
+                    total_of_split,
+                    mixed_of_split,
+                    KV_HEADS,
+                    HEAD_DIM,
+                    PAGE,
+                    BLOCK_M,
+                    BLOCK_S,
+                    PRECISION,
+                )
             slot = ((item * max_splits + split) * HEADS + head).to(tl.int64) * (HEAD_DIM + 2)
-            tl.store(partial + slot[:, None] + channel[None, :], mixed, mask=is_live[:, None])
-            tl.store(partial + slot + HEAD_DIM, best, mask=is_live)
-            tl.store(partial + slot + HEAD_DIM + 1, total, mask=is_live)
+            tl.store(partial + slot[:, None] + channel[None, :], mixed_of_split, mask=is_live[:, None])
+            tl.store(partial + slot + HEAD_DIM, best_of_split, mask=is_live)
+            tl.store(partial + slot + HEAD_DIM + 1, total_of_split, mask=is_live)
     else:
-        best = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        mixed = tl.zeros((BLOCK_M, HEAD_DIM), dtype=tl.float32)
-        for split_start in range(0, most_keys, SPLIT):
-            best_of_split, total_of_split, mixed_of_split = attend_split(
+        best = best_of_split
+        total = total_of_split
+        mixed = mixed_of_split
+        for start in range(0, most_keys, BLOCK_S):
+            best_of_split, total_of_split, mixed_of_split = attend_tile(
                 q_tile,
                 keys,
                 values,
                 table_row,
                 first_page,
                 first_key,
-                split_start,
-                min(most_keys, split_start + SPLIT),
+                start,
+                most_keys,
                 num_keys,
                 kv_head,
                 scale,
+                best_of_split,
+                total_of_split,
+                mixed_of_split,
                 KV_HEADS,
                 HEAD_DIM,
                 PAGE,
@@ -276,12 +292,17 @@ def attend_kernel(
                 BLOCK_S,
                 PRECISION,
             )
-            new_best = tl.maximum(best, best_of_split)
-            old = exponential_of_difference(best, new_best)
-            new = exponential_of_difference(best_of_split, new_best)
-            total = total * old + total_of_split * new
-            mixed = mixed * old[:, None] + mixed_of_split * new[:, None]
-            best = new_best
+            # A split ends here; in one loop with its tiles, so that the next one's keys are already on their way.
+            if ((start + BLOCK_S) % SPLIT == 0) | (start + BLOCK_S >= most_keys):
+                new_best = tl.maximum(best, best_of_split)
+                old = exponential_of_difference(best, new_best)
+                new = exponential_of_difference(best_of_split, new_best)
+                total = total * old + total_of_split * new
+                mixed = mixed * old[:, None] + mixed_of_split * new[:, None]
+                best = new_best
+                best_of_split = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+                total_of_split = tl.zeros((BLOCK_M,), dtype=tl.float32)
+                mixed_of_split = tl.zeros((BLOCK_M, HEAD_DIM), dtype=tl.float32)
         mixed = mixed / tl.where(is_live, total, 1.0)[:, None]
         tl.store(out + at, mixed.to(out.dtype.element_ty), mask=is_live[:, None])
 
@@ -297,7 +318,9 @@ def merge_splits_kernel(
     FIELDS: tl.constexpr,
     SPLIT: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_earlier(OVERLAP)
     item = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.load(items + item * FIELDS).to(tl.int64)

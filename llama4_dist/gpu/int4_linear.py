@@ -12,12 +12,14 @@ from torch import Tensor
 
 from llama4_dist.gpu.quantize import GROUP, from_int4
 from llama4_dist.gpu.stream_linear import MIN_ROWS, RowGroups, stream_linear_reference
-from llama4_dist.gpu.tile_loads import add_product, silu_times
-from llama4_dist.gpu.tiles import Tile, precision_of
+from llama4_dist.gpu.tile_loads import add_product, silu_times, wait_for_earlier
+from llama4_dist.gpu.tiles import Tile, overlap_options, precision_of
 
-MAX_ROWS_PER_TILE = 64
-INT4_TILE = Tile(block_m=MAX_ROWS_PER_TILE, block_n=64, block_k=4 * GROUP, num_warps=4, num_stages=3)
-INT4_GATED_TILE = Tile(block_m=MAX_ROWS_PER_TILE, block_n=64, block_k=2 * GROUP, num_warps=4, num_stages=3)
+INT4_TILE = Tile(block_m=64, block_n=64, block_k=4 * GROUP, num_warps=4, num_stages=3)
+INT4_GATED_TILE = Tile(block_m=64, block_n=64, block_k=2 * GROUP, num_warps=4, num_stages=3)
+# Unpacking costs the more of the time the fewer rows use an unpacked weight.
+INT4_MANY_TILE = Tile(block_m=128, block_n=128, block_k=GROUP, num_warps=8, num_stages=3)
+INT4_GATED_MANY_TILE = Tile(block_m=128, block_n=64, block_k=GROUP, num_warps=8, num_stages=3)
 
 
 def int4_linear(
@@ -31,7 +33,9 @@ def int4_linear(
     tile: Tile | None = None,
 ) -> Tensor:
     """Return what `stream_linear` does, from weights of `to_int4` and for any number of rows."""
-    tile = tile or (INT4_GATED_TILE if gated else INT4_TILE)
+    if tile is None:
+        few, many = (INT4_GATED_TILE, INT4_GATED_MANY_TILE) if gated else (INT4_TILE, INT4_MANY_TILE)
+        tile = few if groups.max_rows <= few.block_m else many
     num_weight_rows, num_groups = scales.shape[1:]
     num_columns = num_weight_rows // 2 if gated else num_weight_rows
     out_RF = x_RD.new_empty((x_RD.shape[0], num_columns), dtype=out_dtype or x_RD.dtype)
@@ -55,6 +59,7 @@ def int4_linear(
         PRECISION=precision_of(x_RD.dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **overlap_options(),
     )
     return out_RF
 
@@ -103,7 +108,9 @@ def int4_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_earlier(OVERLAP)
     group = tl.program_id(1)
     start = tl.load(starts + group) + tl.program_id(2) * BLOCK_T
     stop = tl.load(starts + group + 1)

@@ -72,7 +72,8 @@ class GpuLayer:
         rows = step.all_rows if self.weights.router_ED is None else self._route(copies_ND, normed_TD, step)
         if isinstance(rows, SortedRows) and rows.order_R is not None:
             copies_ND = copies_ND.index_select(0, rows.order_R)
-        inner_NF = self.weights.gate_up.multiply(copies_ND, rows, gated=True)
+        is_dense = self.weights.router_ED is None  # else the last launch chose the experts
+        inner_NF = self.weights.gate_up.multiply(copies_ND, rows, gated=True, are_experts_known=is_dense)
         return self.weights.down.multiply(inner_NF, rows)
 
     def _attention(self, x_TD: Tensor, step: StepInputs, pages: PagedKeys) -> Tensor:

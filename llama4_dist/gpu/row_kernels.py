@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from llama4_dist.gpu.attention import PagedKeys
+from llama4_dist.gpu.tile_loads import wait_for_earlier
+from llama4_dist.gpu.tiles import overlap_options
 
 NORM_WARPS = 8
 
@@ -39,13 +41,24 @@ def add_and_norm(
         BLOCK_D=triton.next_power_of_2(width),
         ROUTED=num_routed,
         num_warps=NORM_WARPS,
+        **overlap_options(),
     )
 
 
 @triton.jit
 def add_and_norm_kernel(
-    x, outputs, weight, normed, num_tokens, width, eps, BLOCK_D: tl.constexpr, ROUTED: tl.constexpr
+    x,
+    outputs,
+    weight,
+    normed,
+    num_tokens,
+    width,
+    eps,
+    BLOCK_D: tl.constexpr,
+    ROUTED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_earlier(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     inside = column < width
@@ -101,6 +114,7 @@ def route(
         EXPERTS=triton.next_power_of_2(weight_ED.shape[0]),
         BLOCK_D=min(512, triton.next_power_of_2(width)),
         num_warps=NORM_WARPS,
+        **overlap_options(),
     )
 
 
@@ -117,7 +131,9 @@ def route_kernel(
     COPIES: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_earlier(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, EXPERTS)
     column = tl.arange(0, BLOCK_D)
@@ -183,6 +199,7 @@ def rotate_and_store(
         PAGE=pages.page_size,
         QK_NORM=has_qk_norm,
         num_warps=1,
+        **overlap_options(),
     )
 
 
@@ -205,7 +222,9 @@ def rotate_and_store_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     QK_NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_earlier(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     channel = tl.arange(0, HEAD_DIM)

@@ -25,7 +25,7 @@ def check_attention(session: Session) -> None:
     head_dim = 128 if session.is_cuda else 16
     cases = ((130, 24, 0), (1100, 30, 0), (1100, 30, 1024)) if session.is_cuda else ((70, 5, 0), (530, 2, 512))
     for dtype in (torch.float32, torch.bfloat16):
-        for num_keys, num_queries, first_key in cases:
+        for num_keys, num_queries, first_key in cases if dtype == torch.bfloat16 else cases[:1]:
             pages = make_pages(2, num_keys, head_dim, session, dtype)
             q_THC = normal(num_queries, HEADS, head_dim, device=session.device, dtype=dtype, scale=2.0)
             first = num_keys - num_queries

@@ -1,30 +1,49 @@
 """The two ceilings everything is measured against: a device copy and a large matrix product, both of random data."""
 
+import time
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from gpu_checks.harness import Session, bench, normal
+from gpu_checks.harness import Session, normal
+
+WARM_UP_S = 1.0  # of matrix products, until the clocks have settled
+ROUNDS, CALLS = 7, 10
 
 
 def check_ceilings(session: Session) -> None:
-    _measure_memory(session)
-    _measure_products(session)
-
-
-def _measure_memory(session: Session) -> None:
-    device = session.device
-    source, target = normal(1 << 31, device=device), torch.empty(1 << 31, device=device, dtype=torch.bfloat16)
-    seconds = bench([lambda: target.copy_(source)])
-    session.copy_rate = 2 * source.nbytes / seconds
-    session.add("device copy, 4 GiB", "measured", seconds=seconds, rate=f"{session.copy_rate / 1e12:.2f} TB/s")
-    seconds = bench([lambda: torch.sum(source.view(torch.int16), dtype=torch.int64)])
-    rate = f"{source.nbytes / seconds / 1e12:.2f} TB/s"
-    session.add("device read (torch sum)", "measured", seconds=seconds, rate=rate)
-
-
-def _measure_products(session: Session) -> None:
-    device = session.device
-    a, b = normal(8192, 8192, device=device), normal(8192, 8192, device=device)
-    seconds = bench([lambda: a @ b] * 5)
+    a, b = (normal(8192, 8192, device=session.device) for _ in range(2))
+    started_s = time.monotonic()
+    while time.monotonic() - started_s < WARM_UP_S:
+        for _ in range(50):
+            a @ b
+        torch.cuda.synchronize()
+    seconds = _best(lambda: a @ b)
     session.matrix_rate = 2 * 8192**3 / seconds
     rate = f"{session.matrix_rate / 1e12:.0f} TFLOP/s"
     session.add("bfloat16 matrix product 8192", "measured", seconds=seconds, rate=rate)
+    _measure_copy(session)
+
+
+def _measure_copy(session: Session) -> None:
+    # Not in a recorded graph: there a copy goes to the copy engines, which reach 2.7 TB/s where kernels reach 4.3.
+    source, target = normal(1 << 31, device=session.device), normal(1 << 31, device=session.device)
+    seconds = _best(lambda: target.copy_(source))
+    session.copy_rate = 2 * source.nbytes / seconds
+    rate = f"{session.copy_rate / 1e12:.2f} TB/s"
+    session.add("device copy, 4 GiB, read and written", "measured", seconds=seconds, rate=rate)
+
+
+def _best(function: Callable[[], Any]) -> float:
+    """Return seconds of a call, the best of several means: a ceiling is what the card can do."""
+    means = []
+    for _ in range(ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(CALLS):
+            function()
+        end.record()
+        torch.cuda.synchronize()
+        means.append(start.elapsed_time(end) / 1e3 / CALLS)
+    return min(means)

@@ -13,6 +13,8 @@ from torch import Tensor
 from gpu_checks.harness import Session, replay_seconds
 from gpu_checks.stack import BLOCK_SIZE, layer_bytes, make_batch, make_cache, random_model, scout_config
 from llama4_dist.config import ModelConfig
+from llama4_dist.gpu import layer as gpu_layer
+from llama4_dist.gpu import tiles
 from llama4_dist.gpu.model import GpuLlama4
 from llama4_dist.gpu.packed import FORMATS, Packed
 from llama4_dist.gpu.weights import LayerWeights, ModelWeights
@@ -20,7 +22,8 @@ from llama4_dist.model.batch import Batch
 from llama4_dist.model.kv_cache import KVCache
 
 CONTEXT = 1024
-FEW_LAYERS = 4  # beside transformers
+FEW_LAYERS = 12  # beside transformers, which keeps its own copy of them
+BATCHES = 8  # whose steps are timed in turn, so that experts change
 QUANTIZED_LAYERS = 8  # enough that weights are no longer in the cache when they are read again
 RESERVED_BYTES = 10 << 30  # for the cache, logits, and what torch keeps
 
@@ -44,12 +47,22 @@ def _time_stack(session: Session, config: ModelConfig, expert_format: str) -> No
     active += 2 * config.vocab_size * config.hidden_size
     cache = _random_cache(model, 64)
     is_stored = expert_format == "stored"
+    _compare_overlap(session, model, cache, expert_format)
     for num_sequences in (1, 4, 16, 64) if is_stored else (1,):
         step_s, replay_s = _decode_seconds(model, cache, num_sequences)
         name = f"decode, {config.num_layers} layers of Scout, {expert_format}, batch {num_sequences}"
         note = f"{num_sequences / step_s:.0f} token/s, step with host {step_s * 1e6:.0f} us"
         if num_sequences > 1:
-            session.add(name, "measured", seconds=replay_s, note=note)
+            per_layer = _experts_per_layer(model, cache, num_sequences)
+            num_bytes = active + config.num_layers * (per_layer - 1) * 3 * 2 * config.hidden_size * config.expert_width
+            session.add(
+                name,
+                "measured",
+                seconds=replay_s,
+                rate=f"{num_bytes / replay_s / 1e12:.2f} TB/s",
+                share=num_bytes / replay_s / session.copy_rate,
+                note=f"{per_layer:.1f} routed experts a layer; {note}",
+            )
             continue
         rate = active / replay_s
         share = rate / session.copy_rate
@@ -63,6 +76,38 @@ def _time_stack(session: Session, config: ModelConfig, expert_format: str) -> No
         )
     for num_tokens in (512, 2048) if is_stored else (2048,):
         _time_prefill(session, model, cache, num_tokens, expert_format)
+
+
+def _experts_per_layer(model: GpuLlama4, cache: KVCache, num_sequences: int) -> float:
+    """Return how many routed experts a layer of the batch timed last reads, on average."""
+    counts: list[int] = []
+    honest = gpu_layer.route
+
+    def counting(*arguments: Any, experts_N: Tensor, **others: Any) -> None:
+        honest(*arguments, experts_N=experts_N, **others)
+        counts.append(len(experts_N[: len(arguments[0])].unique()))
+
+    gpu_layer.route = counting
+    try:
+        plain = GpuLlama4(model.config, model.weights, use_graphs=False)
+        plain.forward(_decode_batch(model, num_sequences, BATCHES - 1), cache)
+    finally:
+        gpu_layer.route = honest
+    return sum(counts) / len(counts)
+
+
+def _compare_overlap(session: Session, model: GpuLlama4, cache: KVCache, expert_format: str) -> None:
+    """Time a step whose kernels wait for each other's end; its logits must be those of kernels that overlap."""
+    batch = make_batch(model, [_part(17, 0)])
+    expected_1V = model.forward(batch, cache)
+    was_on, tiles.OVERLAPS_LAUNCHES = tiles.OVERLAPS_LAUNCHES, False
+    try:
+        plain = GpuLlama4(model.config, model.weights)
+        same = torch.equal(plain.forward(batch, cache), expected_1V)
+        _, replay_s = _decode_seconds(plain, cache, 1)
+    finally:
+        tiles.OVERLAPS_LAUNCHES = was_on
+    session.add(f"decode, {expert_format}, without overlapping launches: same bits", same, seconds=replay_s)
 
 
 def _time_prefill(session: Session, model: GpuLlama4, cache: KVCache, num_tokens: int, expert_format: str) -> None:
@@ -111,13 +156,15 @@ def check_transformers(session: Session) -> None:
         return
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-    config = scout_config(FEW_LAYERS)
+    free = torch.cuda.mem_get_info(session.device)[0] - RESERVED_BYTES if session.is_cuda else session.stack_bytes
+    num_layers = min(FEW_LAYERS, int(free // (2.3 * layer_bytes(scout_config(1)))))
+    config = scout_config(num_layers)
     text_config = Llama4TextConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.expert_width,
         intermediate_size_mlp=config.dense_width,
-        num_hidden_layers=FEW_LAYERS,
+        num_hidden_layers=num_layers,
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim,
@@ -164,7 +211,7 @@ def _compare_transformers(session: Session, ours: GpuLlama4, theirs: Any) -> Non
         errors_T = difference_T / expected.logits[0].float().norm(dim=1)
         # Now and then rounding sends a token with two nearly equal experts to the other one: so the median.
         error, far = float(errors_T.median()), float((errors_T > 0.1).float().mean())
-        name = f"logits beside transformers, {FEW_LAYERS} layers of Scout, median row"
+        name = f"logits beside transformers, {ours.config.num_layers} layers of Scout, median row"
         session.add(name, error < 0.03 and far < 0.1, error=error, note=f"{far:.0%} of rows further than 0.1")
         past = expected.past_key_values
         step = tokens[:, 128:129]
@@ -172,7 +219,7 @@ def _compare_transformers(session: Session, ours: GpuLlama4, theirs: Any) -> Non
     ours_s, replay_s = _decode_seconds(ours, cache, 1, context=129)
     ratio = theirs_s / ours_s
     session.add(
-        f"decode step of {FEW_LAYERS} layers beside transformers",
+        f"decode step of {ours.config.num_layers} layers beside transformers",
         ratio >= 10,
         seconds=ours_s,
         note=f"wanted: 10 times; theirs {theirs_s * 1e6:.0f} us, {ratio:.1f} times; our graph {replay_s * 1e6:.0f} us",
@@ -222,16 +269,21 @@ def _part(token: int, sequence: int, context: int = CONTEXT) -> tuple[list[int],
     return [token], context - 1, range(sequence * blocks, (sequence + 1) * blocks)
 
 
+def _decode_batch(model: GpuLlama4, num_sequences: int, index: int, context: int | None = None) -> Batch:
+    """Return one token for each sequence, other ones for each index."""
+    generator = torch.Generator().manual_seed(index)
+    tokens = torch.randint(0, model.config.vocab_size, (num_sequences,), generator=generator).tolist()
+    parts = [_part(token, sequence, context or CONTEXT) for sequence, token in enumerate(tokens)]
+    return make_batch(model, parts)
+
+
 def _decode_seconds(
     model: GpuLlama4, cache: KVCache, num_sequences: int, context: int = CONTEXT
 ) -> tuple[float, float]:
     """Return seconds of a step, host and all, and of its graph alone; other tokens, so other experts, each step."""
-    batches = []
-    for _ in range(8):
-        tokens = torch.randint(0, model.config.vocab_size, (num_sequences,)).tolist()
-        batches.append(make_batch(model, [_part(token, index, context) for index, token in enumerate(tokens)]))
+    batches = [_decode_batch(model, num_sequences, index, context) for index in range(BATCHES)]
     turns = iter(range(1 << 30))
-    step_s = _host_seconds(lambda: model.forward(batches[next(turns) % 8], cache), 24)
+    step_s = _host_seconds(lambda: model.forward(batches[next(turns) % BATCHES], cache), 3 * BATCHES - 2)
     graphs = model._graphs
     assert graphs is not None
     graph = next(reversed(graphs._graphs.values())).graph

@@ -26,13 +26,22 @@ def check_model(session: Session) -> None:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = Checkpoint.open(make_checkpoint(Path(folder), preset))
             expected_TV = Runner.load(checkpoint).in_chunks(tokens, sizes)
+            torch_TV = Runner.load(checkpoint, dtype=torch.bfloat16).in_chunks(tokens, sizes)
             for dtype in dtypes:
                 model = GpuLlama4.load(checkpoint, dtype=dtype, device=session.device)
                 logits_TV = _in_chunks(model, tokens, sizes, dtype)
-                error = relative_error(logits_TV.cpu(), expected_TV)
-                limit = 1e-4 if dtype == torch.float32 else 0.08
-                session.add(f"logits of {preset}, {str(dtype)[6:]}", error < limit, error=error)
+                # Rounding sends some tokens of so small a model to another expert, in torch on the CPU as here: whole
+                # rows differ then. So bfloat16 is judged by the median row, beside what torch's own rounding does.
+                error, of_torch = _median_error(logits_TV.cpu(), expected_TV), _median_error(torch_TV, expected_TV)
+                limit = 1e-4 if dtype == torch.float32 else 1.5 * of_torch
+                note = "" if dtype == torch.float32 else f"median row; torch's bfloat16 on the CPU: {of_torch:.2e}"
+                session.add(f"logits of {preset}, {str(dtype)[6:]}", error < limit, error=error, note=note)
             checkpoint.close()
+
+
+def _median_error(out_TV: Tensor, expected_TV: Tensor) -> float:
+    difference_T = (out_TV.double() - expected_TV.double()).norm(dim=1)
+    return float((difference_T / expected_TV.double().norm(dim=1)).median())
 
 
 def check_model_bits(session: Session) -> None:
