@@ -30,8 +30,6 @@ from gpu_checks.products import (  # noqa: E402
 from gpu_checks.quantized import check_quantized, check_quantized_bits, time_quantized  # noqa: E402
 from gpu_checks.rows import check_rows  # noqa: E402
 
-from llama4_dist.gpu import tiles  # noqa: E402
-
 CHECKS = {
     "small": check_small_products,
     "rows": check_rows,
@@ -68,11 +66,9 @@ def main() -> int:
         "--stack-gb", type=float, default=120.0, help="weights of the decode stack at most, in 1e9 bytes"
     )
     parser.add_argument("--json", type=Path, help="write results here; default $OUT/gpu_check.json where OUT is set")
-    parser.add_argument("--no-overlap", action="store_true", help="kernels start after the one before has ended")
     parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(20261126)
-    tiles.OVERLAPS_LAUNCHES = not arguments.no_overlap
     session = Session(
         device=torch.device(arguments.device), quick=arguments.quick, stack_bytes=int(arguments.stack_gb * 1e9)
     )

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama4_dist.gpu.tile_loads import add_product, wait_for_earlier
-from llama4_dist.gpu.tiles import overlap_options, precision_of
+from llama4_dist.gpu.tile_loads import add_product
+from llama4_dist.gpu.tiles import precision_of
 
 DECODE_ROWS = 64  # of one tile: queries times the heads that share a key head
 PREFILL_ROWS = 128  # a row's bits are the same in both: a warp holds 16 whole rows either way
@@ -97,7 +97,6 @@ def attend(q_THC: Tensor, pages: PagedKeys, work: AttentionWork, out_THC: Tensor
         num_warps=(DECODE_ROWS if in_splits else PREFILL_ROWS) // ROWS_PER_WARP,
         num_stages=NUM_STAGES,
         enable_fp_fusion=False,
-        **overlap_options(),
     )
     if in_splits:
         merge_splits_kernel[(num_items, num_heads)](
@@ -112,7 +111,6 @@ def attend(q_THC: Tensor, pages: PagedKeys, work: AttentionWork, out_THC: Tensor
             AT_ONCE=SPLITS_AT_ONCE,
             num_warps=1,
             enable_fp_fusion=False,
-            **overlap_options(),
         )
 
 
@@ -210,9 +208,7 @@ def attend_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    wait_for_earlier(OVERLAP)
     item = tl.num_programs(0) - 1 - tl.program_id(0)  # the last queries see most keys: they start first
     kv_head = tl.program_id(1)
     first_row = tl.load(items + item * FIELDS)
@@ -318,9 +314,7 @@ def merge_splits_kernel(
     FIELDS: tl.constexpr,
     SPLIT: tl.constexpr,
     AT_ONCE: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    wait_for_earlier(OVERLAP)
     item = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.load(items + item * FIELDS).to(tl.int64)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from llama4_dist.gpu.quantize import GROUP, from_int4
 from llama4_dist.gpu.stream_linear import MIN_ROWS, RowGroups, stream_linear_reference
-from llama4_dist.gpu.tile_loads import add_product, silu_times, wait_for_earlier
-from llama4_dist.gpu.tiles import Tile, overlap_options, precision_of
+from llama4_dist.gpu.tile_loads import add_product, silu_times
+from llama4_dist.gpu.tiles import Tile, precision_of
 
 INT4_TILE = Tile(block_m=64, block_n=64, block_k=4 * GROUP, num_warps=4, num_stages=3)
 INT4_GATED_TILE = Tile(block_m=64, block_n=64, block_k=2 * GROUP, num_warps=4, num_stages=3)
@@ -59,7 +59,6 @@ def int4_linear(
         PRECISION=precision_of(x_RD.dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **overlap_options(),
     )
     return out_RF
 
@@ -108,9 +107,7 @@ def int4_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    wait_for_earlier(OVERLAP)
     group = tl.program_id(1)
     start = tl.load(starts + group) + tl.program_id(2) * BLOCK_T
     stop = tl.load(starts + group + 1)

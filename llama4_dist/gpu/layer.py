@@ -9,7 +9,7 @@ from torch import Tensor
 from llama4_dist.config import ModelConfig
 from llama4_dist.gpu.attention import AttentionWork, PagedKeys, attend
 from llama4_dist.gpu.routing import SortedRows, group_rows, sort_rows
-from llama4_dist.gpu.row_kernels import add_and_norm, rotate_and_store, route
+from llama4_dist.gpu.row_kernels import add_and_norm, add_norm_and_route, rotate_and_store
 from llama4_dist.gpu.step_tables import StepTables
 from llama4_dist.gpu.stream_linear import MAX_ROWS, RowGroups
 from llama4_dist.gpu.weights import LayerWeights
@@ -68,12 +68,14 @@ class GpuLayer:
         attended_TD = self._attention(normed_TD, step, pages)
         copies_ND = x_TD.new_empty((x_TD.shape[0] * (self.num_routed + 1), x_TD.shape[1]))
         normed_TD = copies_ND[x_TD.shape[0] * self.num_routed :]
-        add_and_norm(x_TD, attended_TD, self.weights.post_attention_norm_D, normed_TD, eps=self.eps)
-        rows = step.all_rows if self.weights.router_ED is None else self._route(copies_ND, normed_TD, step)
+        if self.weights.router_ED is None:
+            rows = step.all_rows
+            add_and_norm(x_TD, attended_TD, self.weights.post_attention_norm_D, normed_TD, eps=self.eps)
+        else:
+            rows = self._route(x_TD, attended_TD, copies_ND, normed_TD, step)
         if isinstance(rows, SortedRows) and rows.order_R is not None:
             copies_ND = copies_ND.index_select(0, rows.order_R)
-        is_dense = self.weights.router_ED is None  # else the last launch chose the experts
-        inner_NF = self.weights.gate_up.multiply(copies_ND, rows, gated=True, are_experts_known=is_dense)
+        inner_NF = self.weights.gate_up.multiply(copies_ND, rows, gated=True)
         return self.weights.down.multiply(inner_NF, rows)
 
     def _attention(self, x_TD: Tensor, step: StepInputs, pages: PagedKeys) -> Tensor:
@@ -100,15 +102,22 @@ class GpuLayer:
             return (tables.decode_chunked, True), (tables.prefill_chunked, False)
         return (tables.decode_full, True), (tables.prefill_full, False)
 
-    def _route(self, copies_ND: Tensor, normed_TD: Tensor, step: StepInputs) -> RowGroups | SortedRows:
+    def _route(
+        self, x_TD: Tensor, attended_TD: Tensor, copies_ND: Tensor, normed_TD: Tensor, step: StepInputs
+    ) -> RowGroups | SortedRows:
+        """Fill the copies, the shared expert's being `normed_TD`, and return which go through which expert."""
         router_ED = self.weights.router_ED
         assert router_ED is not None
-        num_experts, num_tokens = router_ED.shape[0], normed_TD.shape[0]
+        num_experts, num_tokens = router_ED.shape[0], x_TD.shape[0]
         experts_N = torch.empty(len(copies_ND), dtype=torch.int32, device=copies_ND.device)
-        route(
+        add_norm_and_route(
+            x_TD,
+            attended_TD,
+            self.weights.post_attention_norm_D,
             normed_TD,
             router_ED,
             step.tables.sequences_T,
+            eps=self.eps,
             experts_per_token=self.num_routed,
             experts_N=experts_N,
             copies_ND=copies_ND,

@@ -38,12 +38,10 @@ class Packed:
         *,
         gated: bool = False,
         out_dtype: torch.dtype | None = None,
-        are_experts_known: bool = True,
     ) -> Tensor:
         """Return the product with `x_RD`: rows in any order and few, or sorted by expert and many.
 
-        With SortedRows, gated products stay sorted; plain ones go back to the order before sorting. See
-        `stream_linear` for `are_experts_known`.
+        With SortedRows, gated products stay sorted; plain ones go back to the order before sorting.
         """
         if self.values_EFD.dtype == torch.uint8:
             return self._multiply_int4(x_RD, rows, gated, out_dtype)
@@ -59,7 +57,6 @@ class Packed:
                 x_scale_R=x_scale_R,
                 scales_EF=self.scales,
                 out_dtype=out_dtype,
-                are_experts_known=are_experts_known,
             )
         return grouped_gemm(
             x_RD,

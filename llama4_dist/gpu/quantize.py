@@ -10,9 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama4_dist.gpu.tile_loads import wait_for_earlier
-from llama4_dist.gpu.tiles import overlap_options
-
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
 INT4_MAX = 7  # -8 is not used: the range is symmetric
@@ -72,7 +69,6 @@ def quantize_rows(x_RD: Tensor) -> tuple[Tensor, Tensor]:
         BLOCK_D=triton.next_power_of_2(width),
         LARGEST=FLOAT8_MAX,
         num_warps=8,
-        **overlap_options(),
     )
     return values_RD, scales_R
 
@@ -84,8 +80,7 @@ def quantize_rows_reference(x_RD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def quantize_rows_kernel(x, values, scales, width, BLOCK_D: tl.constexpr, LARGEST: tl.constexpr, OVERLAP: tl.constexpr):
-    wait_for_earlier(OVERLAP)
+def quantize_rows_kernel(x, values, scales, width, BLOCK_D: tl.constexpr, LARGEST: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     inside = column < width

@@ -8,8 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from llama4_dist.gpu.stream_linear import RowGroups
-from llama4_dist.gpu.tile_loads import wait_for_earlier
-from llama4_dist.gpu.tiles import overlap_options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,7 +48,6 @@ def group_rows(experts_N: Tensor, num_experts: int, *, max_groups: int, max_rows
         COPIES=triton.next_power_of_2(num_copies),
         GROUPS=triton.next_power_of_2(max_groups + 1),
         num_warps=4,
-        **overlap_options(),
     )
     return RowGroups(num_groups=max_groups, max_rows=max_rows, starts=starts, experts=experts, order_R=order_R)
 
@@ -75,9 +72,7 @@ def group_rows_kernel(
     max_groups,
     COPIES: tl.constexpr,
     GROUPS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    wait_for_earlier(OVERLAP)
     copy = tl.arange(0, COPIES)
     mine = tl.load(copies_experts + copy, mask=copy < num_copies, other=num_experts)
     is_known = (mine >= 0) & (mine < num_experts)

@@ -9,10 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from llama4_dist.gpu.attention import PagedKeys
-from llama4_dist.gpu.tile_loads import wait_for_earlier
-from llama4_dist.gpu.tiles import overlap_options
 
 NORM_WARPS = 8
+ROUTER_WARPS = 16
+EXPERTS_TOGETHER = 4  # whose weights one row meets at a time
 
 
 def add_and_norm(
@@ -29,19 +29,77 @@ def add_and_norm(
     `num_routed` 0: outputs are [T, D], or None: nothing to add. K: outputs are [T·K + T, D], the K routed copies of a
     token side by side, then the shared expert's rows.
     """
+    _launch(x_TD, outputs_ND, weight_D, normed_TD, eps=eps, num_routed=num_routed)
+
+
+def add_norm_and_route(
+    x_TD: Tensor,
+    outputs_TD: Tensor,
+    weight_D: Tensor,
+    normed_TD: Tensor,
+    router_ED: Tensor,
+    sequences_T: Tensor,
+    *,
+    eps: float,
+    experts_per_token: int,
+    experts_N: Tensor,
+    copies_ND: Tensor,
+) -> None:
+    """Do what `add_and_norm` does, and choose each token's experts; write their numbers and the token's scored rows.
+
+    A row is multiplied by the sigmoid of its expert's logit: Llama 4 scales what an expert reads. Equal logits go to
+    the lowest expert. A row whose sequence is -1 is padding and gets expert -1. The T·K copies are followed by T of the
+    shared expert, whose number is that of the last routed one plus 1; their rows are left as they are.
+    """
+    _launch(
+        x_TD,
+        outputs_TD,
+        weight_D,
+        normed_TD,
+        eps=eps,
+        router_ED=router_ED,
+        sequences_T=sequences_T,
+        experts_per_token=experts_per_token,
+        experts_N=experts_N,
+        copies_ND=copies_ND,
+    )
+
+
+def _launch(
+    x_TD: Tensor,
+    outputs_ND: Tensor | None,
+    weight_D: Tensor,
+    normed_TD: Tensor,
+    *,
+    eps: float,
+    num_routed: int = 0,
+    router_ED: Tensor | None = None,
+    sequences_T: Tensor | None = None,
+    experts_per_token: int = 0,
+    experts_N: Tensor | None = None,
+    copies_ND: Tensor | None = None,
+) -> None:
     num_tokens, width = x_TD.shape
+    num_experts = 1 if router_ED is None else router_ED.shape[0]
     add_and_norm_kernel[(num_tokens,)](
         x_TD,
         outputs_ND,
         weight_D,
         normed_TD,
+        router_ED,
+        sequences_T,
+        experts_N,
+        copies_ND,
         num_tokens,
         width,
+        num_experts,
         eps,
         BLOCK_D=triton.next_power_of_2(width),
         ROUTED=num_routed,
-        num_warps=NORM_WARPS,
-        **overlap_options(),
+        COPIES=experts_per_token,
+        EXPERTS=triton.next_power_of_2(num_experts),
+        TOGETHER=EXPERTS_TOGETHER,
+        num_warps=NORM_WARPS if router_ED is None else ROUTER_WARPS,
     )
 
 
@@ -51,14 +109,20 @@ def add_and_norm_kernel(
     outputs,
     weight,
     normed,
+    router,
+    sequences,
+    chosen,
+    copies,
     num_tokens,
     width,
+    num_experts,
     eps,
     BLOCK_D: tl.constexpr,
     ROUTED: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    COPIES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
-    wait_for_earlier(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     inside = column < width
@@ -79,86 +143,29 @@ def add_and_norm_kernel(
         total = total.to(tl.float32)
     mean_square = tl.sum(total * total, 0) / width
     unit = (total * tl.rsqrt(mean_square + eps)).to(dtype).to(tl.float32)
-    scaled = unit * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed + token * width + column, scaled.to(dtype), mask=inside)
-
-
-def route(
-    x_TD: Tensor,
-    weight_ED: Tensor,
-    sequences_T: Tensor,
-    *,
-    experts_per_token: int,
-    experts_N: Tensor,
-    copies_ND: Tensor,
-) -> None:
-    """Choose each token's experts; write their numbers to `experts_N` and the token's scored rows to `copies_ND`.
-
-    The T·K copies are followed by T of the shared expert, whose number is that of the last routed one plus 1; their
-    rows are left as they are.
-
-    A row is multiplied by the sigmoid of its expert's logit: Llama 4 scales what an expert reads. Equal logits go to
-    the lowest expert. A row whose sequence is -1 is padding and gets expert -1.
-    """
-    num_tokens, width = x_TD.shape
-    route_kernel[(num_tokens,)](
-        x_TD,
-        weight_ED,
-        sequences_T,
-        experts_N,
-        copies_ND,
-        num_tokens,
-        width,
-        weight_ED.shape[0],
-        COPIES=experts_per_token,
-        EXPERTS=triton.next_power_of_2(weight_ED.shape[0]),
-        BLOCK_D=min(512, triton.next_power_of_2(width)),
-        num_warps=NORM_WARPS,
-        **overlap_options(),
-    )
-
-
-@triton.jit
-def route_kernel(
-    x,
-    weight,
-    sequences,
-    chosen,
-    copies,
-    num_tokens,
-    width,
-    num_experts,
-    COPIES: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    wait_for_earlier(OVERLAP)
-    token = tl.program_id(0).to(tl.int64)
-    expert = tl.arange(0, EXPERTS)
-    column = tl.arange(0, BLOCK_D)
-    dtype = x.dtype.element_ty
-    products = tl.zeros((EXPERTS, BLOCK_D), dtype=tl.float32)
-    for start in range(0, width, BLOCK_D):
-        inside = start + column < width
-        row = tl.load(x + token * width + start + column, mask=inside, other=0.0).to(tl.float32)
-        at = weight + expert[:, None] * width + (start + column)[None, :]
-        tile = tl.load(at, mask=(expert < num_experts)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        products += tile * row[None, :]
-    logits = tl.sum(products, 1).to(dtype).to(tl.float32)
-    logits = tl.where(expert < num_experts, logits, float("-inf"))
-    tl.store(chosen + num_tokens * COPIES + token, num_experts)
-    for copy in tl.static_range(COPIES):
-        best = tl.max(logits, 0)
-        winner = tl.min(tl.where(logits == best, expert, EXPERTS), 0)
-        tl.store(chosen + token * COPIES + copy, tl.where(tl.load(sequences + token) >= 0, winner, -1))
-        score = (1.0 / (1.0 + tl.exp(-best))).to(dtype).to(tl.float32)
-        for start in range(0, width, BLOCK_D):
-            inside = start + column < width
-            row = tl.load(x + token * width + start + column, mask=inside, other=0.0).to(tl.float32)
-            at = copies + (token * COPIES + copy) * width + start + column
-            tl.store(at, (row * score).to(dtype), mask=inside)
-        logits = tl.where(expert == winner, float("-inf"), logits)
+    row = (unit * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+    tl.store(normed + token * width + column, row, mask=inside)
+    if router is not None:
+        seen = row.to(tl.float32)
+        expert = tl.arange(0, EXPERTS)
+        logits = tl.full((EXPERTS,), float("-inf"), dtype=tl.float32)
+        for first in range(0, num_experts, TOGETHER):
+            some = first + tl.arange(0, TOGETHER)
+            weights_at = router + some[:, None] * width + column[None, :]
+            exists = (some < num_experts)[:, None] & inside[None, :]
+            found = tl.sum(tl.load(weights_at, mask=exists, other=0.0).to(tl.float32) * seen[None, :], 1)
+            # Each lands in its place: a sum of one number and zeros.
+            placed = tl.sum(tl.where(expert[:, None] == some[None, :], found[None, :], 0.0), 1)
+            logits = tl.where((expert >= first) & (expert < first + TOGETHER), placed, logits)
+        logits = tl.where(expert < num_experts, logits.to(dtype).to(tl.float32), float("-inf"))
+        tl.store(chosen + num_tokens * COPIES + token, num_experts)
+        for copy in tl.static_range(COPIES):
+            best = tl.max(logits, 0)
+            winner = tl.min(tl.where(logits == best, expert, EXPERTS), 0)
+            tl.store(chosen + token * COPIES + copy, tl.where(tl.load(sequences + token) >= 0, winner, -1))
+            score = (1.0 / (1.0 + tl.exp(-best))).to(dtype).to(tl.float32)
+            tl.store(copies + (token * COPIES + copy) * width + column, (seen * score).to(dtype), mask=inside)
+            logits = tl.where(expert == winner, float("-inf"), logits)
 
 
 def rotate_and_store(
@@ -199,7 +206,6 @@ def rotate_and_store(
         PAGE=pages.page_size,
         QK_NORM=has_qk_norm,
         num_warps=1,
-        **overlap_options(),
     )
 
 
@@ -222,14 +228,19 @@ def rotate_and_store_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     QK_NORM: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    wait_for_earlier(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     channel = tl.arange(0, HEAD_DIM)
     dtype = qkv.dtype.element_ty
+    # All that has to come from memory is asked for before any of it is needed.
     x = tl.load(qkv + token * ((HEADS + 2 * KV_HEADS) * HEAD_DIM) + head * HEAD_DIM + channel).to(tl.float32)
+    sequence = tl.load(sequences + token)
+    position = tl.load(positions + token)
+    is_stored = (sequence >= 0) & (head >= HEADS)
+    first_page = tl.load(first_pages + sequence, mask=is_stored, other=0)
+    page = tl.load(table + sequence * table_stride + position // PAGE - first_page, mask=is_stored, other=0)
+    slot = page.to(tl.int64) * PAGE + position % PAGE
     if head < HEADS + KV_HEADS:
         if rotation is not None:
             pair = tl.arange(0, HEAD_DIM // 2)
@@ -244,14 +255,9 @@ def rotate_and_store_kernel(
         if temperature is not None:
             x = x * tl.load(temperature + token)
         tl.store(queries + (token * HEADS + head) * HEAD_DIM + channel, x.to(dtype))
-    else:
-        sequence = tl.load(sequences + token)
-        if sequence >= 0:
-            position = tl.load(positions + token)
-            page = tl.load(table + sequence * table_stride + position // PAGE - tl.load(first_pages + sequence))
-            slot = page.to(tl.int64) * PAGE + position % PAGE
-            if head < HEADS + KV_HEADS:
-                at = keys + slot * (KV_HEADS * HEAD_DIM) + (head - HEADS) * HEAD_DIM + channel
-            else:
-                at = values + slot * (KV_HEADS * HEAD_DIM) + (head - HEADS - KV_HEADS) * HEAD_DIM + channel
-            tl.store(at, x.to(keys.dtype.element_ty))
+    elif is_stored:
+        if head < HEADS + KV_HEADS:
+            at = keys + slot * (KV_HEADS * HEAD_DIM) + (head - HEADS) * HEAD_DIM + channel
+        else:
+            at = values + slot * (KV_HEADS * HEAD_DIM) + (head - HEADS - KV_HEADS) * HEAD_DIM + channel
+        tl.store(at, x.to(keys.dtype.element_ty))

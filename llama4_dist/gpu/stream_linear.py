@@ -13,17 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from llama4_dist.gpu.grouped_gemm import IMPRECISE_PRODUCTS, grouped_gemm_reference
-from llama4_dist.gpu.tile_loads import add_product, load_tile, prefetch_rows, silu_times, wait_for_earlier
-from llama4_dist.gpu.tiles import Tile, matrix_source, overlap_options, precision_of
+from llama4_dist.gpu.tile_loads import add_product, load_tile, silu_times
+from llama4_dist.gpu.tiles import Tile, matrix_source, precision_of
 
 MIN_ROWS = 16  # of a matrix instruction's side
 MAX_ROWS = 64  # past this, `grouped_gemm` is the faster one
-PREFETCHED_BYTES = 2048  # of each weight row, while the kernel before still runs; all programs' fit the L2 cache
 STREAM_TILE = Tile(block_m=MIN_ROWS, block_n=64, block_k=128, num_warps=4, num_stages=4)
-# Where programs are too few for the multiprocessors, each keeps more bytes under way.
-ALONE_TILE = replace(STREAM_TILE, block_k=256, num_stages=3)
-# Where they are many, three fit a multiprocessor.
-CROWD_TILE = replace(STREAM_TILE, num_stages=3)
+PAIR_TILE = replace(STREAM_TILE, block_k=64, num_stages=6)  # where some multiprocessors get a second program
+CROWD_TILE = replace(STREAM_TILE, num_stages=3)  # where all get several
 MULTIPROCESSORS = 132  # of a Hopper card; a wrong number costs time, no more
 FLOAT32_TILE = Tile(block_m=MIN_ROWS, block_n=64, block_k=32, num_warps=4, num_stages=2)  # for tests
 
@@ -59,12 +56,10 @@ def stream_linear(
     scales_EF: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     tile: Tile | None = None,
-    are_experts_known: bool = False,
 ) -> Tensor:
     """Return row r of x_RD times its group's weightᵀ in row r of [R, F]; at most MAX_ROWS rows a group.
 
-    `gated`, `x_scale_R` and `scales_EF` as in `grouped_gemm`. Rows of no group are not written. If `are_experts_known`,
-    the last launch did not write `groups`: the first weights are fetched while it still runs.
+    `gated`, `x_scale_R` and `scales_EF` as in `grouped_gemm`. Rows of no group are not written.
     """
     num_experts, num_weight_rows, width = weights_EFD.shape
     num_columns = num_weight_rows // 2 if gated else num_weight_rows
@@ -75,7 +70,6 @@ def stream_linear(
     stream_kernel[(triton.cdiv(num_columns, tile.block_n), groups.num_groups)](
         x_RD,
         weight_source,
-        weights_EFD,
         out_RF,
         groups.starts,
         groups.experts,
@@ -94,8 +88,6 @@ def stream_linear(
         IMPRECISE=IMPRECISE_PRODUCTS if x_RD.element_size() == 1 else 0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        PREFETCH=PREFETCHED_BYTES if are_experts_known else 0,
-        **overlap_options(),
     )
     return out_RF
 
@@ -105,9 +97,10 @@ def default_tile(x_RD: Tensor, gated: bool, num_columns: int) -> Tile:
     if x_RD.dtype == torch.float32:
         return FLOAT32_TILE
     num_programs = num_columns // STREAM_TILE.block_n
-    tile = CROWD_TILE if gated or num_programs > 2 * MULTIPROCESSORS else STREAM_TILE
-    if num_programs <= MULTIPROCESSORS and not gated:
-        tile = ALONE_TILE
+    if gated or num_programs > 2 * MULTIPROCESSORS:
+        tile = CROWD_TILE
+    else:
+        tile = PAIR_TILE if num_programs > MULTIPROCESSORS else STREAM_TILE
     return replace(tile, block_k=2 * tile.block_k) if x_RD.element_size() == 1 else tile
 
 
@@ -128,7 +121,6 @@ def stream_linear_reference(x_RD: Tensor, weights_EFD: Tensor, groups: RowGroups
 def stream_kernel(
     x,
     weights,
-    weights_at,
     out,
     starts,
     experts,
@@ -145,17 +137,8 @@ def stream_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     IMPRECISE: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     group = tl.program_id(1)
-    if OVERLAP and PREFETCH > 0:
-        has_rows = tl.load(starts + group) < tl.load(starts + group + 1)
-        mine = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        from_row = tl.load(experts + group).to(tl.int64) * (2 * num_columns if GATED else num_columns)
-        if has_rows:
-            prefetch_rows(weights_at + (from_row + tl.minimum(mine, num_columns - 1)) * width, PREFETCH)
-    wait_for_earlier(OVERLAP)
     start = tl.load(starts + group)
     stop = tl.load(starts + group + 1)
     if start < stop:

@@ -5,32 +5,6 @@ import triton.language as tl
 
 
 @triton.jit
-def wait_for_earlier(OVERLAP: tl.constexpr):
-    """Wait until the kernels before this one have ended and what they wrote is visible; then the next may start.
-
-    What came before the last kernel has ended already when this one starts: each kernel waits before it lets the next
-    one start.
-    """
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def prefetch_rows(rows, BYTES: tl.constexpr):
-    """Ask for the first BYTES of some rows to be brought into the L2 cache."""
-    address = rows.to(tl.int64)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; // $0",
-        "=r,l,r",
-        [address, tl.full(address.shape, BYTES, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def load_tile(
     source, row, column, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIBED: tl.constexpr
 ):

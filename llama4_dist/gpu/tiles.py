@@ -56,18 +56,5 @@ def precision_of(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-OVERLAPS_LAUNCHES = True
-
-
-def overlap_options() -> dict[str, bool]:
-    """Return launch options of a kernel that begins with `tile_loads.wait_for_earlier`.
-
-    On Hopper and later such a kernel's programs start while the kernel before it ends, and wait inside.
-    """
-    if IS_INTERPRETED or not OVERLAPS_LAUNCHES or triton.runtime.driver.active.get_current_target().arch < 90:
-        return {"OVERLAP": False}
-    return {"OVERLAP": True, "launch_pdl": True}
-
-
 def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

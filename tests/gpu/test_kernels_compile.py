@@ -35,7 +35,6 @@ def test_every_kernel_of_a_step_is_compiled(kernels: list[dict[str, Any]]) -> No
         "grouped_gemm_kernel",
         "merge_splits_kernel",
         "rotate_and_store_kernel",
-        "route_kernel",
         "stream_kernel",
     }
 

@@ -1,6 +1,7 @@
 """The model on one device: what each rule of Llama 4 moves, and what padding rows leave alone. In the interpreter."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,13 +88,13 @@ def test_each_rule_of_attention_shows(
 def test_a_score_left_out_shows(
     model: GpuLlama4, checkpoint: Checkpoint, expected_TV: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = gpu_layer.route
+    honest = gpu_layer.add_norm_and_route
 
-    def without_score(x_TD: Tensor, *arguments: Tensor, copies_ND: Tensor, **others: object) -> None:
-        honest(x_TD, *arguments, copies_ND=copies_ND, **others)  # type: ignore[arg-type]
-        copies_ND[: len(x_TD)] = x_TD
+    def without_score(x_TD: Tensor, *arguments: Tensor, copies_ND: Tensor, **others: Any) -> None:
+        honest(x_TD, *arguments, copies_ND=copies_ND, **others)
+        copies_ND[: len(x_TD)] = copies_ND[len(x_TD) :]
 
-    monkeypatch.setattr(gpu_layer, "route", without_score)
+    monkeypatch.setattr(gpu_layer, "add_norm_and_route", without_score)
     assert deviation(logits(model, checkpoint), expected_TV) > MOVED
 
 

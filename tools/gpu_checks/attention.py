@@ -3,7 +3,14 @@
 import torch
 
 from gpu_checks.harness import Session, bench, normal, relative_error
-from llama4_dist.gpu.attention import AttentionWork, PagedKeys, attend, attend_reference, queries_per_tile
+from llama4_dist.gpu.attention import (
+    KEYS_PER_SPLIT,
+    AttentionWork,
+    PagedKeys,
+    attend,
+    attend_reference,
+    queries_per_tile,
+)
 
 HEADS, KV_HEADS = 40, 8
 
@@ -36,7 +43,10 @@ def check_attention(session: Session) -> None:
             ]
             singles = [(row, first + row, 1, first_key, 1) for row in range(num_queries)]
             prefill, decode = (
-                AttentionWork(items=torch.tensor(items, dtype=torch.int32, device=session.device), max_splits=4)
+                AttentionWork(
+                    items=torch.tensor(items, dtype=torch.int32, device=session.device),
+                    max_splits=-(-num_keys // KEYS_PER_SPLIT),
+                )
                 for items in (tiles, singles)
             )
             out_THC, decoded_THC = (torch.full_like(q_THC, float("nan")) for _ in range(2))
@@ -54,7 +64,8 @@ def time_attention(session: Session) -> None:
         q_THC = normal(num_sequences, HEADS, 128, device=session.device)
         items = [(row, num_keys - 1, 1, 0, row) for row in range(num_sequences)]
         work = AttentionWork(
-            items=torch.tensor(items, dtype=torch.int32, device=session.device), max_splits=-(-num_keys // 512)
+            items=torch.tensor(items, dtype=torch.int32, device=session.device),
+            max_splits=-(-num_keys // KEYS_PER_SPLIT),
         )
         out_THC = torch.empty_like(q_THC)
         seconds = bench([lambda: attend(q_THC, pages, work, out_THC, in_splits=True)] * 8)

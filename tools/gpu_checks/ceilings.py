@@ -8,17 +8,12 @@ import torch
 
 from gpu_checks.harness import Session, normal
 
-WARM_UP_S = 1.0  # of matrix products, until the clocks have settled
+PAUSE_S = 0.3  # a second of products heats the card until it lowers its clocks: short rounds are the higher ceiling
 ROUNDS, CALLS = 7, 10
 
 
 def check_ceilings(session: Session) -> None:
     a, b = (normal(8192, 8192, device=session.device) for _ in range(2))
-    started_s = time.monotonic()
-    while time.monotonic() - started_s < WARM_UP_S:
-        for _ in range(50):
-            a @ b
-        torch.cuda.synchronize()
     seconds = _best(lambda: a @ b)
     session.matrix_rate = 2 * 8192**3 / seconds
     rate = f"{session.matrix_rate / 1e12:.0f} TFLOP/s"
@@ -39,7 +34,11 @@ def _best(function: Callable[[], Any]) -> float:
     """Return seconds of a call, the best of several means: a ceiling is what the card can do."""
     means = []
     for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        time.sleep(PAUSE_S)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(3):
+            function()
         start.record()
         for _ in range(CALLS):
             function()

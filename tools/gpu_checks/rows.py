@@ -5,7 +5,7 @@ import torch
 from gpu_checks.harness import Session, normal, relative_error
 from llama4_dist.gpu.attention import PagedKeys
 from llama4_dist.gpu.routing import group_rows, group_rows_reference, sort_rows
-from llama4_dist.gpu.row_kernels import add_and_norm, rotate_and_store, route
+from llama4_dist.gpu.row_kernels import add_and_norm, add_norm_and_route, rotate_and_store
 
 EPS = 1e-5
 
@@ -43,12 +43,24 @@ def _check_norm(session: Session, dtype: torch.dtype) -> None:
 def _check_route(session: Session, dtype: torch.dtype) -> None:
     device, width, num_experts = session.device, 320 if session.quick else 5120, 16
     for copies in (1, 2):
-        x_TD = normal(6, width, device=device, dtype=dtype)
+        stream_TD, added_TD = (normal(6, width, device=device, dtype=dtype) for _ in range(2))
+        x_TD, norm_D = torch.full_like(stream_TD, float("nan")), normal(width, device=device, dtype=dtype)
         weight_ED = normal(num_experts, width, device=device, dtype=dtype, scale=width**-0.5)
         sequences_T = torch.tensor([0, 0, 1, 2, 3, -1], dtype=torch.int32, device=device)
         experts_N = torch.full((6 * copies + 6,), 99, dtype=torch.int32, device=device)
         copies_ND = torch.full((6 * copies, width), float("nan"), dtype=dtype, device=device)
-        route(x_TD, weight_ED, sequences_T, experts_per_token=copies, experts_N=experts_N, copies_ND=copies_ND)
+        add_norm_and_route(
+            stream_TD,
+            added_TD,
+            norm_D,
+            x_TD,
+            weight_ED,
+            sequences_T,
+            eps=EPS,
+            experts_per_token=copies,
+            experts_N=experts_N,
+            copies_ND=copies_ND,
+        )
         logits_TE = x_TD.double() @ weight_ED.double().T
         top_TK, chosen_TK = logits_TE.topk(copies)
         expected = (x_TD.double()[:, None] * top_TK.sigmoid()[..., None]).flatten(0, 1)
