@@ -17,9 +17,8 @@ from llama4_dist.engine.engine import EngineCore
 from llama4_dist.engine.inproc_hosts import start_inproc_hosts
 from llama4_dist.engine.kv_dtype import resolve_kv_dtype
 from llama4_dist.engine.local import LocalEngine
-from llama4_dist.engine.one_device import load_on_one_device
+from llama4_dist.engine.one_device import MeasuredModel, load_on_one_device
 from llama4_dist.engine.options import EngineOptions
-from llama4_dist.engine.step import ForwardModel
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.load import load_model
@@ -47,16 +46,29 @@ def build_engine(
     device: str = "cpu",
     local_hosts: Sequence[ExpertServer] = (),
     progress: Progress | None = None,
-    model: ForwardModel | None = None,
     on_close: Callable[[], None] | None = None,
 ) -> LocalEngine:
-    """Load the attention side of a checkpoint and return an engine that reaches experts through `dispatcher`.
+    """Load the attention side of a checkpoint and return an engine that reaches experts through `dispatcher`."""
+    resolve_kv_dtype(options.kv_dtype, compute_dtype=dtype, device=device)  # refused before weights are read
+    model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
+    engine = assemble(checkpoint, model, dispatcher, options=options, dtype=dtype, device=device, on_close=on_close)
+    engine.core.runner.local_hosts = local_hosts
+    return engine
 
-    With a `model`, that one is used.
-    """
+
+def assemble(
+    checkpoint: Checkpoint,
+    model: MeasuredModel,
+    dispatcher: Dispatcher,
+    *,
+    options: EngineOptions,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    on_close: Callable[[], None] | None = None,
+) -> LocalEngine:
+    """Return an engine over a model that is loaded; its cache takes a share of the memory that is free now."""
     config = checkpoint.config
     kv_dtype = resolve_kv_dtype(options.kv_dtype, compute_dtype=dtype, device=device)
-    model = model or load_model(checkpoint, dtype=dtype, device=device, progress=progress)
     num_pages = kv_sizing.num_pages(config, options, dtype_bytes=kv_dtype.itemsize, memory_bytes=_memory_bytes(device))
     cache = KVCache(
         config,
@@ -84,7 +96,6 @@ def build_engine(
         eos_token_ids=checkpoint.generation.eos_token_ids or config.eos_token_ids,
         device=device,
     )
-    core.runner.local_hosts = local_hosts
     model.stations = core.counters.stations
     return LocalEngine(core, on_close=on_close)
 
@@ -110,25 +121,24 @@ def build_single_process(
         checkpoint = Checkpoint.open(Path(model_dir))
         resources.callback(checkpoint.close)
         torch_dtype = resolve_dtype(dtype, checkpoint.config.dtype)
-        model: ForwardModel | None = None
-        servers: Sequence[ExpertServer] = ()
+        options = options or EngineOptions()
         if torch.device(device).type == "cuda" and num_inproc_hosts == 1:
             model, dispatcher = load_on_one_device(checkpoint, dtype=torch_dtype, device=device, progress=progress)
             resources.callback(dispatcher.close)
+            engine = assemble(checkpoint, model, dispatcher, options=options, dtype=torch_dtype, device=device)
         else:
             dispatcher, servers = start_inproc_hosts(
                 checkpoint, num_hosts=num_inproc_hosts, dtype=torch_dtype, device=device, resources=resources
             )
-        engine = build_engine(
-            checkpoint,
-            dispatcher,
-            options=options or EngineOptions(),
-            dtype=torch_dtype,
-            device=device,
-            local_hosts=servers,
-            progress=progress,
-            model=model,
-        )
+            engine = build_engine(
+                checkpoint,
+                dispatcher,
+                options=options,
+                dtype=torch_dtype,
+                device=device,
+                local_hosts=servers,
+                progress=progress,
+            )
         engine.on_close = resources.pop_all().close
     return engine
 

@@ -1,6 +1,7 @@
 """The model with all its experts on one CUDA device, for an engine whose experts need no hosts."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -8,6 +9,13 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.routing_table import RoutingTable
 from llama4_dist.engine.step import ForwardModel
+from llama4_dist.stations import Stations
+
+
+class MeasuredModel(ForwardModel, Protocol):
+    """A model that says where its time goes."""
+
+    stations: Stations
 
 
 def load_on_one_device(
@@ -16,7 +24,7 @@ def load_on_one_device(
     dtype: torch.dtype,
     device: str,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[ForwardModel, Dispatcher]:
+) -> tuple[MeasuredModel, Dispatcher]:
     """Return the model, and a dispatcher that knows no host: the model asks it for nothing."""
     from llama4_dist.gpu.model import GpuLlama4  # needs Triton, which only this device does
 

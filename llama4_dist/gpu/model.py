@@ -17,6 +17,7 @@ from llama4_dist.model.batch import Batch, SequenceSpan
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.moe import Dispatcher
 from llama4_dist.model.rope import frequencies, query_temperature
+from llama4_dist.stations import OTHER, NotMeasured, Stations
 
 
 class GpuLlama4:
@@ -32,6 +33,7 @@ class GpuLlama4:
         self.device = weights.embedding_VD.device
         self.layers = [GpuLayer(config, layer, w) for layer, w in enumerate(weights.layers)]
         self.frequencies_C = frequencies(config.head_dim, config.rope_theta, config.rope_scaling).to(self.device)
+        self.stations: Stations = NotMeasured()  # the engine gives it its own
         self._graphs = DecodeGraphs(self) if use_graphs and self.device.type == "cuda" else None
 
     @classmethod
@@ -53,6 +55,11 @@ class GpuLlama4:
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache, dispatcher: Dispatcher | None = None) -> Tensor:
         """Run one step and return the float32 logits [P, V] of `batch.logit_rows`. The dispatcher is not asked."""
+        logits_PV = self._forward(batch, cache)
+        self.stations.mark(OTHER)  # a step is one launch, or launches nobody waits for: the host sees no parts of it
+        return logits_PV
+
+    def _forward(self, batch: Batch, cache: KVCache) -> Tensor:
         token_ids = batch.token_ids_T.tolist()
         if self._graphs is not None and is_decode(batch.spans) and bucket_of(len(token_ids)) is not None:
             logits_TV = self._graphs.run(token_ids, batch.spans, cache)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama4_dist.checkpoint.reader import Checkpoint
-from llama4_dist.engine.build import build_engine, build_single_process
+from llama4_dist.engine.build import assemble, build_single_process
 from llama4_dist.engine.local import LocalEngine
 from llama4_dist.engine.one_device import load_on_one_device
 from llama4_dist.engine.options import EngineOptions
@@ -40,7 +40,7 @@ def path(tmp_path: Path) -> Path:
 def test_tokens_are_those_of_the_engine_over_hosts(path: Path) -> None:
     checkpoint = Checkpoint.open(path)
     model, dispatcher = load_on_one_device(checkpoint, dtype=torch.float32, device="cpu")
-    engine = build_engine(checkpoint, dispatcher, options=OPTIONS, dtype=torch.float32, model=model)
+    engine = assemble(checkpoint, model, dispatcher, options=OPTIONS, dtype=torch.float32)
     expected = tokens_of(build_single_process(path, dtype="float32", options=OPTIONS))
     assert tokens_of(engine) == expected
     assert {len(tokens) for tokens in expected.values()} == {3}
