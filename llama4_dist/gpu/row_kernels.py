@@ -12,6 +12,7 @@ from llama4_dist.gpu.attention import PagedKeys
 
 NORM_WARPS = 8
 ROUTER_WARPS = 16
+THREADS_PER_WARP = 32
 EXPERTS_TOGETHER = 4  # whose weights one row meets at a time
 
 
@@ -65,6 +66,15 @@ def add_norm_and_route(
     )
 
 
+def warps_for(block: int, at_most: int) -> int:
+    """Return how many warps compute one row of `block` elements, a power of two.
+
+    Never more threads than elements: Triton then has several threads load one element, and of a row that is updated in
+    place the second may read what the first has stored. With 512 threads for 64 elements logits on an H200 were wrong.
+    """
+    return max(1, min(at_most, block // (2 * THREADS_PER_WARP)))
+
+
 def _launch(
     x_TD: Tensor,
     outputs_ND: Tensor | None,
@@ -81,6 +91,7 @@ def _launch(
 ) -> None:
     num_tokens, width = x_TD.shape
     num_experts = 1 if router_ED is None else router_ED.shape[0]
+    block = triton.next_power_of_2(width)
     add_and_norm_kernel[(num_tokens,)](
         x_TD,
         outputs_ND,
@@ -94,12 +105,12 @@ def _launch(
         width,
         num_experts,
         eps,
-        BLOCK_D=triton.next_power_of_2(width),
+        BLOCK_D=block,
         ROUTED=num_routed,
         COPIES=experts_per_token,
         EXPERTS=triton.next_power_of_2(num_experts),
         TOGETHER=EXPERTS_TOGETHER,
-        num_warps=NORM_WARPS if router_ED is None else ROUTER_WARPS,
+        num_warps=warps_for(block, NORM_WARPS if router_ED is None else ROUTER_WARPS),
     )
 
 

@@ -8,12 +8,14 @@ import torch
 from llama4_dist.config import ModelConfig
 from llama4_dist.gpu.model import GpuLlama4
 from llama4_dist.gpu.packed import Packed
+from llama4_dist.gpu.row_kernels import add_and_norm, add_norm_and_route
 from llama4_dist.gpu.weights import LayerWeights, ModelWeights
 from tests.gpu.compiling import compile_launches, print_json
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from gpu_checks.stack import make_batch, make_cache, scout_config
 
+ROW_WIDTHS = (64, 128, 640, 5120)  # a row that is updated in place must have a thread for each element
 NUM_ROWS = (1, 40, 100)  # decode of one sequence, decode of many, a prompt
 
 
@@ -50,6 +52,21 @@ def main() -> None:
         lengths = [1] * num_rows if num_rows < NUM_ROWS[-1] else [num_rows - 1, 1]
         parts = [([0] * length, 40, range(9)) for length in lengths]
         model.forward(make_batch(model, parts), cache)
+    for width in ROW_WIDTHS:
+        x_TD, normed_TD = torch.empty(2, width), torch.empty(2, width)
+        add_and_norm(x_TD, normed_TD, torch.empty(width), normed_TD, eps=1e-5)
+        add_norm_and_route(
+            x_TD,
+            normed_TD,
+            torch.empty(width),
+            normed_TD,
+            torch.empty(16, width),
+            torch.zeros(2, dtype=torch.int32),
+            eps=1e-5,
+            experts_per_token=1,
+            experts_N=torch.zeros(4, dtype=torch.int32),
+            copies_ND=torch.empty(4, width),
+        )
     print_json({kernel.hash: kernel for kernel in kernels}.values())
 
 

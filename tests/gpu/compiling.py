@@ -1,6 +1,7 @@
 """Compiles what a launcher would launch, for a Hopper GPU, on a machine without one; launches nothing."""
 
 import json
+import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ class Compiled:
     shared_bytes: int
     num_warpgroup_products: int
     num_spills: int  # loads and stores of local memory in the machine code
+    num_row_loads: int  # of the variable `total`: the row that `add_and_norm` updates in place
 
 
 class HopperDriver:
@@ -72,6 +74,7 @@ def examine(kernel: Any) -> Compiled:
         local_bytes=int(fields["LOCAL"]),
         shared_bytes=kernel.metadata.shared,
         num_warpgroup_products=kernel.asm["ptx"].count("wgmma.mma_async"),
+        num_row_loads=len(re.findall(r"%total(_\d+)? = tt\.load", kernel.asm["ttgir"])),
         num_spills=code.count("LDL") + code.count("STL"),
     )
 

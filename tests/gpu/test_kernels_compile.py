@@ -52,3 +52,10 @@ def test_registers_suffice(kernels: list[dict[str, Any]]) -> None:
 
 def test_shared_memory_suffices(kernels: list[dict[str, Any]]) -> None:
     assert max(kernel["shared_bytes"] for kernel in kernels) <= 227 << 10
+
+
+def test_a_row_that_is_updated_in_place_is_loaded_once(kernels: list[dict[str, Any]]) -> None:
+    # Loaded by two threads, it could be read by one after the other has stored it.
+    loads = [kernel["num_row_loads"] for kernel in kernels if kernel["name"] == "add_and_norm_kernel"]
+    assert len(loads) >= 11
+    assert set(loads) == {1}
