@@ -31,9 +31,10 @@ def check_model(session: Session) -> None:
                 model = GpuLlama4.load(checkpoint, dtype=dtype, device=session.device)
                 logits_TV = _in_chunks(model, tokens, sizes, dtype)
                 # Rounding sends some tokens of so small a model to another expert, in torch on the CPU as here: whole
-                # rows differ then. So bfloat16 is judged by the median row, beside what torch's own rounding does.
+                # rows differ then. So bfloat16 is judged by the median row, beside what torch's own rounding does; that
+                # moved by a fifth when only the CPU's decoder changed, so twice as far is still the same noise.
                 error, of_torch = _median_error(logits_TV.cpu(), expected_TV), _median_error(torch_TV, expected_TV)
-                limit = 1e-4 if dtype == torch.float32 else 1.5 * of_torch
+                limit = 1e-4 if dtype == torch.float32 else 2 * of_torch
                 note = "" if dtype == torch.float32 else f"median row; torch's bfloat16 on the CPU: {of_torch:.2e}"
                 session.add(f"logits of {preset}, {str(dtype)[6:]}", error < limit, error=error, note=note)
             checkpoint.close()
