@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from typing import TypeVar
 
 import psutil
-import torch
 
 from cluster.host_links import HostLinks
 from cluster.placement import routing_table
@@ -38,6 +37,7 @@ from llama4_dist.engine.build import build_engine, resolve_dtype
 from llama4_dist.engine.local import LocalEngine
 from llama4_dist.errors import PreconditionError
 from llama4_dist.model.load import arithmetic
+from llama4_dist.native import threads
 from llama4_dist.rpc.engine_service import EngineServer
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class AttentionWorker:
         """Open the checkpoint and build the engine, without any expert host yet."""
         config = self._config
         self._state = State.LOADING
-        torch.set_num_threads(config.num_threads)
+        threads.set_count(config.num_threads)
         checkpoint = self._checkpoint = Checkpoint.open(config.model_dir)
         self._resources.callback(checkpoint.close)
         self._dtype = resolve_dtype(config.dtype, checkpoint.config.dtype)

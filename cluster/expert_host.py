@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
 import psutil
-import torch
 
 from cluster.operation import HostLoad
 from cluster.placement import Pair
@@ -23,8 +22,10 @@ from llama4_dist.dispatch.links.listener import Listener
 from llama4_dist.dispatch.stats import HostStats
 from llama4_dist.engine.build import resolve_dtype
 from llama4_dist.errors import PreconditionError, UnavailableError
+from llama4_dist.model.cpu.panels import is_native
 from llama4_dist.model.expert_store import ExpertStore
 from llama4_dist.model.load import arithmetic
+from llama4_dist.native import threads
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +60,14 @@ class ExpertHost:
         """Map `pairs`, listen, and serve from a thread of its own; return where."""
         config, location = self._config, self._location
         self._state = State.LOADING
-        torch.set_num_threads(config.num_threads)
+        threads.set_count(config.num_threads)
         checkpoint = Checkpoint.open(config.model_dir)
         self._resources.callback(checkpoint.close)
         geometry = checkpoint.config
         dtype = resolve_dtype(config.dtype, geometry.dtype)
         self._store = ExpertStore(checkpoint, dtype=dtype, device=config.device, capacity_bytes=config.capacity_bytes)
+        if is_native(dtype, config.device):
+            threads.leave_to_native()
         self.add(pairs)
         server = ExpertServer(
             identity=HostIdentity(

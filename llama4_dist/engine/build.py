@@ -20,8 +20,10 @@ from llama4_dist.engine.local import LocalEngine
 from llama4_dist.engine.one_device import MeasuredModel, load_on_one_device
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError
+from llama4_dist.model.cpu.panels import is_native
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.load import load_model
+from llama4_dist.native import threads
 from llama4_dist.request import EngineLimits
 
 Progress = Callable[[int, int], None]
@@ -51,6 +53,8 @@ def build_engine(
     """Load the attention side of a checkpoint and return an engine that reaches experts through `dispatcher`."""
     resolve_kv_dtype(options.kv_dtype, compute_dtype=dtype, device=device)  # refused before weights are read
     model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
+    if is_native(dtype, device):
+        threads.leave_to_native()
     engine = assemble(checkpoint, model, dispatcher, options=options, dtype=dtype, device=device, on_close=on_close)
     engine.core.runner.local_hosts = local_hosts
     return engine
@@ -116,7 +120,7 @@ def build_single_process(
     On a CUDA device with one host the experts need no links: they are the model's own (`llama4_dist.gpu`).
     """
     if num_threads is not None:
-        torch.set_num_threads(num_threads)
+        threads.set_count(num_threads)
     with ExitStack() as resources:
         checkpoint = Checkpoint.open(Path(model_dir))
         resources.callback(checkpoint.close)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from llama4_dist.native import threads
 from llama4_dist.native.bindings import passes
 
 
@@ -24,6 +25,6 @@ def scan(logits_PV: Tensor) -> tuple[list[int], list[bool]]:
         num_columns,
         best_P.data_ptr(),
         finite_P.data_ptr(),
-        torch.get_num_threads(),
+        threads.count(),
     )
     return best_P.tolist(), finite_P.tolist()

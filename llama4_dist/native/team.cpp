@@ -10,7 +10,7 @@
 namespace l4d {
 namespace {
 
-constexpr int LOOKS = 200;  // some microseconds, at most: a step that is shared out well ends for all at once
+constexpr int LOOKS = 1000;  // some 60 us at most: a step that is shared out well ends for all at once
 constexpr int OFFERS = 500;  // of the processor to others; some 200 us on an idle one, as long as Python takes between passes
 
 inline void pause_a_little() {

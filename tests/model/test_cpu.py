@@ -18,7 +18,7 @@ from llama4_dist.model.cpu.llama4 import CpuLlama4
 from llama4_dist.model.cpu.panels import pack
 from llama4_dist.model.llama4 import Llama4
 from llama4_dist.model.weights import Weights
-from llama4_dist.native import bindings, library
+from llama4_dist.native import bindings, library, threads
 from tests.checkpoints import make_checkpoint
 from tests.model.direct import Runner
 from tests.native.compiler import needs_compiler
@@ -36,14 +36,16 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
-    yield
-    torch.set_num_threads(1)
+def set_threads() -> Iterator[Callable[[int], None]]:
+    yield threads.set_count
+    threads.set_count(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_packed_product_is_the_product(shape: tuple[int, int], dtype: torch.dtype, threads: None) -> None:
+def test_a_packed_product_is_the_product(
+    shape: tuple[int, int], dtype: torch.dtype, set_threads: Callable[[int], None]
+) -> None:
     width, num_columns = shape
     weight_FD, x_RD = random(num_columns, width, dtype=dtype), random(40, width)
     packed = pack(weight_FD)
@@ -51,7 +53,7 @@ def test_a_packed_product_is_the_product(shape: tuple[int, int], dtype: torch.dt
     whole_RF = packed(x_RD)
     torch.testing.assert_close(whole_RF, expected_RF, rtol=1e-4, atol=1e-4)
     for num_threads in (1, 2, 3):
-        torch.set_num_threads(num_threads)
+        set_threads(num_threads)
         for num_rows in NUMS_ROWS:
             assert torch.equal(packed(x_RD[:num_rows]), whole_RF[:num_rows])
 
@@ -60,7 +62,7 @@ def test_a_packed_product_is_the_product(shape: tuple[int, int], dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_network_gives_the_obvious_answer_for_any_rows(
-    shape: tuple[int, int], dtype: torch.dtype, is_packed: bool, threads: None
+    shape: tuple[int, int], dtype: torch.dtype, is_packed: bool, set_threads: Callable[[int], None]
 ) -> None:
     width, hidden = shape
     weights = ExpertWeights(
@@ -73,7 +75,7 @@ def test_a_network_gives_the_obvious_answer_for_any_rows(
     whole_RD = run(network, x_RD)
     torch.testing.assert_close(whole_RD.float(), obvious(weights, x_RD), rtol=2e-2, atol=2e-3)
     for num_threads in (1, 2, 3):
-        torch.set_num_threads(num_threads)
+        set_threads(num_threads)
         for num_rows in NUMS_ROWS:
             assert torch.equal(run(network, x_RD[:num_rows]), whole_RD[:num_rows])
 

@@ -10,6 +10,7 @@ from llama4_dist.model.cpu.panels import NAME_OF, pack
 from llama4_dist.model.cpu.plan import CpuPlan
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.weights import Weights
+from llama4_dist.native import threads
 from llama4_dist.native.bindings import AttentionLayer, Cache, passes
 
 
@@ -38,4 +39,4 @@ class Attention:
         step = plan.groups[cache.layout.group_of[self._layer]]
         where = Cache(keys, values, *self._heads)
         run = self._runs[cache.dtype]
-        run(byref(self._struct), byref(step), byref(where), x_TD.data_ptr(), torch.get_num_threads())
+        run(byref(self._struct), byref(step), byref(where), x_TD.data_ptr(), threads.count())

@@ -13,6 +13,7 @@ from torch import Tensor
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.model.cpu.panels import NAME_OF, pack
 from llama4_dist.model.weights import Weights
+from llama4_dist.native import threads
 from llama4_dist.native.bindings import FeedForwardShape, Groups, passes
 
 
@@ -56,8 +57,8 @@ def _run(network: Network, groups: Groups, x_RD: Tensor, out_RD: Tensor) -> None
     assert out_RD.is_contiguous(), "there is a gap between output rows"
     shape = FeedForwardShape(*network.shape)
     run = _passes(network.dtype, x_RD.dtype)
-    stride, threads = x_RD.stride(0), torch.get_num_threads()
-    run(byref(shape), byref(groups), x_RD.data_ptr(), stride, num_rows, out_RD.data_ptr(), threads)
+    stride = x_RD.stride(0)
+    run(byref(shape), byref(groups), x_RD.data_ptr(), stride, num_rows, out_RD.data_ptr(), threads.count())
 
 
 @cache

@@ -11,6 +11,7 @@ from llama4_dist.model.cpu.feed_forward import FeedForward
 from llama4_dist.model.cpu.panels import NAME_OF, pack
 from llama4_dist.model.moe import Dispatcher
 from llama4_dist.model.weights import Weights
+from llama4_dist.native import threads
 from llama4_dist.native.bindings import Router, passes
 from llama4_dist.stations import COMBINE, EXPERT, Stations
 
@@ -45,7 +46,7 @@ class MixtureOfExperts:
             normed_TD.data_ptr(),
             experts_TK.data_ptr(),
             scores_TK.data_ptr(),
-            torch.get_num_threads(),
+            threads.count(),
         )
         rows_TD = normed_TD.to(self._dtype)
         return normed_TD, dispatcher.dispatch(self._layer, rows_TD, experts_TK, scores_TK, microbatch)

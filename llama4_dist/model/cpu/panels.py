@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama4_dist.native import threads
 from llama4_dist.native.bindings import passes
 
 NAME_OF = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -48,7 +49,7 @@ class Panels:
             self.num_inputs,
             self.num_outputs,
             y_TF.data_ptr(),
-            torch.get_num_threads(),
+            threads.count(),
         )
         return y_TF
 
