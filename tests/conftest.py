@@ -1,4 +1,4 @@
-"""Runs the kernels in Triton's interpreter where no CUDA device is at hand; must come before they are imported."""
+"""Runs Triton's kernels in its interpreter where no CUDA device is at hand: said before any test imports them."""
 
 import os
 
