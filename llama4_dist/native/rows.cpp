@@ -2,34 +2,11 @@
 //
 // Every row number is the caller's own; nothing here was read from a peer.
 
-#include <cstdint>
-#include <cstring>
+#include "vectors.h"
+
+using namespace l4d;
 
 namespace {
-
-// bfloat16 as its 16 bits: the upper half of a float.
-struct Bfloat16 {
-    uint16_t bits;
-};
-
-inline float to_float(float value) { return value; }
-
-inline float to_float(Bfloat16 value) {
-    const uint32_t bits = uint32_t(value.bits) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-inline void from_float(float value, float& to) { to = value; }
-
-// Rounds to nearest, ties to even, as torch does; a NaN stays one.
-inline void from_float(float value, Bfloat16& to) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    to.bits = is_nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 inline uint32_t exponent_is_full(float value) {
     uint32_t bits;
