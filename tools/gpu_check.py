@@ -19,6 +19,7 @@ import torch  # noqa: E402 - the repository's own modules need the path above
 from gpu_checks.attention import check_attention, time_attention  # noqa: E402
 from gpu_checks.ceilings import check_ceilings  # noqa: E402
 from gpu_checks.decode import check_batches, check_decode, check_transformers  # noqa: E402
+from gpu_checks.engine import check_engine  # noqa: E402
 from gpu_checks.harness import HEADER, Session, format_row  # noqa: E402
 from gpu_checks.model import check_model, check_model_bits  # noqa: E402
 from gpu_checks.products import (  # noqa: E402
@@ -39,6 +40,7 @@ CHECKS = {
     "quantized-bits": check_quantized_bits,
     "model": check_model,
     "model-bits": check_model_bits,
+    "engine": check_engine,
 }
 TIMED = {
     "gemm": check_grouped_gemm,
