@@ -14,6 +14,9 @@ int l4d_put_if_finite_bfloat16(const void*, const int64_t*, int64_t, int64_t, vo
 
 namespace {
 
+// A table that came by a socket names a host by as many objects as it has experts.
+inline bool is_same_host(PyObject* a, PyObject* b) { return a == b || PyUnicode_Compare(a, b) == 0; }
+
 // lay_out(share type, destinations, keys, experts, number of copies, order) -> shares | None
 // `destinations` are (host, expert) in ascending order; keys[expert] (uint16) is an expert's place in them. Writes the
 // copies' order (int64). None where Python has to do it: an expert is unknown or has no destination.
@@ -43,7 +46,7 @@ PyObject* lay_out(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
         PyObject* host = PyTuple_GET_ITEM(PyTuple_GET_ITEM(destinations, key), 0);
         const int64_t start = starts[key];
         PyObject* groups = PyList_New(0);
-        for (; key < num_keys && PyTuple_GET_ITEM(PyTuple_GET_ITEM(destinations, key), 0) == host; ++key) {
+        for (; key < num_keys && is_same_host(PyTuple_GET_ITEM(PyTuple_GET_ITEM(destinations, key), 0), host); ++key) {
             if (starts[key + 1] == starts[key]) continue;
             PyObject* expert = PyTuple_GET_ITEM(PyTuple_GET_ITEM(destinations, key), 1);
             PyObject* group = Py_BuildValue("(OL)", expert, starts[key + 1] - starts[key]);

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama4_dist.dispatch.layout import Layout, NoReplicaError, Share, lay_out, split, view_layer
+from llama4_dist.dispatch.layout import Layout, NoReplicaError, Share, lay_out, lay_out_tensor, split, view_layer
 from llama4_dist.dispatch.layout import cut as cut_share
 from llama4_dist.dispatch.routing_table import Replica
 from tests.dispatch.fakes import cut, whole
@@ -130,3 +131,16 @@ def test_preference_and_exclusion_choose_the_replica() -> None:
     assert view_layer(replicas, avoided={"b"}, excluded={("c", 0)}).destinations == (("a", 0),)
     assert view_layer(replicas, excluded={("a", 0), ("b", 0), ("c", 0)}).destinations == ()
     assert view_layer(replicas, excluded={("a", 1)}).destinations == (("a", 0),)
+
+
+@given(layers_and_experts())
+def test_the_native_way_lays_out_alike_whatever_object_names_a_host(case) -> None:
+    replicas, experts_N = case
+    replicas = {expert: ones for expert, ones in replicas.items() if len(ones[0].slices) == 1}
+    experts_N = experts_N[[int(expert) in replicas for expert in experts_N]]
+    # As in a table that came by a socket: an object of its own for every host of every expert.
+    apart = {expert: whole("".join(list(ones[0].slices[0].host))) for expert, ones in replicas.items()}
+    expected = lay_out(view_layer(replicas), experts_N)
+    layout = lay_out_tensor(view_layer(apart), torch.from_numpy(experts_N.reshape(-1, 1)))
+    assert layout.shares == expected.shares
+    assert layout.order_N.tolist() == expected.order_N.tolist()
