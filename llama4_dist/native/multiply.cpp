@@ -1,11 +1,17 @@
 // The products that multiply.h declares.
 
 #include "multiply.h"
+#include "work.h"
 
 #include <type_traits>
 
 namespace l4d {
 namespace {
+
+constexpr int64_t STREAMED_ROWS = 64;  // that share what was read of a weight; their sums stay in a near cache
+constexpr int64_t STREAMED_COLUMNS = 128;
+
+thread_local Scratch inputs_scratch;
 
 // R rows times VECTORS * LANES columns; the sums stay in registers.
 template <int R, int VECTORS, typename W>
@@ -13,12 +19,10 @@ inline void tile(const Part<W>& p) {
     Vector sum[R][VECTORS];
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < VECTORS; ++v) sum[r][v] = p.first ? Vector{} : load(p.y + r * p.y_stride + v * LANES);
-    const char* ahead = static_cast<const char*>(p.ahead ? p.ahead : p.weight);  // asking for no address takes long
     for (int64_t k = 0; k < p.width; ++k) {
         const W* weight = p.weight + k * p.weight_stride;
         Vector strip[VECTORS];
         for (int v = 0; v < VECTORS; ++v) strip[v] = load(weight + v * LANES);
-        __builtin_prefetch(ahead + k * p.ahead_stride, 0, 2);  // an address too far is no fault
         for (int r = 0; r < R; ++r) {
             const float factor = p.x[r * p.x_stride + k];
             for (int v = 0; v < VECTORS; ++v) sum[r][v] += factor * strip[v];
@@ -125,39 +129,62 @@ inline void stream_rows(const Part<W>& p, int64_t num_rows, int64_t num_columns)
     }
 }
 
+// The same for up to STREAMED_ROWS rows. What belongs together lies together: the sums of a vector of columns, and the
+// inputs of a step. Where rows are a power of two apart, they would push each other out of the nearest cache.
 template <typename W>
-inline void copy_columns(const W* from, int64_t num_columns, float* to) {
-    int64_t c = 0;
-    for (; c + LANES <= num_columns; c += LANES) store(to + c, load(from + c));
-    for (; c < num_columns; ++c) to[c] = to_float(from[c]);
-}
-
-// Many rows times some columns of a weight as stored, or of one that is not in float: block by block from a copy in
-// strips. While a block is multiplied, the next one is fetched.
-template <typename W>
-inline void multiply_from_copies(const Part<W>& p, int64_t num_rows, int64_t num_columns) {
-    alignas(64) static thread_local float copy[BLOCK * MAX_COLUMNS];
-    for (int64_t begin = 0; begin < p.width; begin += BLOCK) {
-        const int64_t width = std::min(BLOCK, p.width - begin);
-        const W* block = p.weight + begin * p.weight_stride;
-        for (int64_t k = 0; k < width; ++k)
-            for (int64_t c = 0; c < num_columns; c += STRIP) {
-                copy_columns(block + k * p.weight_stride + c, std::min<int64_t>(STRIP, num_columns - c),
-                             copy + c * BLOCK + k * STRIP);
-            }
-        const W* next = block + width * p.weight_stride;
-        for (int64_t c = 0; c < num_columns; c += STRIP) {
-            const int64_t columns = std::min<int64_t>(STRIP, num_columns - c);
-            for (int64_t row = 0, line = 0; row < num_rows; row += ROWS_PER_TILE, ++line) {
-                const bool fetches = line * int64_t(64 / sizeof(W)) < columns && begin + width < p.width;
-                const Part<float> part{p.x + row * p.x_stride + begin, p.x_stride, copy + c * BLOCK, STRIP, width,
-                                       p.y + row * p.y_stride + c, p.y_stride, begin == 0,
-                                       fetches ? next + c + line * int64_t(64 / sizeof(W)) : nullptr,
-                                       fetches ? p.weight_stride * int64_t(sizeof(W)) : 0};
-                multiply_columns(part, std::min<int64_t>(ROWS_PER_TILE, num_rows - row), columns);
+inline void stream_many(const Part<W>& p, int64_t num_rows, int64_t num_columns) {
+    constexpr int AT_ONCE = VECTORS_PER_STRIP > 1 ? 8 : 4;  // weights that stay in registers while rows go by
+    constexpr int TOGETHER = 4;                             // rows whose chains of products run side by side
+    alignas(64) static thread_local float sums[STREAMED_ROWS * STREAMED_COLUMNS];
+    const int64_t vectors_end = num_columns / LANES * LANES, end = p.width / AT_ONCE * AT_ONCE;
+    float* inputs = inputs_scratch.take(num_rows * end);  // [width / AT_ONCE, rows, AT_ONCE]
+    for (int64_t r = 0; r < num_rows; ++r)
+        for (int64_t k = 0; k < end; k += AT_ONCE)
+            std::memcpy(inputs + k * num_rows + r * AT_ONCE, p.x + r * p.x_stride + k, AT_ONCE * sizeof(float));
+    for (int64_t first = 0; first < vectors_end; first += STREAMED_COLUMNS) {
+        const int64_t columns = std::min<int64_t>(STREAMED_COLUMNS, vectors_end - first);
+        for (int64_t k = 0; k < end; k += AT_ONCE) {
+            const W* weight = p.weight + k * p.weight_stride + first;
+            for (int64_t c = 0; c < columns; c += LANES) {
+                Vector row[AT_ONCE];
+                for (int i = 0; i < AT_ONCE; ++i) {
+                    __builtin_prefetch(weight + (AT_ONCE + i) * p.weight_stride + c, 0, 2);
+                    row[i] = load(weight + i * p.weight_stride + c);
+                }
+                const auto add = [&]<int R>(const float* x, float* y) {
+                    Vector sum[R];
+                    for (int r = 0; r < R; ++r) sum[r] = k ? load(y + r * LANES) : Vector{};
+                    for (int i = 0; i < AT_ONCE; ++i)
+                        for (int r = 0; r < R; ++r) sum[r] += x[r * AT_ONCE + i] * row[i];
+                    for (int r = 0; r < R; ++r) store(y + r * LANES, sum[r]);
+                };
+                const float* x = inputs + k * num_rows;
+                float* y = sums + c * num_rows;  // [columns / LANES, rows, LANES]
+                int64_t r = 0;
+                for (; r + TOGETHER <= num_rows; r += TOGETHER)
+                    add.template operator()<TOGETHER>(x + r * AT_ONCE, y + r * LANES);
+                for (; r < num_rows; ++r) add.template operator()<1>(x + r * AT_ONCE, y + r * LANES);
             }
         }
+        for (int64_t c = 0; c < columns; c += LANES)
+            for (int64_t r = 0; r < num_rows; ++r)
+                store(p.y + r * p.y_stride + first + c, load(sums + c * num_rows + r * LANES));
     }
+    Part<W> rest = p;
+    rest.x += end;
+    rest.weight += end * p.weight_stride;
+    rest.width -= end;
+    rest.first = end == 0;
+    if (rest.width) tiles<1>(rest, num_rows, 0, vectors_end);
+    columns_one_by_one(p, num_rows, vectors_end, num_columns);
+}
+
+// Any number of rows, as often as they need the weight read again.
+template <typename W>
+inline void stream_all(const Part<W>& p, int64_t num_rows, int64_t num_columns) {
+    const int64_t times = (num_rows + STREAMED_ROWS - 1) / STREAMED_ROWS, rows = (num_rows + times - 1) / times;
+    for (int64_t row = 0; row < num_rows; row += rows)
+        stream_many(moved(p, row, 0), std::min(rows, num_rows - row), num_columns);
 }
 
 }  // namespace
@@ -168,7 +195,7 @@ void multiply(const Matrix<W>& m, int64_t begin, int64_t num_columns, const floa
     if (!m.is_packed()) {
         const Part<W> part{x, x_stride, m.data + begin, m.row_stride, m.width, y + begin, y_stride, true};
         if (num_rows <= ROWS_PER_TILE) stream_rows(part, num_rows, num_columns);
-        else multiply_from_copies(part, num_rows, num_columns);
+        else stream_all(part, num_rows, num_columns);
         return;
     }
     for (int64_t c = begin; c < begin + num_columns; c += STRIP) {
@@ -183,7 +210,7 @@ void multiply(const Matrix<W>& m, int64_t begin, int64_t num_columns, const floa
                 multiply_columns(part, num_rows, columns);
             }
         } else {
-            multiply_from_copies(part, num_rows, columns);
+            stream_all(part, num_rows, columns);
         }
     }
 }

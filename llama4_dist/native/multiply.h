@@ -33,8 +33,7 @@ inline Matrix<W> packed(const void* data, int64_t width, int64_t num_columns) {
     return {static_cast<const W*>(data), width, num_columns, 0};
 }
 
-// A part of a product: rows of x times `width` rows of a weight, added to what is in y, or not. Meanwhile memory that is
-// needed soon can be asked for: a line at `ahead` and every `ahead_stride` after it.
+// A part of a product: rows of x times `width` rows of a weight, added to what is in y, or not.
 template <typename W>
 struct Part {
     const float* x;
@@ -45,8 +44,6 @@ struct Part {
     float* y;
     int64_t y_stride;
     bool first;
-    const void* ahead = nullptr;
-    int64_t ahead_stride = 0;
 };
 
 // Columns 0 to `num_columns` of a part, in one thread.
