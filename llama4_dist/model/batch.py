@@ -27,6 +27,13 @@ class PageRun:
         """The ids as an array."""
         return np.array(self.ids, dtype=np.int64)
 
+    @cached_property
+    def address(self) -> int:
+        """Where the id of block 0 would stand if the run held it; valid as long as the run lives."""
+        ids_N = self.ids_N
+        first: int = ids_N.__array_interface__["data"][0]  # `ndarray.ctypes` takes longer
+        return first - self.first_block * ids_N.itemsize
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SequenceSpan:

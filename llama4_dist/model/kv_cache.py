@@ -43,6 +43,7 @@ class KVCache:
         self._storage = torch.zeros(shape, dtype=dtype, device=device)
         rows = [tuple(row) for row in self._storage.view(_moved_as(dtype))]
         self._slots = [rows[index] for index in self.layout.index_in_group]
+        self._addresses = [(keys.data_ptr(), values.data_ptr()) for keys, values in self._slots]
         self._gathered = torch.empty((2, 0, width), dtype=_moved_as(dtype), device=device)
 
     @property
@@ -56,8 +57,7 @@ class KVCache:
 
     def addresses(self, layer: int) -> tuple[int, int]:
         """Return where the keys and the values of a layer begin; native passes order the keys of 16 slots their way."""
-        keys, values = self._slots[layer]
-        return keys.data_ptr(), values.data_ptr()
+        return self._addresses[layer]
 
     def write(self, layer: int, slots_T: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> None:
         """Store the keys and values of new tokens."""

@@ -70,6 +70,7 @@ _LINEAR = (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_i
 _ATTENTION = (POINTER(AttentionLayer), POINTER(AttentionStep), POINTER(Cache), c_void_p, c_int)
 _ROUTE = (POINTER(Router), c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int)
 _SCAN = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int)
+_ADD_OUTPUTS = (c_void_p, c_void_p, c_void_p, c_int64, c_int)
 _NORM = (c_void_p, c_void_p, c_int64, c_int64, c_double, c_void_p)
 
 
@@ -83,6 +84,7 @@ def passes() -> Any | None:
     for name in NAMES:
         _declare(loaded, f"l4d_linear_{name}", _LINEAR)
         _declare(loaded, f"l4d_route_{name}", _ROUTE)
+        _declare(loaded, f"l4d_add_outputs_{name}", _ADD_OUTPUTS)
         for cache_name in NAMES:
             _declare(loaded, f"l4d_attention_{name}_{cache_name}", _ATTENTION)
     for kinds in ("float32_float32", "bfloat16_float32", "bfloat16_bfloat16"):

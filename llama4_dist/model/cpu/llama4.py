@@ -13,6 +13,7 @@ from llama4_dist.model.cpu.moe import MixtureOfExperts
 from llama4_dist.model.cpu.norm import norm
 from llama4_dist.model.cpu.panels import pack
 from llama4_dist.model.cpu.plan import CpuPlan, plan_step
+from llama4_dist.model.cpu.workspace import Workspace
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.moe import Dispatcher
 from llama4_dist.model.rope import frequencies
@@ -31,14 +32,16 @@ class DecoderLayer:
         else:
             self.feed_forward = DenseFeedForward(config, layer, weights)
 
-    def __call__(self, x_TD: Tensor, plan: CpuPlan, cache: KVCache, dispatcher: Dispatcher, stations: Stations) -> None:
+    def __call__(
+        self, x_TD: Tensor, plan: CpuPlan, work: Workspace, cache: KVCache, dispatcher: Dispatcher, stations: Stations
+    ) -> None:
         """Add the layer's outputs to the residual stream in place."""
         self.attention(x_TD, plan, cache)
         stations.mark(ATTENTION)
         if isinstance(self.feed_forward, MixtureOfExperts):
-            normed_TD, in_flight = self.feed_forward.dispatch(x_TD, dispatcher)
+            in_flight = self.feed_forward.dispatch(x_TD, work, dispatcher)
             stations.mark(ROUTE)
-            self.feed_forward.combine(x_TD, normed_TD, in_flight, dispatcher, stations)
+            self.feed_forward.combine(x_TD, work, in_flight, dispatcher, stations)
         else:
             self.feed_forward(x_TD)
             stations.mark(OTHER)
@@ -53,7 +56,9 @@ class DenseFeedForward:
         self._network = FeedForward(f"model.layers.{layer}.feed_forward", weights)
 
     def __call__(self, x_TD: Tensor) -> None:
-        x_TD += self._network(norm(x_TD, self._norm_D, self._eps))
+        out_TD = torch.empty_like(x_TD)
+        self._network(norm(x_TD, self._norm_D, self._eps), out_TD)
+        x_TD += out_TD
 
 
 class CpuLlama4:
@@ -74,6 +79,7 @@ class CpuLlama4:
         self.norm_D = weights.tensor("model.norm.weight").float()
         self.head = pack(self.embedding_VD if config.tie_word_embeddings else weights.tensor("lm_head.weight"))
         self.num_parameters = weights.num_parameters
+        self._work: Workspace | None = None
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache, dispatcher: Dispatcher) -> Tensor:
@@ -87,10 +93,18 @@ class CpuLlama4:
         )
         dispatcher.begin_step(batch.step)
         x_TD = self.embedding_VD.index_select(0, batch.token_ids_T).float()
+        work = self._workspace(plan.num_tokens)
         self.stations.mark(OTHER)
         for layer in self.layers:
-            layer(x_TD, plan, cache, dispatcher, self.stations)
+            layer(x_TD, plan, work, cache, dispatcher, self.stations)
         if not batch.logit_rows:
             return x_TD.new_empty((0, self.config.vocab_size))
         x_PD = x_TD if len(batch.logit_rows) == len(x_TD) else x_TD[list(batch.logit_rows)]
         return self.head(norm(x_PD, self.norm_D, self.config.rms_norm_eps))
+
+    def _workspace(self, num_tokens: int) -> Workspace:
+        """Return that of the last step where it fits: decode repeats its size."""
+        work = self._work
+        if work is None or work.num_tokens != num_tokens:
+            work = self._work = Workspace(num_tokens, self.config.hidden_size, self.config.experts_per_token)
+        return work

@@ -20,7 +20,6 @@ Indices = NDArray[np.int64]
 
 QUERY_ROWS = 48  # queries of a block times the heads that share a key head: what reads keys from a near cache together
 _ADDRESS = 4  # the field of a query block that says where the pages are
-_INDEX_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,7 +56,7 @@ def plan_step(
     groups = []
     for number, group in enumerate(layout.groups):
         runs = [span.pages[number] for span in spans]
-        addresses = np.array([first_page_address(run) for run in runs], dtype=np.int64)
+        addresses = np.array([run.address for run in runs], dtype=np.int64)
         of_block, shared_blocks = blocks[group.chunk_size]
         own_blocks = shared_blocks.copy()
         own_blocks[:, _ADDRESS] = addresses[of_block]
@@ -114,11 +113,6 @@ def slots_of(runs: Sequence[PageRun], sequences: Indices, positions: Indices, bl
             own = slice(*np.searchsorted(sequences, (sequence, sequence + 1)))
             pages[own] = run.ids_N[blocks[own] - run.first_block]
     return pages * block_size + offsets
-
-
-def first_page_address(run: PageRun) -> int:
-    """Return where the page of block 0 would stand if the run held it."""
-    return address_of(run.ids_N) - run.first_block * _INDEX_BYTES
 
 
 def address_of(array: Indices) -> int:
