@@ -42,7 +42,9 @@ def measure(contenders: Mapping[str, EngineTimer], arguments: argparse.Namespace
 
 def compare(arguments: argparse.Namespace, model_dir: Path) -> dict[str, Speed]:
     """Run a cluster and one process on the same cores."""
-    options = EngineOptions(kv_cache_bytes=256 << 20, max_num_seqs=max(16, arguments.batch))
+    options = EngineOptions(
+        kv_cache_bytes=256 << 20, max_num_seqs=max(16, arguments.batch), num_microbatches=arguments.microbatches
+    )
     with ExitStack() as resources:
         cluster = RayEngine(
             model_dir,
@@ -59,13 +61,14 @@ def compare(arguments: argparse.Namespace, model_dir: Path) -> dict[str, Speed]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--microbatches", type=int, choices=(1, 2), help="chosen by the engine, if left out")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=48, help="per sequence and round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--experts", type=int, default=2, help="expert hosts of the cluster")
     parser.add_argument("--threads", type=int, default=2, help="of the single process")
-    parser.add_argument("--attention-threads", type=int, default=1)
+    parser.add_argument("--attention-threads", type=int, help="default: the cluster's own")
     parser.add_argument("--expert-threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     arguments = parser.parse_args()

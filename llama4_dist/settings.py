@@ -93,6 +93,9 @@ class ServeSettings(BaseModel):
     kv_dtype: Literal["auto", "float32", "bfloat16", "float8_e4m3"] = "auto"
     prefix_caching: bool = True
     max_decode_slowdown: float = Field(default=2.0, ge=1.0)
+    num_microbatches: Literal[1, 2] | None = Field(
+        default=None, description="parts of a step that take turns while experts compute; chosen, if left out"
+    )
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -25,6 +25,7 @@ def engine_of(settings: ServeSettings, *, show_progress: bool, **cluster: Any) -
         kv_dtype=settings.kv_dtype,
         enable_prefix_caching=settings.prefix_caching,
         max_decode_slowdown=settings.max_decode_slowdown,
+        num_microbatches=settings.num_microbatches,
         max_waiting=settings.max_waiting,
         max_context=settings.max_context,
         model_name=settings.model_name or settings.model.resolve().name,

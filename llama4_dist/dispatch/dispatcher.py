@@ -82,6 +82,11 @@ class Dispatcher:
         """The links that are up; read it between steps only."""
         return self._exchange.links
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether hosts compute while this thread does something else; those of this process do not."""
+        return any(link.fileno() is not None for link in self._exchange.links.values())
+
     def begin_step(self, step: int) -> None:
         """Name the step that the next dispatches belong to; forget what a failed step left in flight."""
         self._step = step
@@ -107,7 +112,7 @@ class Dispatcher:
                 link.abort()
         self._exchange = self._new_exchange(table, links, last_number=old.last_number)
         # Sockets read host memory; links inside the process take a GPU's rows as they are.
-        on_host = any(link.fileno() is not None for link in self._exchange.links.values())
+        on_host = self.overlaps
         device = torch.device("cpu") if on_host else self._device
         self._rows_are_elsewhere = device != self._device
         self._buffers = RowBuffers(

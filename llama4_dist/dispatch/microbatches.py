@@ -1,4 +1,4 @@
-"""Whether a step's batch pays in two halves that take turns: pure arithmetic on measured times. Knows no links.
+"""Whether a step's batch pays in two halves that take turns: a formula, and what steps took. Knows no links.
 
 Whole, a layer takes attention + max(shared expert, reply). In m parts, attention and shared expert of one part run
 while the experts of another compute: max(m x (attention + shared), m x expert, attention + shared + reply), with the
@@ -7,11 +7,11 @@ times of a part. Parts read weights again, so these are times measured for a bat
 
 import statistics
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 MAX_MICROBATCHES = 2  # more never pays in any geometry computed: weights are read once more each
-WINDOW = 32  # layers remembered per size
-ENOUGH = 8  # layers of a size before its times are believed
+ENOUGH = 8  # steps of a size before what they took is believed
+TRY_AGAIN = 1000  # steps of a size after which the other choice is tried again
 MARGIN = 0.05  # what a change must save, so that noise does not flip the choice
 
 
@@ -49,42 +49,71 @@ def num_microbatches(whole: LayerTimes, half: LayerTimes, *, current: int, margi
     return 1 if one_s < (1.0 - margin) * two_s else 2
 
 
+def could_save(whole: LayerTimes) -> bool:
+    """Tell whether two parts would save something if everything took half as long for half the rows."""
+    half = LayerTimes(
+        attention_s=whole.attention_s / 2, shared_s=whole.shared_s / 2, reply_s=whole.reply_s / 2, expert_s=0.0
+    )
+    return num_microbatches(whole, half, current=1) == 2
+
+
 class MicrobatchChoice:
-    """Keeps the times of batches by size (powers of two of rows) and the choice that holds."""
+    """Chooses for each size of batch (powers of two of rows) by what steps took.
 
-    def __init__(self, *, margin: float = MARGIN) -> None:
-        self._margin = margin
-        self._times: dict[int, deque[LayerTimes]] = {}
-        self._current: dict[int, int] = {}
+    Two parts are tried for some steps where the formula says that they could save something, and kept where they did.
+    What half a batch takes, and what a reply's expert takes of it, nobody knows before: so it is tried, not guessed.
+    """
 
-    def observe(self, num_rows: int, times: LayerTimes) -> None:
-        """Note what a layer of a batch, or of a part of one, took."""
-        self._times.setdefault(num_rows.bit_length(), deque(maxlen=WINDOW)).append(times)
+    def __init__(self) -> None:
+        self._sizes: dict[int, _Size] = {}
 
     def choose(self, num_rows: int) -> int:
-        """Return in how many parts a batch of so many rows is to run; 1 while too little is known.
+        """Return in how many parts a batch of so many rows is to run; 1 while too little is known."""
+        size = self._sizes.get(num_rows.bit_length())
+        return 1 if size is None or num_rows < MAX_MICROBATCHES else size.choose()
 
-        Where nothing is known of half the size, its times are taken to be those of the whole: no less than they are,
-        so a choice for two parts is never made on hope.
-        """
-        size = num_rows.bit_length()
-        whole = self._typical(size)
-        if whole is None or num_rows < MAX_MICROBATCHES:
+    def observe(self, num_rows: int, num_parts: int, seconds: float, times: LayerTimes) -> None:
+        """Note what a step took in so many parts; `times` are its layers' together."""
+        size = self._sizes.setdefault(num_rows.bit_length(), _Size())
+        size.observe(num_parts, seconds, times)
+
+
+class _Size:
+    """Batches of about one size: the last steps in one part and in two."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, deque[float]] = {parts: deque(maxlen=ENOUGH) for parts in (1, MAX_MICROBATCHES)}
+        self._times: deque[LayerTimes] = deque(maxlen=ENOUGH)  # of steps in one part
+        self._current = 1
+        self._age = 0  # steps since both were compared
+
+    def choose(self) -> int:
+        one, two = self._seconds[1], self._seconds[MAX_MICROBATCHES]
+        if len(one) < ENOUGH:
             return 1
-        half = self._typical(size - 1) or whole
-        chosen = num_microbatches(whole, half, current=self._current.get(size, 1), margin=self._margin)
-        self._current[size] = chosen
-        return chosen
+        if len(two) < ENOUGH:
+            return MAX_MICROBATCHES if could_save(self._typical()) else 1
+        one_s, two_s = statistics.median(one), statistics.median(two)
+        if self._current == 1 and two_s < (1.0 - MARGIN) * one_s:
+            self._current = MAX_MICROBATCHES
+        elif self._current > 1 and one_s < (1.0 - MARGIN) * two_s:
+            self._current = 1
+        return self._current
 
-    def _typical(self, size: int) -> LayerTimes | None:
-        """Return the median of each time, so that one slow layer does not count."""
-        known = self._times.get(size)
-        if known is None or len(known) < ENOUGH:
-            return None
-        reply_s = statistics.median(times.reply_s for times in known)
+    def observe(self, num_parts: int, seconds: float, times: LayerTimes) -> None:
+        self._seconds[num_parts].append(seconds)
+        if num_parts == 1:
+            self._times.append(times)
+        self._age += 1
+        if self._age >= TRY_AGAIN:  # hosts come and go: compare anew
+            self._age = 0
+            self._seconds[1 if self._current > 1 else MAX_MICROBATCHES].clear()
+
+    def _typical(self) -> LayerTimes:
+        """Return the median of each time, so that one slow step does not count."""
         return LayerTimes(
-            attention_s=statistics.median(times.attention_s for times in known),
-            shared_s=statistics.median(times.shared_s for times in known),
-            reply_s=reply_s,
-            expert_s=min(reply_s, statistics.median(times.expert_s for times in known)),
+            **{
+                field.name: statistics.median(getattr(times, field.name) for times in self._times)
+                for field in fields(LayerTimes)
+            }
         )

@@ -46,7 +46,9 @@ class EngineCore:
         allocator = PageAllocator(options.num_blocks)
         self.scheduler = Scheduler(allocator, cache.layout, options, fingerprint=cache.fingerprint)
         self.counters = Counters()
-        self.runner = StepRunner(model, cache, dispatcher, counters=self.counters, device=device)
+        self.runner = StepRunner(
+            model, cache, dispatcher, counters=self.counters, device=device, num_microbatches=options.num_microbatches
+        )
         self.clock = clock
         self.times = StepTimes()
         self.held_since_s: float | None = None  # since when steps wait for an expert that no host serves

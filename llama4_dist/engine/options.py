@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from llama4_dist.dispatch.microbatches import MAX_MICROBATCHES
 from llama4_dist.errors import ConfigError
 
 
@@ -15,6 +16,8 @@ class EngineOptions:
     `enable_prefix_caching` lets sequences of one tenant share the pages of equal prompt starts (`engine.prefix`).
     `kv_dtype` is what keys and values are stored in (`engine.kv_dtype`); "auto" is what the model computes in.
     `max_decode_slowdown` is by how much prompt tokens may lengthen a step in which others decode.
+    `num_microbatches` is in how many parts a step goes through the layers while experts of other processes compute, 1
+    or 2; None has it chosen by what steps take (`dispatch.microbatches`).
     `max_logit_rows` bounds the float32 rows of logits a step makes for prompt log-probabilities or scoring: a row of
     Llama 4's vocabulary is 0.8 MB. `max_score_bytes` bounds the logits that one call of `score` returns.
     `expert_timeout_s` is how long requests wait for an expert that no host serves before they fail as retriable.
@@ -30,6 +33,7 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     kv_dtype: str = "auto"
     max_decode_slowdown: float = 2.0
+    num_microbatches: int | None = None
     max_waiting: int = 1024
     max_context: int | None = None
     max_logit_rows: int = 256
@@ -57,6 +61,8 @@ class EngineOptions:
             raise ConfigError(f"expert_timeout_s={self.expert_timeout_s} must be 0 or more seconds")
         if not self.max_decode_slowdown >= 1.0:
             raise ConfigError(f"max_decode_slowdown={self.max_decode_slowdown} must be 1 or more; inf is no bound")
+        if self.num_microbatches not in (None, 1, MAX_MICROBATCHES):
+            raise ConfigError(f"num_microbatches={self.num_microbatches} must be 1 or 2, or left out to be chosen")
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ConfigError(
                 f"max_num_seqs={self.max_num_seqs} exceeds max_num_batched_tokens={self.max_num_batched_tokens}: "

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter_ns
 from typing import Protocol
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.expert_server import ExpertServer
+from llama4_dist.dispatch.microbatches import LayerTimes, MicrobatchChoice
 from llama4_dist.engine import prompt_logprobs
 from llama4_dist.engine.batch_builder import build_batch
 from llama4_dist.engine.counters import Counters
@@ -18,7 +20,7 @@ from llama4_dist.engine.sequence import SequenceState
 from llama4_dist.errors import EngineError, Llama4Error, UnavailableError
 from llama4_dist.model.batch import Batch
 from llama4_dist.model.kv_cache import KVCache
-from llama4_dist.stations import COMBINE, DISPATCH_WAIT, EXPERT, MODEL, OTHER, SAMPLE
+from llama4_dist.stations import ATTENTION, COMBINE, DISPATCH_WAIT, EXPERT, MODEL, OTHER, ROUTE, SAMPLE
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class StepRunner:
         *,
         counters: Counters,
         device: str,
+        num_microbatches: int | None = None,
     ) -> None:
         self.model = model
         self.dispatcher = dispatcher
@@ -49,6 +52,8 @@ class StepRunner:
         self._cache = cache
         self.held: dict[SequenceState, UnavailableError] = {}  # what the last `run` left as it was, and why
         self._counters = counters
+        self._num_microbatches = num_microbatches
+        self._microbatches = MicrobatchChoice()
         self.local_hosts: Sequence[ExpertServer] = ()  # whose experts are computed on this thread
 
     def run(self, spans: Sequence[PlannedSpan]) -> list[Result]:
@@ -75,7 +80,19 @@ class StepRunner:
             return [result for span in spans for result in self._run([span])]
 
     def forward(self, batch: Batch) -> Tensor:
-        """Run the model on a batch, timed; return logits_PV."""
+        """Run the model on a batch, timed, in as many parts as pay; return logits_PV."""
+        if not self.dispatcher.overlaps:
+            return self._forward(batch)
+        num_parts = self._num_microbatches or self._microbatches.choose(len(batch.token_ids_T))
+        before_ns = self._counters.stations.step_ns.copy()
+        logits_PV = self._forward(replace(batch, num_microbatches=num_parts))
+        if self._num_microbatches is None:
+            taken_ns = zip(self._counters.stations.step_ns, before_ns, strict=True)
+            taken_s = [(now_ns - then_ns) / 1e9 for now_ns, then_ns in taken_ns]
+            self._microbatches.observe(len(batch.token_ids_T), num_parts, taken_s[MODEL], _layer_times(taken_s))
+        return logits_PV
+
+    def _forward(self, batch: Batch) -> Tensor:
         stations, traffic = self._counters.stations, self.dispatcher.stats()
         waited_s, computed_s = traffic.wait_seconds, self._compute_seconds()
         started_ns = perf_counter_ns()
@@ -110,3 +127,12 @@ class StepRunner:
             span.sequence.num_cached += span.num_tokens
         self._counters.stations.mark(SAMPLE)
         return list(zip(step_batch.sampled, results, strict=True))
+
+
+def _layer_times(taken_s: Sequence[float]) -> LayerTimes:
+    """Return what all layers of a step took, by its stations; a reply is there when nobody waits for it any more."""
+    shared_s = max(0.0, taken_s[EXPERT])
+    reply_s = shared_s + taken_s[DISPATCH_WAIT]
+    return LayerTimes(
+        attention_s=taken_s[ATTENTION] + taken_s[ROUTE], shared_s=shared_s, reply_s=reply_s, expert_s=reply_s
+    )

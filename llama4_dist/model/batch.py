@@ -49,9 +49,13 @@ class SequenceSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """The tokens of all spans, one span after the other; `logit_rows` are the rows whose logits are wanted."""
+    """The tokens of all spans, one span after the other; `logit_rows` are the rows whose logits are wanted.
+
+    A model whose experts are elsewhere takes the tokens through its layers in `num_microbatches` parts.
+    """
 
     step: int
     token_ids_T: Tensor
     spans: tuple[SequenceSpan, ...]
     logit_rows: tuple[int, ...]
+    num_microbatches: int = 1

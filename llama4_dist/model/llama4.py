@@ -1,6 +1,8 @@
 """The Llama 4 text decoder: one step of packed tokens in, logits out. Routed experts are reached by a dispatcher."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +12,31 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.config import ModelConfig
 from llama4_dist.model.attention import Attention
 from llama4_dist.model.attention_plan import StepPlan, plan_step
-from llama4_dist.model.batch import Batch
+from llama4_dist.model.batch import Batch, SequenceSpan
 from llama4_dist.model.feed_forward import FeedForward
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.linear import linear
+from llama4_dist.model.microbatches import run_layers, split_spans
 from llama4_dist.model.moe import Dispatcher, MixtureOfExperts
 from llama4_dist.model.norm import rms_norm
 from llama4_dist.model.rope import frequencies
 from llama4_dist.model.router import Router
 from llama4_dist.model.weights import Weights
-from llama4_dist.stations import ATTENTION, COMBINE, OTHER, NotMeasured, Stations
+from llama4_dist.stations import ATTENTION, COMBINE, OTHER, ROUTE, NotMeasured, Stations
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """Some tokens of a step on their way through the layers; the residual stream [T, D] is filled up to a tile."""
+
+    x_TD: Tensor
+    plan: StepPlan
+    cache: KVCache
+    dispatcher: Dispatcher
+    stations: Stations
+    microbatch: int
+    h_TD: Tensor  # what the layer's experts read
+    in_flight: Any = None
 
 
 class DecoderLayer:
@@ -39,19 +56,28 @@ class DecoderLayer:
         else:
             self.feed_forward = FeedForward(f"{prefix}.feed_forward", weights)
 
-    def __call__(
-        self, x_TD: Tensor, plan: StepPlan, cache: KVCache, dispatcher: Dispatcher, stations: Stations
-    ) -> None:
-        """Add the layer's outputs to the residual stream `x_TD` in place."""
-        x_TD += self.attention(rms_norm(x_TD, self.input_norm_D, self.eps), plan, cache)
+    def begin(self, part: Part) -> None:
+        """Run attention, then send rows to the experts, or run the dense network."""
+        x_TD, plan = part.x_TD, part.plan
+        x_TD += self.attention(rms_norm(x_TD, self.input_norm_D, self.eps), plan, part.cache)
         h_TD = rms_norm(x_TD, self.post_attention_norm_D, self.eps)
-        stations.mark(ATTENTION)
+        part.stations.mark(ATTENTION)
         if isinstance(self.feed_forward, MixtureOfExperts):
-            x_TD[: plan.num_tokens] += self.feed_forward(h_TD, plan.num_tokens, dispatcher, stations)
-            stations.mark(COMBINE)
+            part.in_flight = self.feed_forward.dispatch(h_TD, plan.num_tokens, part.dispatcher, part.microbatch)
+            part.h_TD = h_TD
+            part.stations.mark(ROUTE)
         else:
             x_TD += self.feed_forward(h_TD)
-            stations.mark(OTHER)
+            part.stations.mark(OTHER)
+
+    def finish(self, part: Part) -> None:
+        """Run the shared expert and take the routed ones' answers in."""
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            num_tokens = part.plan.num_tokens
+            part.x_TD[:num_tokens] += self.feed_forward.combine(
+                part.h_TD, num_tokens, part.in_flight, part.dispatcher, part.stations
+            )
+            part.stations.mark(COMBINE)
 
 
 class Llama4:
@@ -89,9 +115,32 @@ class Llama4:
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache, dispatcher: Dispatcher) -> Tensor:
         """Run one step and return the float32 logits [P, V] of `batch.logit_rows`."""
+        dispatcher.begin_step(batch.step)
+        spans_of_parts = split_spans(batch.spans, batch.num_microbatches)
+        tokens = torch.split(batch.token_ids_T, [sum(span.num_tokens for span in spans) for spans in spans_of_parts])
+        parts = [
+            self._part(spans, token_ids_T, index, cache, dispatcher)
+            for index, (spans, token_ids_T) in enumerate(zip(spans_of_parts, tokens, strict=True))
+        ]
+        self.stations.mark(OTHER)
+        run_layers(self.layers, parts)
+        if not batch.logit_rows:
+            return parts[0].x_TD.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+        x_TD = torch.cat([part.x_TD[: part.plan.num_tokens] for part in parts]) if len(parts) > 1 else parts[0].x_TD
+        x_PD = rms_norm(x_TD[list(batch.logit_rows)], self.norm_D, self.config.rms_norm_eps)
+        return linear(x_PD, self.head_VD).float()
+
+    def _part(
+        self,
+        spans: Sequence[SequenceSpan],
+        token_ids_T: Tensor,
+        microbatch: int,
+        cache: KVCache,
+        dispatcher: Dispatcher,
+    ) -> Part:
         embedding_VD = self.embedding_VD
         plan = plan_step(
-            batch.spans,
+            spans,
             floor_scale=self.config.floor_scale,
             attn_scale=self.config.attn_scale,
             frequencies_C=self.frequencies_C,
@@ -100,14 +149,7 @@ class Llama4:
             dtype=embedding_VD.dtype,
             device=embedding_VD.device,
         )
-        dispatcher.begin_step(batch.step)
         # All row-wise work runs on a tile of rows; the rows past `num_tokens` are thrown away at the end.
         num_padding = plan.rotation_T1C.shape[0] - plan.num_tokens
-        x_TD = embedding_VD[F.pad(batch.token_ids_T.to(embedding_VD.device), (0, num_padding))]
-        self.stations.mark(OTHER)
-        for layer in self.layers:
-            layer(x_TD, plan, cache, dispatcher, self.stations)
-        if not batch.logit_rows:
-            return x_TD.new_empty((0, self.config.vocab_size), dtype=torch.float32)
-        x_PD = rms_norm(x_TD[list(batch.logit_rows)], self.norm_D, self.config.rms_norm_eps)
-        return linear(x_PD, self.head_VD).float()
+        x_TD = embedding_VD[F.pad(token_ids_T.to(embedding_VD.device), (0, num_padding))]
+        return Part(x_TD, plan, cache, dispatcher, self.stations, microbatch, h_TD=x_TD)

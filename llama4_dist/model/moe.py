@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llama4_dist.model.feed_forward import FeedForward
 from llama4_dist.model.router import Router
-from llama4_dist.stations import EXPERT, ROUTE, Stations
+from llama4_dist.stations import EXPERT, Stations
 
 
 class Dispatcher(Protocol):
@@ -27,13 +27,16 @@ class MixtureOfExperts:
         self.router = router
         self.shared_expert = shared_expert
 
-    def __call__(self, x_TD: Tensor, num_tokens: int, dispatcher: Dispatcher, stations: Stations) -> Tensor:
-        """Return the layer's output for the first `num_tokens` rows; the others are padding and stay here."""
+    def dispatch(self, x_TD: Tensor, num_tokens: int, dispatcher: Dispatcher, microbatch: int) -> Any:
+        """Choose experts for the first `num_tokens` rows and send those away; the others are padding and stay here."""
         route = self.router(x_TD)
-        in_flight = dispatcher.dispatch(
-            self.layer, x_TD[:num_tokens], route.experts_TK[:num_tokens], route.scores_TK[:num_tokens]
-        )
-        stations.mark(ROUTE)
+        experts_TK, scores_TK = route.experts_TK[:num_tokens], route.scores_TK[:num_tokens]
+        return dispatcher.dispatch(self.layer, x_TD[:num_tokens], experts_TK, scores_TK, microbatch)
+
+    def combine(
+        self, x_TD: Tensor, num_tokens: int, in_flight: Any, dispatcher: Dispatcher, stations: Stations
+    ) -> Tensor:
+        """Return the layer's output for the first `num_tokens` rows of what `dispatch` was given."""
         shared_TD = self.shared_expert(x_TD)[:num_tokens]
         stations.mark(EXPERT)
         return shared_TD + dispatcher.combine(in_flight)

@@ -2,7 +2,15 @@
 
 import pytest
 
-from llama4_dist.dispatch.microbatches import ENOUGH, LayerTimes, MicrobatchChoice, layer_s, num_microbatches
+from llama4_dist.dispatch.microbatches import (
+    ENOUGH,
+    TRY_AGAIN,
+    LayerTimes,
+    MicrobatchChoice,
+    could_save,
+    layer_s,
+    num_microbatches,
+)
 
 
 def times(attention: float, shared: float, expert: float, out: float = 0.0, back: float = 0.0) -> LayerTimes:
@@ -41,41 +49,47 @@ def test_a_saving_within_the_margin_changes_nothing() -> None:
     assert num_microbatches(whole, slower, current=2, margin=0.01) == 1
 
 
-def test_nothing_is_chosen_before_enough_is_known() -> None:
+WAITS = times(100, 0, 300)  # attention has nothing to do for half of a step
+HIDES = times(300, 100, 90)  # nobody waits for the experts
+
+
+def steps(choice: MicrobatchChoice, number: int, seconds: dict[int, float], whole: LayerTimes = WAITS) -> list[int]:
+    """Run steps of 512 rows that take so long in one part and in two; return in how many each was run."""
+    chosen = []
+    for _ in range(number):
+        chosen.append(choice.choose(512))
+        choice.observe(512, chosen[-1], seconds[chosen[-1]], whole)
+    return chosen
+
+
+def test_two_parts_are_tried_and_kept_where_they_take_less() -> None:
     choice = MicrobatchChoice()
-    for index in range(ENOUGH):
-        assert choice.choose(512) == 1
-        choice.observe(512, times(390, 128, 309, 73, 132))
-        choice.observe(256, times(209, 64, 308, 43, 74))
-        assert choice.choose(512) == (1 if index < ENOUGH - 1 else 2)
-    assert choice.choose(64) == 1
+    assert steps(choice, 2 * ENOUGH, {1: 4.0, 2: 3.0}) == [1] * ENOUGH + [2] * ENOUGH
+    assert set(steps(choice, 100, {1: 4.0, 2: 3.0})) == {2}
+    assert choice.choose(64) == 1, "nothing is known of that size"
 
 
-def test_without_times_of_half_the_size_those_of_the_whole_count() -> None:
+def test_two_parts_are_left_where_they_take_more_or_about_as_long() -> None:
+    for two in (5.0, 3.9):
+        choice = MicrobatchChoice()
+        steps(choice, 2 * ENOUGH, {1: 4.0, 2: two})
+        assert set(steps(choice, 100, {1: 4.0, 2: two})) == {1}
+
+
+def test_two_parts_are_not_tried_where_nobody_waits() -> None:
+    assert not could_save(HIDES)
+    assert set(steps(MicrobatchChoice(), 100, {1: 4.0, 2: 1.0}, HIDES)) == {1}
+
+
+def test_the_other_choice_is_tried_again_after_a_while() -> None:
     choice = MicrobatchChoice()
-    for _ in range(ENOUGH):
-        choice.observe(512, times(390, 128, 309, 73, 132))
-        choice.observe(64, times(1, 1, 10, 200, 200))
-    assert choice.choose(512) == 1, "1036 us in two parts at the whole's times, 904 in one"
-    assert choice.choose(64) == 1, "411 us in one part, 412 in two"
+    assert steps(choice, TRY_AGAIN, {1: 4.0, 2: 5.0}).count(2) == ENOUGH
+    assert steps(choice, TRY_AGAIN, {1: 4.0, 2: 3.0}).count(2) > TRY_AGAIN // 2, "hosts have become faster"
+    assert steps(choice, 2 * TRY_AGAIN, {1: 2.0, 2: 3.0})[-1] == 1, "and slower"
 
 
-def test_one_slow_layer_does_not_change_the_choice() -> None:
+def test_one_row_is_one_part() -> None:
     choice = MicrobatchChoice()
-    for _ in range(ENOUGH):
-        choice.observe(512, times(390, 128, 309, 73, 132))
-        choice.observe(256, times(209, 64, 308, 43, 74))
-    choice.observe(256, times(20900, 64, 308, 43, 74))
-    assert choice.choose(512) == 2
-
-
-def test_a_batch_of_one_row_has_no_halves_and_times_are_checked() -> None:
-    choice = MicrobatchChoice(margin=0.0)
-    for _ in range(ENOUGH):
-        choice.observe(1, times(1, 1, 1, 500, 500))
-        choice.observe(0, times(0, 0, 0))
+    for _ in range(2 * ENOUGH):
+        choice.observe(1, 1, 4.0, WAITS)
     assert choice.choose(1) == 1
-    with pytest.raises(ValueError, match="negative"):
-        times(-1, 0, 0)
-    with pytest.raises(ValueError, match="part of the reply"):
-        LayerTimes(attention_s=1, shared_s=1, expert_s=2, reply_s=1)

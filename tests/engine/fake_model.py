@@ -78,6 +78,8 @@ class FakeModel:
 class FakeDispatcher:
     """Remembers which steps began; has no experts."""
 
+    overlaps = False
+
     def __init__(self) -> None:
         self.begun: list[int] = []
         self.counted = DispatchStats()

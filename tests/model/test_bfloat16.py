@@ -91,7 +91,8 @@ def test_feed_forward_of_every_layer_gives_the_reference_output(case: Case) -> N
         x_TD, expected_TD = case.seen[f"{index}.feed_forward"]
         with torch.inference_mode():
             if isinstance(layer.feed_forward, MixtureOfExperts):
-                output_TD = layer.feed_forward(x_TD, NUM_TOKENS, case.dispatcher, NotMeasured())
+                in_flight = layer.feed_forward.dispatch(x_TD, NUM_TOKENS, case.dispatcher, microbatch=0)
+                output_TD = layer.feed_forward.combine(x_TD, NUM_TOKENS, in_flight, case.dispatcher, NotMeasured())
                 decided_T = ~_tied(x_TD, layer.feed_forward.router)
                 assert decided_T.sum() >= 0.9 * NUM_TOKENS
                 output_TD, expected_TD = output_TD[decided_T], expected_TD[decided_T]

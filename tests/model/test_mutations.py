@@ -51,7 +51,7 @@ def half_split_rotation(patch: pytest.MonkeyPatch) -> None:
 
 def score_on_the_output(patch: pytest.MonkeyPatch) -> None:
     def dispatch(
-        self: direct.DirectDispatcher, layer: int, x_TD: Tensor, experts_TK: Tensor, scores_TK: Tensor
+        self: direct.DirectDispatcher, layer: int, x_TD: Tensor, experts_TK: Tensor, scores_TK: Tensor, _: int
     ) -> list[Tensor]:
         return [scores_TK * honest(self, layer, x_TD, experts_TK, torch.ones_like(scores_TK))[0]]
 

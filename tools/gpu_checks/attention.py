@@ -55,7 +55,11 @@ def check_attention(session: Session) -> None:
             error = relative_error(out_THC, attend_reference(q_THC, pages, prefill))
             name = f"{num_queries} queries, keys {first_key} to {num_keys}, {str(dtype)[6:]}"
             session.add(f"attention, {name}", error < (1e-5 if dtype == torch.float32 else 1e-2), error=error)
-            session.add(f"attention: decode is prefill, {name}", torch.equal(out_THC, decoded_THC))
+            if session.is_cuda:
+                session.add(f"attention: decode is prefill, {name}", torch.equal(out_THC, decoded_THC))
+            else:  # numpy chooses its products by their shape, so the interpreter says nothing of bits
+                error = relative_error(decoded_THC, out_THC)
+                session.add(f"attention: decode is prefill, {name}", error < 1e-2, error=error)
 
 
 def time_attention(session: Session) -> None:

@@ -1,6 +1,8 @@
 """The decoder without its routed experts, on a processor. Activations are float32, weights and rows the given dtype."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +17,29 @@ from llama4_dist.model.cpu.panels import pack
 from llama4_dist.model.cpu.plan import CpuPlan, plan_step
 from llama4_dist.model.cpu.workspace import Workspace
 from llama4_dist.model.kv_cache import KVCache
+from llama4_dist.model.microbatches import run_layers, split_spans
 from llama4_dist.model.moe import Dispatcher
 from llama4_dist.model.rope import frequencies
 from llama4_dist.model.weights import Weights
 from llama4_dist.stations import ATTENTION, OTHER, ROUTE, NotMeasured, Stations
 
 
+@dataclass(slots=True, eq=False)
+class Part:
+    """Some tokens of a step on their way through the layers; the residual stream is float32 [T, D]."""
+
+    x_TD: Tensor
+    plan: CpuPlan
+    work: Workspace
+    cache: KVCache
+    dispatcher: Dispatcher
+    stations: Stations
+    microbatch: int
+    in_flight: Any = None
+
+
 class DecoderLayer:
-    """x += attention(norm(x)); x += feed_forward(norm(x)). Source: transformers `Llama4TextDecoderLayer`."""
+    """x += attention(norm(x)); x += feed_forward(norm(x)), in place. Source: transformers `Llama4TextDecoderLayer`."""
 
     def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
         self.attention = Attention(config, layer, weights)
@@ -32,19 +49,21 @@ class DecoderLayer:
         else:
             self.feed_forward = DenseFeedForward(config, layer, weights)
 
-    def __call__(
-        self, x_TD: Tensor, plan: CpuPlan, work: Workspace, cache: KVCache, dispatcher: Dispatcher, stations: Stations
-    ) -> None:
-        """Add the layer's outputs to the residual stream in place."""
-        self.attention(x_TD, plan, cache)
-        stations.mark(ATTENTION)
+    def begin(self, part: Part) -> None:
+        """Run attention, then send rows to the experts, or run the dense network."""
+        self.attention(part.x_TD, part.plan, part.cache)
+        part.stations.mark(ATTENTION)
         if isinstance(self.feed_forward, MixtureOfExperts):
-            in_flight = self.feed_forward.dispatch(x_TD, work, dispatcher)
-            stations.mark(ROUTE)
-            self.feed_forward.combine(x_TD, work, in_flight, dispatcher, stations)
+            part.in_flight = self.feed_forward.dispatch(part.x_TD, part.work, part.dispatcher, part.microbatch)
+            part.stations.mark(ROUTE)
         else:
-            self.feed_forward(x_TD)
-            stations.mark(OTHER)
+            self.feed_forward(part.x_TD)
+            part.stations.mark(OTHER)
+
+    def finish(self, part: Part) -> None:
+        """Run the shared expert and take the routed ones' answers in."""
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            self.feed_forward.combine(part.x_TD, part.work, part.in_flight, part.dispatcher, part.stations)
 
 
 class DenseFeedForward:
@@ -79,32 +98,38 @@ class CpuLlama4:
         self.norm_D = weights.tensor("model.norm.weight").float()
         self.head = pack(self.embedding_VD if config.tie_word_embeddings else weights.tensor("lm_head.weight"))
         self.num_parameters = weights.num_parameters
-        self._work: Workspace | None = None
+        self._work: dict[int, Workspace] = {}
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache, dispatcher: Dispatcher) -> Tensor:
         """Run one step and return the float32 logits [P, V] of `batch.logit_rows`."""
-        plan = plan_step(
-            batch.spans,
-            config=self.config,
-            frequencies_C=self.frequencies_C,
-            layout=cache.layout,
-            block_size=cache.block_size,
-        )
         dispatcher.begin_step(batch.step)
         x_TD = self.embedding_VD.index_select(0, batch.token_ids_T).float()
-        work = self._workspace(plan.num_tokens)
+        parts: list[Part] = []
+        first_row = 0
+        for index, spans in enumerate(split_spans(batch.spans, batch.num_microbatches)):
+            plan = plan_step(
+                spans,
+                config=self.config,
+                frequencies_C=self.frequencies_C,
+                layout=cache.layout,
+                block_size=cache.block_size,
+            )
+            rows_TD = x_TD[first_row : first_row + plan.num_tokens]
+            first_row += plan.num_tokens
+            work = self._workspace(index, plan.num_tokens)
+            parts.append(Part(rows_TD, plan, work, cache, dispatcher, self.stations, microbatch=index))
         self.stations.mark(OTHER)
-        for layer in self.layers:
-            layer(x_TD, plan, work, cache, dispatcher, self.stations)
+        run_layers(self.layers, parts)
         if not batch.logit_rows:
             return x_TD.new_empty((0, self.config.vocab_size))
         x_PD = x_TD if len(batch.logit_rows) == len(x_TD) else x_TD[list(batch.logit_rows)]
         return self.head(norm(x_PD, self.norm_D, self.config.rms_norm_eps))
 
-    def _workspace(self, num_tokens: int) -> Workspace:
+    def _workspace(self, microbatch: int, num_tokens: int) -> Workspace:
         """Return that of the last step where it fits: decode repeats its size."""
-        work = self._work
+        work = self._work.get(microbatch)
         if work is None or work.num_tokens != num_tokens:
-            work = self._work = Workspace(num_tokens, self.config.hidden_size, self.config.experts_per_token)
+            work = Workspace(num_tokens, self.config.hidden_size, self.config.experts_per_token)
+            self._work[microbatch] = work
         return work
