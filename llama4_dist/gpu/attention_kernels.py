@@ -110,63 +110,41 @@ def attend_kernel(
     best_of_split = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total_of_split = tl.zeros((BLOCK_M,), dtype=tl.float32)
     mixed_of_split = tl.zeros((BLOCK_M, HEAD_DIM), dtype=tl.float32)
+    first = 0  # of the keys that this program sees
+    stop = most_keys
     if partial is not None:
         split = tl.program_id(2)
-        if split * SPLIT < most_keys:
-            for start in range(split * SPLIT, min(most_keys, (split + 1) * SPLIT), BLOCK_S):
-                best_of_split, total_of_split, mixed_of_split = attend_tile(
-                    q_tile,
-                    keys,
-                    values,
-                    table_row,
-                    first_page,
-                    first_key,
-                    start,
-                    most_keys,
-                    num_keys,
-                    kv_head,
-                    scale,
-                    best_of_split,
-                    total_of_split,
-                    mixed_of_split,
-                    KV_HEADS,
-                    HEAD_DIM,
-                    PAGE,
-                    BLOCK_M,
-                    BLOCK_S,
-                    PRECISION,
-                )
-            slot = ((item * max_splits + split) * HEADS + head).to(tl.int64) * (HEAD_DIM + 2)
-            tl.store(partial + slot[:, None] + channel[None, :], mixed_of_split, mask=is_live[:, None])
-            tl.store(partial + slot + HEAD_DIM, best_of_split, mask=is_live)
-            tl.store(partial + slot + HEAD_DIM + 1, total_of_split, mask=is_live)
-    else:
-        best = best_of_split
-        total = total_of_split
-        mixed = mixed_of_split
-        for start in range(0, most_keys, BLOCK_S):
-            best_of_split, total_of_split, mixed_of_split = attend_tile(
-                q_tile,
-                keys,
-                values,
-                table_row,
-                first_page,
-                first_key,
-                start,
-                most_keys,
-                num_keys,
-                kv_head,
-                scale,
-                best_of_split,
-                total_of_split,
-                mixed_of_split,
-                KV_HEADS,
-                HEAD_DIM,
-                PAGE,
-                BLOCK_M,
-                BLOCK_S,
-                PRECISION,
-            )
+        if split * SPLIT >= most_keys:
+            return
+        first = split * SPLIT
+        stop = min(most_keys, (split + 1) * SPLIT)
+    best = best_of_split
+    total = total_of_split
+    mixed = mixed_of_split
+    for start in range(first, stop, BLOCK_S):
+        best_of_split, total_of_split, mixed_of_split = attend_tile(
+            q_tile,
+            keys,
+            values,
+            table_row,
+            first_page,
+            first_key,
+            start,
+            most_keys,
+            num_keys,
+            kv_head,
+            scale,
+            best_of_split,
+            total_of_split,
+            mixed_of_split,
+            KV_HEADS,
+            HEAD_DIM,
+            PAGE,
+            BLOCK_M,
+            BLOCK_S,
+            PRECISION,
+        )
+        if partial is None:  # noqa: SIM102 - this is known when compiled, what follows is not
             # A split ends here; in one loop with its tiles, so that the next one's keys are already on their way.
             if ((start + BLOCK_S) % SPLIT == 0) | (start + BLOCK_S >= most_keys):
                 new_best = tl.maximum(best, best_of_split)
@@ -178,8 +156,14 @@ def attend_kernel(
                 best_of_split = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
                 total_of_split = tl.zeros((BLOCK_M,), dtype=tl.float32)
                 mixed_of_split = tl.zeros((BLOCK_M, HEAD_DIM), dtype=tl.float32)
+    if partial is None:
         mixed = mixed / tl.where(is_live, total, 1.0)[:, None]
         tl.store(out + at, mixed.to(out.dtype.element_ty), mask=is_live[:, None])
+    else:
+        slot = ((item * max_splits + split) * HEADS + head).to(tl.int64) * (HEAD_DIM + 2)
+        tl.store(partial + slot[:, None] + channel[None, :], mixed_of_split, mask=is_live[:, None])
+        tl.store(partial + slot + HEAD_DIM, best_of_split, mask=is_live)
+        tl.store(partial + slot + HEAD_DIM + 1, total_of_split, mask=is_live)
 
 
 @triton.jit
