@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -27,40 +27,29 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from llama4_dist.bench.dispatch import (
+    NUM_EXPERTS,
+    TURN,
+    address_of,
+    connect_bare,
+    connect_dispatcher,
+    dispatcher_over,
+    expert_server,
+    receive,
+    serve_echo,
+)
 from llama4_dist.dispatch.dispatcher import Dispatcher
-from llama4_dist.dispatch.expert_server import ExpertServer
-from llama4_dist.dispatch.handshake import Hello, HostIdentity
-from llama4_dist.dispatch.links.address import bind, parse_address
-from llama4_dist.dispatch.links.connect import connect
-from llama4_dist.dispatch.links.link import Link, LinkLimits
+from llama4_dist.dispatch.links.address import bind
 from llama4_dist.dispatch.links.listener import Listener
-from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
 
 WIDTH = 1024
-NUM_EXPERTS = 16
 ROWS = {"4 KB": 1, "64 KB": 16, "1 MB": 256}
-ROUND = 20  # calls of one kind before the other's turn
-LIMITS = LinkLimits()
-
-
-class CopyExperts:
-    """Experts that answer with their input."""
-
-    holds = frozenset((0, expert) for expert in range(NUM_EXPERTS))
-
-    def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None:
-        out_RD.copy_(x_RD)
-
-
-def expert_server() -> ExpertServer:
-    identity = HostIdentity(host="host", incarnation=0, model_hash="bench", num_layers=1, num_experts=NUM_EXPERTS)
-    return ExpertServer(identity=identity, compute=CopyExperts(), width=WIDTH, dtype=torch.float32, limits=LIMITS)
 
 
 def run_expert_host(address: str, secret: bytes, ready: Connection) -> None:
     torch.set_num_threads(1)
     pin(1)
-    server = expert_server()
+    server = expert_server(WIDTH)
     listener = Listener(address, secret=secret)
     server.add_listener(listener)
     ready.send(listener.address)
@@ -71,17 +60,8 @@ def run_echo(address: str, ready: Connection) -> None:
     pin(1)
     listener = bind(address, 1)
     listener.setblocking(True)
-    name = listener.getsockname()
-    ready.send(f"unix:{name}" if isinstance(name, str) else f"tcp:{name[0]}:{name[1]}")
-    connection, _ = listener.accept()
-    if connection.family != socket.AF_UNIX:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    buffer = memoryview(bytearray(1 << 20))
-    while header := connection.recv(8):  # the parent announces each size once
-        num_bytes = int.from_bytes(header, "little")
-        for _ in range(ROUND):
-            receive(connection, buffer[:num_bytes])
-            connection.sendall(buffer[:num_bytes])
+    ready.send(address_of(listener))
+    serve_echo(listener)
 
 
 def join_gloo(rank: int, store: str) -> None:
@@ -95,46 +75,9 @@ def run_gloo(store: str, rounds: int) -> None:
     pin(1)
     for num_rows in ROWS.values():
         rows_RD = torch.empty(num_rows, WIDTH)
-        for _ in range((rounds + 1) * ROUND):
+        for _ in range((rounds + 1) * TURN):
             torch.distributed.recv(rows_RD, 0)
             torch.distributed.send(rows_RD, 0)
-
-
-def receive(connection: socket.socket, target: memoryview) -> None:
-    received = 0
-    while received < len(target):
-        received += connection.recv_into(target[received:])
-
-
-def connect_echo(address: str) -> socket.socket:
-    family, target = parse_address(address)
-    connection = socket.socket(family, socket.SOCK_STREAM)
-    connection.connect(target)
-    if family != socket.AF_UNIX:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return connection
-
-
-def dispatcher_over(link: Link) -> Dispatcher:
-    replica = Replica((SliceRef(host="host", incarnation=0, start=0, stop=1),))
-    table = RoutingTable(epoch=0, replicas={(0, expert): (replica,) for expert in range(NUM_EXPERTS)})
-    return Dispatcher(
-        worker="worker", incarnation=0, table=table, links={"host": link}, width=WIDTH, dtype=torch.float32
-    )
-
-
-def connect_dispatcher(address: str, secret: bytes) -> Dispatcher:
-    hello = Hello(
-        role="attention",
-        id="worker",
-        incarnation=0,
-        model_hash="bench",
-        width=WIDTH,
-        dtype="float32",
-        num_layers=1,
-        num_experts=NUM_EXPERTS,
-    )
-    return dispatcher_over(connect(address, hello=hello, secret=secret, limits=LIMITS, timeout_s=10.0))
 
 
 def pin(core: int) -> None:
@@ -144,7 +87,7 @@ def pin(core: int) -> None:
 
 def timed(call: Callable[[], object]) -> list[float]:
     seconds = []
-    for _ in range(ROUND):
+    for _ in range(TURN):
         started = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - started)
@@ -202,7 +145,7 @@ def measure(echo: socket.socket, remote: Dispatcher, local: Dispatcher, rounds: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tcp", action="store_true", help="TCP over loopback instead of Unix sockets")
-    parser.add_argument("--rounds", type=int, default=30, help=f"rounds of {ROUND} calls of each kind")
+    parser.add_argument("--rounds", type=int, default=30, help=f"rounds of {TURN} calls of each kind")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -226,10 +169,12 @@ def main() -> None:
         children[-1].start()
         join_gloo(0, store)
         pin(0)
-        server = expert_server()
-        local = dispatcher_over(server.open_inproc(worker="worker", incarnation=0))
-        remote = connect_dispatcher(addresses[1], secret)
-        results = measure(connect_echo(addresses[0]), remote, local, arguments.rounds)
+        server = expert_server(WIDTH)
+        local = dispatcher_over(server.open_inproc(worker="worker", incarnation=0), WIDTH)
+        remote = connect_dispatcher(addresses[1], secret, WIDTH)
+        echo = connect_bare(addresses[0])
+        echo.settimeout(None)  # with a timeout each call would look at the descriptor first
+        results = measure(echo, remote, local, arguments.rounds)
         for child in children:
             child.terminate()
             child.join()

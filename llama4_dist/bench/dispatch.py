@@ -28,7 +28,7 @@ from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.dispatch.handshake import Hello, HostIdentity
 from llama4_dist.dispatch.links.address import bind, parse_address
 from llama4_dist.dispatch.links.connect import connect
-from llama4_dist.dispatch.links.link import LinkLimits
+from llama4_dist.dispatch.links.link import Link, LinkLimits
 from llama4_dist.dispatch.links.listener import Listener
 from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
 from llama4_dist.errors import EngineError
@@ -49,6 +49,12 @@ class CopyExperts:
 
     def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None:
         out_RD.copy_(x_RD)
+
+
+def expert_server(width: int) -> ExpertServer:
+    """Return the host of all experts, which nobody is connected to yet."""
+    identity = HostIdentity(host="host", incarnation=0, model_hash="bench", num_layers=1, num_experts=NUM_EXPERTS)
+    return ExpertServer(identity=identity, compute=CopyExperts(), width=width, dtype=torch.float32, limits=LIMITS)
 
 
 def measure_dispatch(
@@ -121,7 +127,11 @@ def connect_dispatcher(address: str, secret: bytes, width: int) -> Dispatcher:
         num_layers=1,
         num_experts=NUM_EXPERTS,
     )
-    link = connect(address, hello=hello, secret=secret, limits=LIMITS, timeout_s=TIMEOUT_S)
+    return dispatcher_over(connect(address, hello=hello, secret=secret, limits=LIMITS, timeout_s=TIMEOUT_S), width)
+
+
+def dispatcher_over(link: Link, width: int) -> Dispatcher:
+    """Return a dispatcher that sends every row over this link."""
     replica = Replica((SliceRef(host="host", incarnation=0, start=0, stop=1),))
     table = RoutingTable(epoch=0, replicas={(0, expert): (replica,) for expert in range(NUM_EXPERTS)})
     return Dispatcher(
@@ -194,24 +204,25 @@ def serve_echo(listener: socket.socket) -> None:
             connection.sendall(buffer)
 
 
+def address_of(listener: socket.socket) -> str:
+    """Return the address that a listener got."""
+    name = listener.getsockname()
+    return f"unix:{name}" if isinstance(name, str) else f"tcp:{name[0]}:{name[1]}"
+
+
 def main() -> None:
     """Be the process at the other end: an order on standard input, addresses on standard output."""
     order = json.load(sys.stdin)
     logging.getLogger("llama4_dist").setLevel(logging.ERROR)  # that the link ends at the end is no news
     os.sched_setaffinity(0, {order["cores"][1 % len(order["cores"])]})
     torch.set_num_threads(1)
-    identity = HostIdentity(host="host", incarnation=0, model_hash="bench", num_layers=1, num_experts=NUM_EXPERTS)
-    server = ExpertServer(
-        identity=identity, compute=CopyExperts(), width=order["width"], dtype=torch.float32, limits=LIMITS
-    )
+    server = expert_server(order["width"])
     listener = Listener(order["host"], secret=bytes.fromhex(order["secret"]))
     server.add_listener(listener)
     echo = bind(order["echo"], 1)
     echo.setblocking(True)
-    name = echo.getsockname()
-    echo_address = f"unix:{name}" if isinstance(name, str) else f"tcp:{name[0]}:{name[1]}"
     threading.Thread(target=serve_echo, args=(echo,), daemon=True).start()
-    sys.stdout.write(json.dumps({"host": listener.address, "echo": echo_address}) + "\n")
+    sys.stdout.write(json.dumps({"host": listener.address, "echo": address_of(echo)}) + "\n")
     sys.stdout.flush()
     server.run(threading.Event())
 

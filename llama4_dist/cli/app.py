@@ -11,7 +11,8 @@ import typer
 from llama4_dist.cli.bench import bench_app
 from llama4_dist.cli.cluster import cluster_app
 from llama4_dist.cli.experts import experts_app
-from llama4_dist.cli.flags import JsonFlag, TlsCa, Token, parse_seconds
+from llama4_dist.cli.flags import DtypeChoice, JsonFlag, TlsCa, Token, parse_seconds
+from llama4_dist.cli.serving import serve, serve_gateway
 
 if TYPE_CHECKING:
     from llama4_dist.cli.backend import Backend
@@ -28,14 +29,8 @@ app = typer.Typer(
 app.add_typer(bench_app)
 app.add_typer(cluster_app)
 app.add_typer(experts_app)
-
-
-class DtypeChoice(StrEnum):
-    """Compute dtype; auto is the checkpoint's own."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
+app.command()(serve)
+app.command("gateway")(serve_gateway)
 
 
 Model = Annotated[Path | None, typer.Option("--model", "-m", help="Checkpoint folder; runs in this process.")]
@@ -49,82 +44,7 @@ Stop = Annotated[list[str] | None, typer.Option(help="Stop string; may be given 
 Dtype = Annotated[DtypeChoice, typer.Option(help="Compute dtype (with --model).")]
 Device = Annotated[str, typer.Option(help="cpu or cuda (with --model).")]
 Period = Annotated[float | None, typer.Option(parser=parse_seconds, metavar="TIME")]
-MaxQueue = Annotated[
-    float | None, typer.Option(help="Refuse a request that would wait longer for its first token, in seconds.")
-]
-ReusePort = Annotated[
-    bool | None, typer.Option("--reuse-port", help="Share the port with other gateways of this machine.")
-]
 Experts = Annotated[int, typer.Option(help="Expert host processes (with --model); 0 = this process only.")]
-
-
-@app.command()
-def serve(
-    model: Annotated[Path | None, typer.Option("--model", "-m", help="Checkpoint folder.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")] = None,
-    address: Annotated[str | None, typer.Option(help="host:port of the gateway [127.0.0.1:50051].")] = None,
-    experts: Annotated[int | None, typer.Option(help="Expert host processes; 0 = one process, no Ray.")] = None,
-    attention: Annotated[int | None, typer.Option(help="Attention workers.")] = None,
-    autoscale_max: Annotated[int | None, typer.Option(help="Most expert hosts; without it none come or go.")] = None,
-    autoscale_min: Annotated[int | None, typer.Option(help="Fewest expert hosts [1].")] = None,
-    replicas: Annotated[int | None, typer.Option(help="Copies of every expert, where memory allows [2].")] = None,
-    gateway: Annotated[bool | None, typer.Option(help="Serve clients from this process too.")] = None,
-    admin_address: Annotated[str | None, typer.Option(help="host:port of ClusterService [127.0.0.1:50052].")] = None,
-    admin_token_file: Annotated[Path | None, typer.Option(help="Bearer tokens of operators.")] = None,
-    directory_address: Annotated[str | None, typer.Option(help="host:port where other gateways find engines.")] = None,
-    ray_address: Annotated[str | None, typer.Option(help="Existing Ray cluster; default: start one here.")] = None,
-    dtype: Annotated[DtypeChoice | None, typer.Option(help="Compute dtype.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    num_threads: Annotated[int | None, typer.Option(help="CPU threads of the attention side.")] = None,
-    model_name: Annotated[str | None, typer.Option(help="Name clients use; default: the folder's.")] = None,
-    token_file: Annotated[Path | None, typer.Option(help="Bearer tokens, one a line.")] = None,
-    tls_certificate: Annotated[Path | None, typer.Option(help="PEM certificate chain.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
-    tls_client_ca: Annotated[Path | None, typer.Option(help="Require client certificates of this CA.")] = None,
-    metrics_address: Annotated[str | None, typer.Option(help="host:port for Prometheus; loopback only.")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences running at once.")] = None,
-    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
-    max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait.")] = None,
-    max_queue_s: MaxQueue = None,
-    reuse_port: ReusePort = None,
-    max_context: Annotated[int | None, typer.Option(help="Longest prompt + answer, in tokens.")] = None,
-    kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory of the KV cache, in bytes.")] = None,
-    log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Serve a checkpoint over gRPC, in one process or with expert hosts on Ray."""
-    flags = {name: value for name, value in locals().items() if name not in ("config", "as_json")}
-    from llama4_dist.cli.serve import run_serve
-
-    run_serve(flags, config, as_json)
-
-
-@app.command("gateway")
-def serve_gateway(
-    directory: Annotated[str, typer.Option(help="host:port of the cluster's directory.")],
-    model: Annotated[Path | None, typer.Option("--model", "-m", help="Checkpoint folder, for its tokenizer.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")] = None,
-    address: Annotated[str | None, typer.Option(help="host:port of the gateway [127.0.0.1:50051].")] = None,
-    model_name: Annotated[str | None, typer.Option(help="Name clients use; default: the folder's.")] = None,
-    token_file: Annotated[Path | None, typer.Option(help="Bearer tokens, one a line.")] = None,
-    tls_certificate: Annotated[Path | None, typer.Option(help="PEM certificate chain.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
-    tls_client_ca: Annotated[Path | None, typer.Option(help="Require client certificates of this CA.")] = None,
-    metrics_address: Annotated[str | None, typer.Option(help="host:port for Prometheus; loopback only.")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Requests at once, with max_waiting.")] = None,
-    max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait.")] = None,
-    max_queue_s: MaxQueue = None,
-    reuse_port: ReusePort = None,
-    log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Be one more gateway of a cluster that another process serves; clients may change between gateways."""
-    flags = {name: value for name, value in locals().items() if name not in ("config", "as_json")}
-    from llama4_dist.cli.serve import run_serve
-
-    run_serve(flags, config, as_json)
 
 
 @app.command()

@@ -1,12 +1,21 @@
 """Flags that several commands share, and how their values are read; nothing heavy is imported here."""
 
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class DtypeChoice(StrEnum):
+    """Compute dtype; auto is the checkpoint's own."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
 
 
 def parse_seconds(given: str) -> float:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from llama4_dist.dispatch.cross_check import CrossCheck
-from llama4_dist.dispatch.exchange import Exchange, OnLost
+from llama4_dist.dispatch.exchange import Exchange
 from llama4_dist.dispatch.in_flight import InFlight
 from llama4_dist.dispatch.layout import Layout, Share
 from llama4_dist.dispatch.links.link import Clock, Link
+from llama4_dist.dispatch.posting import OnLost
 from llama4_dist.dispatch.reply_times import Deadlines, ReplyTimes
 from llama4_dist.dispatch.routes import Routes
 from llama4_dist.dispatch.routing_table import RoutingTable

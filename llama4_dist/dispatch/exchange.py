@@ -1,31 +1,27 @@
-"""Frames to hosts and replies from them: numbering, matching, deadlines, refusals, lost hosts. Knows no model.
+"""Replies of hosts, each matched with the rows that its frame asked for; and all a dispatcher asks of its hosts.
 
-A frame has a number; the exchange keeps which rows that number asked for. The first valid reply of a row counts, later
-ones are dropped. A host that is slow has its rows asked of a replica too (a hedge); what a lost host owes, or a host
-refused, goes elsewhere.
+The first valid reply of a row counts, later ones are dropped. Knows no model. Frames leave by `posting`, deadlines are
+in `overdue`.
 """
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from llama4_dist.dispatch.cross_check import CrossCheck
-from llama4_dist.dispatch.in_flight import InFlight, Piece
+from llama4_dist.dispatch.in_flight import InFlight
 from llama4_dist.dispatch.in_process import InProcess
-from llama4_dist.dispatch.layout import Indices, Layout, Share, cut, split
+from llama4_dist.dispatch.layout import Share, cut
 from llama4_dist.dispatch.links.link import Clock, Frame, FrameHeader, FrameKind, Link
-from llama4_dist.dispatch.links.wait import LinkWaiter
+from llama4_dist.dispatch.overdue import Overdue
+from llama4_dist.dispatch.posting import OnLost, Posting
 from llama4_dist.dispatch.reply_times import ReplyTimes
 from llama4_dist.dispatch.routes import WRONG_OWNER, Routes
 from llama4_dist.dispatch.row_passes import all_finite
 from llama4_dist.dispatch.stats import DispatchStats
-from llama4_dist.errors import EngineError, FrameError, LinkDownError, UnavailableError
+from llama4_dist.errors import EngineError, FrameError, LinkDownError
 
 log = logging.getLogger(__name__)
-
-_new_tuple = tuple.__new__  # a quarter of what a named tuple's own constructor takes
-OnLost = Callable[[str, int, str], None]  # host, incarnation, reason
 
 
 class Exchange:
@@ -44,28 +40,40 @@ class Exchange:
         last_number: int,
         part_rows: int,
     ) -> None:
-        self.routes = routes
-        self.links = {host: link for host, link in links.items() if host in routes.published.hosts}
-        self.waiter = LinkWaiter(self.links, clock)
+        self.posting = posting = Posting(
+            routes, links, clock=clock, stats=stats, on_lost=on_lost, last_number=last_number
+        )
+        # Read once per frame: the very objects of `posting`, one attribute nearer.
+        self.routes, self.links, self.waiter, self.active = routes, posting.links, posting.waiter, posting.active
+        self._owed_since = posting.owed_since
+        self._overdue = Overdue(posting, times, stats)
         self._in_process = InProcess(self.links, stats)
-        self.active: dict[int, InFlight] = {}  # frame number to the dispatch that waits for it
-        self.last_number = last_number
-        self._owed_since: dict[str, tuple[float, int]] = {}  # host to (time, rows) of what nobody waits for any more
         self._part_rows = part_rows  # a socket's share of twice as many is cut
         self._clock = clock
         self._stats = stats
         self._times = times
         self._checks = checks
-        self._on_lost = on_lost
-        self._has_orphans = False  # some active frame's host has no link any more
+
+    @property
+    def last_number(self) -> int:
+        """The number of the last frame posted."""
+        return self.posting.last_number
 
     def send(self, in_flight: InFlight, shares: Iterable[Share]) -> None:
         """Post shares of the rows `in_flight` holds as they come; what a dead link cannot take is sent elsewhere."""
+        posting = self.posting
         for share in shares:
-            self._post(in_flight, share)
+            posting.post(in_flight, share)
         in_flight.prepare()
-        if self._has_orphans:
-            self._resend_orphans()
+        if posting.has_orphans:
+            posting.resend_orphans()
+
+    def parts(self, share: Share) -> Iterable[Share]:
+        """Cut a large share for another process, so that one part is computed while the next is on its way."""
+        link = self.links.get(share.host)
+        if share.num_rows < 2 * self._part_rows or not isinstance(share.positions, slice):
+            return (share,)
+        return (share,) if link is None or link.fileno() is None else cut(share, self._part_rows)
 
     def may_defer(self, shares: Sequence[Share]) -> bool:
         """Tell whether these shares need no frames: a host of this thread computes them when they are wanted."""
@@ -109,25 +117,12 @@ class Exchange:
                         frame.release()
             except LinkDownError as error:
                 progress = True
-                self.lose((host,), error.reason)
+                self.posting.lose((host,), error.reason)
         return progress
 
     def enforce(self, in_flight: InFlight, now_s: float) -> float:
         """Hedge what is overdue in a dispatch and give up hosts that owe too long; return when to look again."""
-        next_s = math.inf
-        late: set[str] = set()
-        for number, piece in tuple(in_flight.pieces.items()):
-            lose_s = piece.sent_at + self._times.lose_after_s(piece.num_rows)
-            hedge_s = piece.sent_at + self._times.hedge_after_s(piece.num_rows)
-            if now_s >= lose_s:
-                late.add(piece.host)
-            elif not piece.hedged and now_s >= hedge_s:
-                self._hedge(in_flight, number, now_s)
-            next_s = min(next_s, lose_s if piece.hedged or now_s >= hedge_s else hedge_s)
-        if late:
-            self.lose(late, "REPLY_TIMEOUT")
-            return now_s
-        return next_s
+        return self._overdue.enforce(in_flight, now_s)
 
     def begin_step(self) -> None:
         """Forget what a failed step left in flight; see to hosts that were slow."""
@@ -136,21 +131,9 @@ class Exchange:
         # What nobody waits for may have come meanwhile.
         self.take_replies(self._checks.hosts | self._owed_since.keys())
         if self._owed_since:
-            now_s = self._clock.monotonic()
-            late = {
-                host
-                for host, (since_s, num_rows) in self._owed_since.items()
-                if now_s - since_s >= self._times.lose_after_s(num_rows)
-            }
-            self.lose(late, "REPLY_TIMEOUT")
+            self._overdue.give_up_silent(self._clock.monotonic())
         if self.routes.suspects.avoided:
             self.routes.expire(self._clock.monotonic())
-
-    def lose(self, hosts: Iterable[str], reason: str) -> None:
-        """Give these hosts' links up and send what they owe elsewhere."""
-        for host in hosts:
-            self._drop_link(host, reason)
-        self._resend_orphans()
 
     def is_sending(self) -> bool:
         """Tell whether some link still reads rows that were posted."""
@@ -173,122 +156,11 @@ class Exchange:
         if found is None:
             return
         share = found[0].shares[0]
-        link = self.links.get(share.host)
-        if link is None or len(found[0].shares) > 1:
+        if share.host not in self.links or len(found[0].shares) > 1:
             return
-        self.last_number += 1
-        header = FrameHeader(
-            FrameKind.ROWS, self.last_number, *in_flight.origin, share.num_rows, ((sample.expert, share.num_rows),)
-        )
-        try:
-            link.post(header, sample.x_RD)
-        except LinkDownError as error:
-            self.lose((share.host,), error.reason)
-            return
-        self._checks.await_answer(self.last_number, share.host, sample)
-
-    def parts(self, share: Share) -> Iterable[Share]:
-        """Cut a large share for another process, so that one part is computed while the next is on its way."""
-        link = self.links.get(share.host)
-        if share.num_rows < 2 * self._part_rows or not isinstance(share.positions, slice):
-            return (share,)
-        return (share,) if link is None or link.fileno() is None else cut(share, self._part_rows)
-
-    def _post(self, in_flight: InFlight, share: Share) -> None:
-        """Send one host's share in as few frames as its link takes; keep account after that, while the host works."""
-        host, slice_index, positions, groups, num_rows = share
-        link, must_map = self.links.get(host), False
-        if link is not None and num_rows > link.limits.max_rows:
-            for part in split(share, link.limits.max_rows):
-                self._post(in_flight, part)
-            return
-        self.last_number = number = self.last_number + 1
-        layer = in_flight.layer
-        lost = ""
-        if link is None:
-            self._has_orphans = True
-        else:
-            must_map = bool(self.routes.unmapped) and self.routes.must_map(host, layer, groups)
-            kind = FrameKind.ADOPT if must_map else FrameKind.ROWS
-            try:
-                header = _new_tuple(FrameHeader, (kind, number, *in_flight.origin, num_rows, groups, ""))
-                link.post(header, in_flight.rows_for(positions))
-            except LinkDownError as error:
-                lost = error.reason
-        sent_at = self._clock.monotonic()
-        fields = (host, slice_index, positions, groups, num_rows, in_flight.attempt, sent_at, False, must_map)
-        in_flight.pieces[number] = _new_tuple(Piece, fields)
-        self.active[number] = in_flight
-        if lost:
-            self._drop_link(host, lost)
-        elif link is not None:
-            stats = self._stats
-            stats.rows_out[host] += num_rows
-            stats.frames_out[host] += 1
-            stats.bytes_out[host] += num_rows * in_flight.row_bytes
-
-    def _drop_link(self, host: str, reason: str) -> None:
-        link = self.links.pop(host, None)
-        if link is None:
-            return
-        log.warning("host_lost host=%s reason=%s", host, reason)
-        self.waiter.forget(host)
-        link.abort()
-        self._owed_since.pop(host, None)
-        self.routes.lose({host})
-        self._has_orphans = True
-        self._stats.lost_hosts[reason] += 1
-        self._on_lost(host, link.peer_incarnation, reason)
-
-    def _resend_orphans(self) -> None:
-        """Send rows owed by hosts without a link elsewhere, until no active frame's host is lost."""
-        while self._has_orphans:
-            self._has_orphans = False
-            orphans = [
-                (in_flight, number)
-                for number, in_flight in self.active.items()
-                if in_flight.pieces[number].host not in self.links
-            ]
-            for in_flight, number in orphans:
-                self._resend(in_flight, number)
-
-    def _resend(self, in_flight: InFlight, number: int) -> None:
-        """Ask for what a frame has not been answered for along the routes of now."""
-        piece = in_flight.pieces.pop(number)
-        del self.active[number]
-        positions = in_flight.unclaimed(piece)
-        if not len(positions) or in_flight.error is not None:
-            return
-        experts = in_flight.experts_of(positions)
-        try:
-            layout, view = self.routes.lay_out(in_flight.layer, experts, in_flight.refused)
-        except UnavailableError as error:
-            in_flight.error = error
-            return
-        in_flight.ask_again(positions, view.num_slices_E[experts])
-        self._send_again(in_flight, positions, layout)
-
-    def _hedge(self, in_flight: InFlight, number: int, now_s: float) -> None:
-        """Ask a replica too for what a slow host owes, and avoid that host for a while."""
-        piece = in_flight.pieces[number] = in_flight.pieces[number]._replace(hedged=True)
-        self.routes.miss(piece.host, now_s)
-        positions = in_flight.unclaimed(piece)
-        experts = in_flight.experts_of(positions)
-        refused = in_flight.refused | {(piece.host, expert) for expert, _ in piece.groups}
-        found = self.routes.lay_out_elsewhere(in_flight.layer, experts, refused)
-        # Partial outputs of two different cuts do not add up, so cut experts wait until their host is given up.
-        if not len(positions) or found is None or found[1].further or in_flight.is_cut(positions):
-            return
-        log.info("rows_hedged host=%s layer=%d rows=%d", piece.host, in_flight.layer, len(positions))
-        self._stats.hedged_rows += len(positions)
-        in_flight.expect_twice()
-        self._send_again(in_flight, positions, found[0])
-
-    def _send_again(self, in_flight: InFlight, positions: Indices, layout: Layout) -> None:
-        positions = positions[layout.order_N]
-        self._stats.resent_rows += len(positions)
-        for share in layout.shares:
-            self._post(in_flight, share._replace(positions=positions[share.positions]))
+        number = self.posting.post_apart(share, in_flight.origin, sample.x_RD)
+        if number is not None:
+            self._checks.await_answer(number, share.host, sample)
 
     def _take(self, host: str, frame: Frame) -> None:
         """Match one frame to what it answers; FrameError when it answers nothing we ever asked this host."""
@@ -338,7 +210,7 @@ class Exchange:
         if liars:
             self._stats.wrong_answers.update(liars)
             # Not while its frames are being read.
-            self.lose(liars - {host}, "ANSWER_WRONG")
+            self.posting.lose(liars - {host}, "ANSWER_WRONG")
             if host in liars:
                 raise LinkDownError(f"host {host!r} computes wrong answers", reason="ANSWER_WRONG")
 
@@ -358,5 +230,5 @@ class Exchange:
         else:
             in_flight.refused |= {(piece.host, expert) for expert in barred}
             self.routes.refuse(piece.host, header.layer, barred)
-        self._resend(in_flight, header.number)
-        self._resend_orphans()
+        self.posting.resend(in_flight, header.number)
+        self.posting.resend_orphans()

@@ -180,10 +180,10 @@ def test_a_connection_made_before_a_topology_is_used_by_it_and_a_useless_one_is_
     worker.links.connect({"host-0": first, "host-1": second}, {})
     worker.links.connect({"host-0": first, "host-1": second}, {})
     assert worker.dialled == ["host-0", "host-1"]
-    until(lambda: len(server.server._workers) == 1)
+    until(lambda: len(server.server._workers.by_id) == 1)
     assert worker.publish(first).keys() == {"host-0"}
     assert worker.dialled == ["host-0", "host-1"]
-    until(lambda: not server.server._workers)
+    until(lambda: not server.server._workers.by_id)
 
 
 def test_a_host_that_refuses_is_named(resources: ExitStack, tmp_path: Path, worker: Worker) -> None:
@@ -240,10 +240,10 @@ def test_closing_ends_a_dial_that_is_under_way_and_whatever_comes_after(
     assert not closing.is_alive()
     for link in worker.in_use.values():
         link.abort()
-    until(lambda: not server.server._workers)
+    until(lambda: not server.server._workers.by_id)
     worker.links.lost("host-0", address.incarnation, "LINK_DOWN")
     worker.links.connect({"host-0": address}, {})
-    until(lambda: not server.server._workers)
+    until(lambda: not server.server._workers.by_id)
     assert len(worker.made) == 3
     with pytest.raises(LinkDownError, match="closed here"):
         worker.made[-1].poll(0.0)
@@ -260,7 +260,7 @@ def test_nothing_is_left_of_links_that_came_and_went(resources: ExitStack, tmp_p
         until(lambda: "host-0" in worker.in_use)
         worker.links.close()
         worker.in_use["host-0"].abort()
-        until(lambda: not server.server._workers)
+        until(lambda: not server.server._workers.by_id)
 
     round_trip()
     process = psutil.Process()

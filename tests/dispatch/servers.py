@@ -48,6 +48,8 @@ class ServerThread:
         limits: LinkLimits = LIMITS,
         pool_window_s: float = 0.0,
     ) -> None:
+        self.compute = compute
+        self.dtype = dtype
         self.server = ExpertServer(
             identity=identity(host),
             compute=compute,
@@ -82,7 +84,7 @@ class ServerThread:
     def connect(self, worker: str = "worker-0", *, incarnation: int = 0, address: int = 0) -> SocketLink:
         return connect(
             self.addresses[address],
-            hello=hello(worker, incarnation=incarnation, dtype=self.server._dtype),
+            hello=hello(worker, incarnation=incarnation, dtype=self.dtype),
             secret=SECRET,
             limits=self.server.limits,
             timeout_s=5.0,
@@ -121,5 +123,5 @@ def serve(
 
 def dispatcher(table: RoutingTable, servers: dict[str, ServerThread], worker: str = "worker-0") -> Dispatcher:
     links: dict[str, Link] = {host: server.connect(worker) for host, server in servers.items()}
-    dtype = next(iter(servers.values())).server._dtype
+    dtype = next(iter(servers.values())).dtype
     return Dispatcher(worker=worker, incarnation=0, table=table, links=links, width=WIDTH, dtype=dtype)

@@ -200,7 +200,7 @@ def test_a_frame_that_dribbles_times_out(site: Site, expect_closed) -> None:  # 
 def test_an_expert_that_is_not_here_is_refused_by_name_and_the_link_stays(tmp_path: Path) -> None:  # T19
     with serve(random_table(1), tmp_path) as servers:  # its own host: the canary may want just this expert
         server = servers["host-0"]
-        del server.server._compute.ranges[2, 15]  # type: ignore[attr-defined]
+        del server.compute.ranges[2, 15]  # type: ignore[attr-defined]
         client = RawClient(server.addresses[0])
         client.prove(hello("asks-for-too-much"))
         client.send(frame(fields(layer=2, groups=[[0, 1], [15, 1]])))

@@ -50,7 +50,7 @@ def test_a_large_share_leaves_in_parts_and_no_expert_is_computed_twice(
         assert torch.equal(worker.combine(worker.dispatch(1, *batch)), direct(1, *batch))
         assert 4 <= worker.stats().frames_out["host-0"] <= 6
         assert sum(worker.stats().rows_out.values()) == 48
-        calls = servers["host-0"].server._computation.compute.calls
+        calls = servers["host-0"].compute.calls
         computed = [expert for _, groups in calls for expert, _ in groups]
         assert len(computed) == len(set(computed))
         worker.close()

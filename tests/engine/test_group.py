@@ -60,7 +60,7 @@ def test_requests_go_to_the_least_loaded_engine(pair: Pair) -> None:
     assert (stats.requests_finished, stats.generated_tokens, stats.kv_blocks_total) == (4, 12, 128)
 
 
-def test_requests_that_begin_alike_go_to_one_engine_until_it_has_more_than_its_share(pair: Pair) -> None:
+def test_requests_that_begin_alike_go_to_one_engine(pair: Pair) -> None:
     start = tuple(index % 50 for index in range(70))
     pair.group.submit(request("other", PROMPT, max_tokens=2))
     pair.group.submit(request("first", start, max_tokens=2))  # the least loaded is the second engine
@@ -77,6 +77,20 @@ def test_requests_that_begin_alike_go_to_one_engine_until_it_has_more_than_its_s
     pair.collector.wait_for("tenant")
     assert sum(pair.live()) == 6
     assert pair.group.stats().prefix_hits == 3
+
+
+def test_an_engine_gets_no_more_than_its_share_of_requests_that_begin_alike() -> None:
+    pair = Pair(max_waiting=8)
+    try:
+        start = tuple(index % 50 for index in range(70))
+        for turn in range(3):  # all at once: the third would be more than 1.25 times the mean
+            pair.group.submit(request(f"turn{turn}", (*start, turn), max_tokens=2))
+        pair.open()
+        pair.collector.wait_for(*(f"turn{turn}" for turn in range(3)))
+        assert pair.live() == [2, 1]
+    finally:
+        pair.open()
+        pair.group.close()
 
 
 def test_an_engine_that_is_down_is_passed_over(pair: Pair) -> None:

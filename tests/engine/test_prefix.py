@@ -7,11 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama4_dist.engine.engine import EngineCore
+from llama4_dist.engine.options import EngineOptions
+from llama4_dist.engine.page_allocator import PageAllocator
 from llama4_dist.engine.prefix import PrefixChain, find_prefix
+from llama4_dist.engine.scheduler import Scheduler
 from llama4_dist.model.kv_layout import KVGroup, KVLayout
 from llama4_dist.request import EngineRequest, TokenOutput
 from tests.engine.fake_model import LAYOUT, fake_core, greedy, run, tokens
-from tests.engine.sequences import request
+from tests.engine.sequences import request, sequence
 
 CHUNKED = KVLayout(groups=(KVGroup(layers=(0,), chunk_size=None), KVGroup(layers=(1,), chunk_size=12)))
 STRADDLING = KVLayout(groups=(KVGroup(layers=(0,), chunk_size=None), KVGroup(layers=(1,), chunk_size=10)))
@@ -164,6 +167,19 @@ def test_tenants_share_nothing() -> None:
     assert core.scheduler.num_prefix_tokens == 0
     outputs_of(core, request("d", LONG, max_tokens=5, tenant="x"))
     assert core.scheduler.num_prefix_tokens == 28
+
+
+def test_another_model_finds_nothing() -> None:
+    names = []
+    for fingerprint in (b"model a", b"model a", b"model b"):
+        options = EngineOptions(block_size=4)
+        scheduler = Scheduler(PageAllocator(64), LAYOUT, options, fingerprint=fingerprint)
+        one = sequence("one", LONG)
+        scheduler.add(one)
+        assert one.chain is not None
+        names.append([one.chain.key(block) for block in range(7)])
+    assert names[0] == names[1]
+    assert not {*names[0]} & {*names[2]}
 
 
 def test_prompt_logprobs_have_every_row_computed() -> None:

@@ -2,7 +2,7 @@ from collections import Counter
 from typing import Any
 
 import hypothesis.strategies as st
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from llama4_dist.engine.fair_share import FairShare
@@ -298,6 +298,7 @@ def test_a_pause_earns_no_credit_and_whoever_is_gone_is_forgotten() -> None:
     assert (shares.served("a"), shares.served("b")) == (0, 0)
 
 
+@example([("a", 30)] * 10 + [("b", 30)])  # in the order of arrival "b" would wait for 300 tokens
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 30)), min_size=3, max_size=60))
 def test_no_tenant_that_waits_is_served_less_than_another_by_more_than_a_step(arrivals: list[tuple[str, int]]) -> None:
     """While all of them wait for prompts to be computed, as in VTC's theorem on backlogged clients."""

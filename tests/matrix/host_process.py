@@ -17,10 +17,10 @@ from torch import Tensor
 
 from cluster.expert_host import ExpertHost
 from cluster.worker import Location, Role, WorkerConfig
-from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.dispatch.fault_points import FaultPoints
 from llama4_dist.dispatch.links.link import FrameHeader, FrameKind
 from llama4_dist.dispatch.worker_link import WorkerLink
+from llama4_dist.dispatch.worker_links import WorkerLinks
 from llama4_dist.errors import Llama4Error
 from llama4_dist.model.expert_store import ExpertStore
 
@@ -46,15 +46,16 @@ class LyingStore(ExpertStore):
             out_RD.view(torch.int32)[0, 0] ^= 1 << 20
 
 
-class LyingServer(ExpertServer):
-    """A server that answers in the name of another layer."""
+class LyingLinks(WorkerLinks):
+    """Links of a server that answers in the name of another layer."""
 
     lie = ""
+    num_layers = 0
 
-    def _post(self, worker: WorkerLink, header: FrameHeader, rows_RD: Tensor | None) -> None:
+    def post(self, worker: WorkerLink, header: FrameHeader, rows_RD: Tensor | None) -> None:
         if self.lie == "wrong_echo" and header.kind == FrameKind.REPLY:
-            header = header._replace(layer=(header.layer + 1) % self.identity.num_layers)
-        super()._post(worker, header, rows_RD)
+            header = header._replace(layer=(header.layer + 1) % self.num_layers)
+        super().post(worker, header, rows_RD)
 
 
 class Puppet:
@@ -82,8 +83,9 @@ class Puppet:
         assert kind in LIES
         assert store is not None
         assert server is not None
-        store.__class__, server.__class__ = LyingStore, LyingServer
-        LyingStore.lie = LyingServer.lie = kind
+        store.__class__, server._workers.__class__ = LyingStore, LyingLinks
+        LyingStore.lie = LyingLinks.lie = kind
+        LyingLinks.num_layers = server.identity.num_layers
 
     def fingerprints(self, pairs: list[list[int]]) -> list[Any]:
         prints = self._host.fingerprints([(layer, expert) for layer, expert in pairs])

@@ -1,6 +1,7 @@
 """What is read from the cache is what was written, rounded to the dtype of the cache and to nothing else."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,17 @@ def test_entries_come_back_as_stored(config: ModelConfig, dtype: torch.dtype, co
     assert keys.dtype == dtype
     assert torch.equal(keys.float()[7], k_TGC[0].flatten().double().clamp(-largest, largest).to(dtype).float())
     assert cache.num_bytes == 2 * 1 * 4 * 4 * 2 * 16 * dtype.itemsize
+
+
+def test_the_fingerprint_covers_what_an_entry_depends_on_besides_its_tokens(config: ModelConfig) -> None:
+    def fingerprint(**changes: Any) -> bytes:
+        fields = {"num_pages": 2, "block_size": 4, "dtype": torch.float32, "device": "cpu", "model_hash": "a"}
+        return KVCache(config, **fields | changes).fingerprint
+
+    assert fingerprint() == fingerprint(num_pages=3), "how many pages there are changes no entry"
+    changes: list[dict[str, Any]] = [{"model_hash": "b"}, {"block_size": 8}]
+    changes += [{"dtype": torch.bfloat16}, {"compute_dtype": torch.bfloat16}]
+    assert len({fingerprint(), *(fingerprint(**change) for change in changes)}) == 5
 
 
 def test_layers_of_different_groups_share_memory_and_those_of_one_group_do_not(config: ModelConfig) -> None:

@@ -14,20 +14,22 @@ from llama4_dist.dispatch.cross_check import CrossCheck
 from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.exchange import Exchange
 from llama4_dist.dispatch.in_flight import _Books
+from llama4_dist.dispatch.overdue import Overdue
+from llama4_dist.dispatch.posting import Posting
 from llama4_dist.dispatch.routes import Routes
 from llama4_dist.engine.engine import EngineCore
 from llama4_dist.engine.scheduler import Scheduler
 
 
-def _no_resend(exchange: Exchange) -> None:
-    exchange._has_orphans = False
+def _no_resend(posting: Posting) -> None:
+    posting.has_orphans = False
 
 
 def _no_adoption(routes: Routes, pairs: Any, refusers: Any) -> bool:
     return False
 
 
-def _no_hedge(exchange: Exchange, in_flight: Any, number: int, now_s: float) -> None:
+def _no_hedge(overdue: Overdue, in_flight: Any, number: int, now_s: float) -> None:
     in_flight.pieces[number] = in_flight.pieces[number]._replace(hedged=True)
 
 
@@ -73,9 +75,9 @@ def _nothing(*arguments: Any) -> None:
 
 
 OFF: dict[str, tuple[type, str, Callable[..., Any]]] = {
-    "resend of orphans": (Exchange, "_resend_orphans", _no_resend),
+    "resend of orphans": (Posting, "resend_orphans", _no_resend),
     "adoption": (Routes, "_adopt", _no_adoption),
-    "hedging": (Exchange, "_hedge", _no_hedge),
+    "hedging": (Overdue, "_hedge", _no_hedge),
     "late replies dropped": (_Books, "wanted", _count_again),
     "frame numbers go on": (Dispatcher, "_new_exchange", _numbers_again),
     "refusals": (Exchange, "_refused", _ignore_refusal),
