@@ -38,6 +38,13 @@ class DtypeChoice(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class WeightsChoice(StrEnum):
+    """Format of linear weights."""
+
+    STORED = "stored"
+    INT8 = "int8"
+
+
 Model = Annotated[Path | None, typer.Option("--model", "-m", help="Checkpoint folder; runs in this process.")]
 Server = Annotated[str | None, typer.Option("--server", "-s", help="host:port of a running gateway.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the checkpoint's own, else 1.")]
@@ -47,6 +54,7 @@ Seed = Annotated[int | None, typer.Option(help="Fixes every draw.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Default: what the context still holds.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")]
 Dtype = Annotated[DtypeChoice, typer.Option(help="Compute dtype (with --model).")]
+Weights = Annotated[WeightsChoice, typer.Option(help="Format of linear weights; int8 changes tokens (with --model).")]
 Device = Annotated[str, typer.Option(help="cpu or cuda (with --model).")]
 Period = Annotated[float | None, typer.Option(parser=parse_seconds, metavar="TIME")]
 MaxQueue = Annotated[
@@ -74,6 +82,9 @@ def serve(
     directory_address: Annotated[str | None, typer.Option(help="host:port where other gateways find engines.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="Existing Ray cluster; default: start one here.")] = None,
     dtype: Annotated[DtypeChoice | None, typer.Option(help="Compute dtype.")] = None,
+    weights: Annotated[
+        WeightsChoice | None, typer.Option(help="Format of linear weights [stored]; int8 changes tokens.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads of the attention side.")] = None,
     model_name: Annotated[str | None, typer.Option(help="Name clients use; default: the folder's.")] = None,
@@ -144,6 +155,7 @@ def generate(
     n: Annotated[int, typer.Option("-n", help="Sequences per prompt.")] = 1,
     logprobs: Annotated[int | None, typer.Option(help="Return the k likeliest tokens.")] = None,
     dtype: Dtype = DtypeChoice.AUTO,
+    weights: Weights = WeightsChoice.STORED,
     device: Device = "cpu",
     experts: Experts = 0,
     as_json: JsonFlag = False,
@@ -170,6 +182,7 @@ def chat(
     max_tokens: MaxTokens = 256,
     stop: Stop = None,
     dtype: Dtype = DtypeChoice.AUTO,
+    weights: Weights = WeightsChoice.STORED,
     device: Device = "cpu",
     experts: Experts = 0,
     as_json: JsonFlag = False,
