@@ -1,15 +1,14 @@
 """Say what int8 weights cost and what they give, against the same checkpoint's weights as stored.
 
 Error: the engine with stored weights writes texts of its own, and both engines score them: logits, greedy next tokens,
-and the Kullback-Leibler divergence KL(stored || int8), in nats. Speed: a process of each decodes, in turns; medians of
-the rounds count. Random routers and heads choose by small margins, so the default checkpoint shows a large error:
-`--model` takes a trained one.
+and the Kullback-Leibler divergence KL(stored || int8), in nats. Speed: a process of each decodes, in turns; a
+ratio is taken in each round, and their median counts. Random routers choose by small margins, so the default checkpoint
+shows a large error: other experts compute. `--model` takes a trained one.
 """
 
 import argparse
 import json
 import signal
-import statistics
 import sys
 import tempfile
 from collections import defaultdict
@@ -27,7 +26,7 @@ from torch import Tensor
 from benchmarks.checkpoint import commit, write_checkpoint
 from benchmarks.contenders.process import Contender
 from benchmarks.quiet import undisturbed
-from benchmarks.workloads import decode
+from benchmarks.workloads import Speed, decode
 from llama4_dist import LLM, Sampling
 
 STORED, INT8 = "stored", "int8"
@@ -91,7 +90,12 @@ def speeds(
     return rates, memory, largest_share
 
 
-def report(error: dict[str, float], figures: dict[str, float], memory: dict[str, int], title: str) -> None:
+def ratios(stored: Sequence[float], int8: Sequence[float]) -> Speed:
+    """Return int8's speed over that of stored weights in each round: what disturbs a round falls on both."""
+    return Speed(rounds=tuple(fast / slow for slow, fast in zip(stored, int8, strict=True)))
+
+
+def report(error: dict[str, float], found: dict[str, Speed], memory: dict[str, int], title: str) -> None:
     table = Table("what", "figure", title=title)
     table.columns[1].justify = "right"
     table.add_row("positions", f"{error['positions']:.0f}")
@@ -102,8 +106,9 @@ def report(error: dict[str, float], figures: dict[str, float], memory: dict[str,
     table.add_row("equal greedy next tokens", f"{error['equal_greedy_tokens']:.1%}")
     table.add_row("mean KL(stored || int8), nats", f"{error['mean_kl_divergence']:.5f}")
     table.add_section()
-    for name, ratio in figures.items():
-        table.add_row(f"{name}: int8 tokens/s over stored", f"{ratio:.2f}")
+    for name, ratio in found.items():
+        extremes = f"{min(ratio.rounds):.2f}–{max(ratio.rounds):.2f}"
+        table.add_row(f"{name}: int8 tokens/s over stored", f"{ratio.median:.2f} ({extremes})")
     table.add_row("memory, MB: stored / int8", " / ".join(f"{memory[name] / 1e6:.0f}" for name in (STORED, INT8)))
     Console(width=120).print(table)
 
@@ -128,18 +133,15 @@ def main(given: Sequence[str] | None = None) -> None:
         stored, int8 = scored_texts(model_dir, arguments)
         error = differences(torch.cat(stored), torch.cat(int8))
         rates, memory, others = speeds(model_dir, stored[0].shape[1], arguments, folder)
-    figures = {
-        f"decode {batch}": statistics.median(rates[INT8][batch]) / statistics.median(rates[STORED][batch])
-        for batch in arguments.batches
-    }
+    found = {f"decode {batch}": ratios(rates[STORED][batch], rates[INT8][batch]) for batch in arguments.batches}
     title = f"{model_dir.name}, {arguments.threads} threads, {arguments.rounds} rounds, commit {commit()}"
-    report(error, figures, memory, f"{title}, other processes had {others:.0%} at most")
+    report(error, found, memory, f"{title}, other processes had {others:.0%} at most")
     if arguments.json:
         head = {"benchmark": "int8", "at": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
-        found = {"error": error, "ratios": figures, "rounds": rates, "memory_bytes": memory, "others": others}
-        arguments.json.write_text(
-            json.dumps(head | {"settings": vars(arguments)} | found, indent=2, default=str) + "\n"
-        )
+        medians = {name: ratio.median for name, ratio in found.items()}
+        figures = {"error": error, "ratios": medians, "rounds": rates, "memory_bytes": memory, "others": others}
+        written = head | {"settings": vars(arguments)} | figures
+        arguments.json.write_text(json.dumps(written, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.int8 import differences
+from benchmarks.int8 import differences, ratios
 
 
 def test_the_difference_of_logits_is_counted_by_position() -> None:
@@ -18,3 +18,7 @@ def test_the_difference_of_logits_is_counted_by_position() -> None:
     assert found["equal_greedy_tokens"] == 0.5
     # 1/4 · ln(1/4 : 3/4) + 3/4 · ln(3/4 : 1/4) = ln 3 / 2 in one position of two
     assert found["mean_kl_divergence"] == pytest.approx(math.log(3.0) / 4)
+
+
+def test_a_ratio_is_taken_within_a_round() -> None:
+    assert ratios([10.0, 100.0, 40.0], [20.0, 300.0, 100.0]).rounds == (2.0, 3.0, 2.5)
