@@ -85,7 +85,9 @@ class AttentionWorker:
             device=config.device,
             checks=CrossCheck(
                 every=config.cross_check_every,
-                referee=Referee(checkpoint, dtype=self._dtype, device=config.device, wire=config.wire),
+                referee=Referee(
+                    checkpoint, dtype=self._dtype, device=config.device, weights=config.weights, wire=config.wire
+                ),
             ),
             on_lost=lambda *loss: self._links.lost(*loss),
         )
@@ -97,6 +99,7 @@ class AttentionWorker:
             options=config.options,
             dtype=self._dtype,
             device=config.device,
+            weights=config.weights,
             progress=self._report,
         )
         self._resources.callback(self._engine.close)
@@ -237,7 +240,7 @@ class AttentionWorker:
             width=config.hidden_size,
             dtype=dtype_name(self._dtype),
             wire=self._config.wire,
-            arithmetic=arithmetic(self._dtype, self._config.device),
+            arithmetic=arithmetic(self._dtype, self._config.device, self._config.weights),
         )
         return connect(
             address.seen_from(self._location.node),

@@ -65,7 +65,13 @@ class ExpertHost:
         self._resources.callback(checkpoint.close)
         geometry = checkpoint.config
         dtype = resolve_dtype(config.dtype, geometry.dtype)
-        self._store = ExpertStore(checkpoint, dtype=dtype, device=config.device, capacity_bytes=config.capacity_bytes)
+        self._store = ExpertStore(
+            checkpoint,
+            dtype=dtype,
+            device=config.device,
+            weight_format=config.weights,
+            capacity_bytes=config.capacity_bytes,
+        )
         if is_native(dtype, config.device):
             threads.leave_to_native()
         self.add(pairs)
@@ -76,7 +82,7 @@ class ExpertHost:
                 model_hash=checkpoint.model_hash,
                 num_layers=geometry.num_layers,
                 num_experts=geometry.num_experts,
-                arithmetic=arithmetic(dtype, config.device),
+                arithmetic=arithmetic(dtype, config.device, config.weights),
             ),
             compute=self._store,
             width=geometry.hidden_size,

@@ -24,6 +24,7 @@ from llama4_dist.engine.build import resolve_dtype
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.port import EngineStats, OnOutputs
 from llama4_dist.errors import ConfigError
+from llama4_dist.model.weight_format import STORED, check_weight_format_name, expert_bytes
 from llama4_dist.request import EngineLimits, EngineRequest
 from llama4_dist.rpc.cluster_secret import cluster_secret
 from llama4_dist.rpc.directory import DirectoryServer
@@ -36,8 +37,8 @@ class RayEngine:
     `ray_address` None starts a Ray on this machine; else the cluster there is joined, and the checkpoint must lie at
     the same path on every node. `labels` maps a role to the node labels its workers demand. `host_capacity_bytes`
     bounds the expert weights of one host; `pool_window_s` is how long it lets rows wait for other attention workers'
-    rows; `wire` is how rows travel, see `dispatch/links/wire.py`. `num_threads` are an attention worker's,
-    `expert_threads` a host's. Tests strike the hosts of an `armable` cluster.
+    rows; `wire` is how rows travel, see `dispatch/links/wire.py`; `weights` is "stored" or "int8". `num_threads` are an
+    attention worker's, `expert_threads` a host's. Tests strike the hosts of an `armable` cluster.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a cluster
@@ -47,6 +48,7 @@ class RayEngine:
         num_expert_hosts: int,
         num_attention_workers: int = 1,
         dtype: str = "auto",
+        weights: str = STORED,
         device: str = "cpu",
         options: EngineOptions | None = None,
         ray_address: str | None = None,
@@ -67,7 +69,8 @@ class RayEngine:
         directory: DirectoryServer | None = None,
     ) -> None:
         model_dir = Path(model_dir).resolve()
-        geometry = read_geometry(model_dir, dtype)
+        check_weight_format_name(weights, device)  # whether there is a compiler each worker says for its own node
+        geometry = read_geometry(model_dir, dtype, weights)
         secret, run_id = secret or cluster_secret(), f"llama4-{secrets.token_hex(4)}"
         run_dir = Path(tempfile.gettempdir()) / run_id
 
@@ -78,6 +81,7 @@ class RayEngine:
                     role=role,
                     model_dir=model_dir,
                     dtype=dtype,
+                    weights=weights,
                     device=device,
                     num_threads=threads,
                     run_dir=run_dir,
@@ -174,17 +178,16 @@ def default_threads(num_workers: int) -> int:
     return max(1, min(8, os.cpu_count() or 1) // max(1, num_workers))
 
 
-def read_geometry(model_dir: Path, dtype: str) -> ExpertGeometry:
+def read_geometry(model_dir: Path, dtype: str, weights: str = STORED) -> ExpertGeometry:
     """Read what is to be placed from the checkpoint's headers."""
     checkpoint = Checkpoint.open(model_dir)
     try:
         config = checkpoint.config
-        expert_bytes = 3 * config.hidden_size * config.expert_width * resolve_dtype(dtype, config.dtype).itemsize
         return ExpertGeometry(
             moe_layers=config.moe_layer_ids,
             num_experts=config.num_experts,
             expert_width=config.expert_width,
-            expert_bytes=expert_bytes,
+            expert_bytes=expert_bytes(config, dtype=resolve_dtype(dtype, config.dtype), weight_format=weights),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -11,8 +11,10 @@ from llama4_dist.model.expert_store import ExpertStore
 class Referee:
     """Satisfies `dispatch.cross_check.Referee`. Holds an expert only while it computes."""
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, wire: str = "") -> None:
-        self._experts = ExpertStore(checkpoint, dtype=dtype, device=device)
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, weights: str, wire: str = ""
+    ) -> None:
+        self._experts = ExpertStore(checkpoint, dtype=dtype, device=device, weight_format=weights)
         self._device = torch.device(device)
         self._form = WireFormat(wire, checkpoint.config.hidden_size, dtype)
 

@@ -60,6 +60,9 @@ class ServeSettings(BaseModel):
     )
     ray_address: str | None = Field(default=None, description="existing Ray cluster; default: start one here")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    weights: Literal["stored", "int8"] = Field(
+        default="stored", description="format of linear weights; int8 changes tokens and needs a processor"
+    )
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     num_threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of the attention side")
 

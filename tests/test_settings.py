@@ -46,6 +46,7 @@ def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) ->
         ({"drain_timeout_s": float("nan")}, "drain_timeout_s"),
         ({"max_request_s": float("inf")}, "max_request_s"),
         ({"dtype": "int3"}, "dtype"),
+        ({"weights": "int4"}, "weights"),
         ({"device": "tpu"}, "device"),
         ({"log_format": "xml"}, "log_format"),
         ({"tls_key": "key.pem"}, "tls_certificate"),

@@ -1,4 +1,6 @@
-"""This project's engine in one process, as a contender. Arguments: checkpoint, threads, most sequences."""
+"""This project's engine in one process, as a contender. Arguments: checkpoint, threads, most sequences, format of
+weights (stored by default).
+"""
 
 import sys
 from pathlib import Path
@@ -22,7 +24,8 @@ def main() -> None:
     pipe = take_stdout()
     model_dir, num_threads, max_num_seqs = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     options = EngineOptions(kv_cache_bytes=KV_CACHE_BYTES, max_num_seqs=max_num_seqs)
-    engine = build_single_process(model_dir, options=options, num_threads=num_threads)
+    weights = sys.argv[4] if len(sys.argv) > 4 else "stored"
+    engine = build_single_process(model_dir, weights=weights, options=options, num_threads=num_threads)
     try:
         answer(OneProcess(engine), pipe)
     finally:

@@ -11,7 +11,7 @@ import typer
 from llama4_dist.cli.bench import bench_app
 from llama4_dist.cli.cluster import cluster_app
 from llama4_dist.cli.experts import experts_app
-from llama4_dist.cli.flags import DtypeChoice, JsonFlag, TlsCa, Token, parse_seconds
+from llama4_dist.cli.flags import DtypeChoice, JsonFlag, TlsCa, Token, WeightsChoice, parse_seconds
 from llama4_dist.cli.serving import serve, serve_gateway
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ Seed = Annotated[int | None, typer.Option(help="Fixes every draw.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Default: what the context still holds.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")]
 Dtype = Annotated[DtypeChoice, typer.Option(help="Compute dtype (with --model).")]
+Weights = Annotated[WeightsChoice, typer.Option(help="Format of linear weights; int8 changes tokens (with --model).")]
 Device = Annotated[str, typer.Option(help="cpu or cuda (with --model).")]
 Period = Annotated[float | None, typer.Option(parser=parse_seconds, metavar="TIME")]
 Experts = Annotated[int, typer.Option(help="Expert host processes (with --model); 0 = this process only.")]
@@ -64,6 +65,7 @@ def generate(
     n: Annotated[int, typer.Option("-n", help="Sequences per prompt.")] = 1,
     logprobs: Annotated[int | None, typer.Option(help="Return the k likeliest tokens.")] = None,
     dtype: Dtype = DtypeChoice.AUTO,
+    weights: Weights = WeightsChoice.STORED,
     device: Device = "cpu",
     experts: Experts = 0,
     as_json: JsonFlag = False,
@@ -90,6 +92,7 @@ def chat(
     max_tokens: MaxTokens = 256,
     stop: Stop = None,
     dtype: Dtype = DtypeChoice.AUTO,
+    weights: Weights = WeightsChoice.STORED,
     device: Device = "cpu",
     experts: Experts = 0,
     as_json: JsonFlag = False,

@@ -18,6 +18,7 @@ class Backend:
     token: str | None = None
     tls_ca: Path | None = None
     dtype: str = "auto"
+    weights: str = "stored"
     device: str = "cpu"
     experts: int = 0
     as_json: bool = False
@@ -50,7 +51,8 @@ def local_gateway(backend: Backend) -> Iterator[int]:
     from llama4_dist.gateway.settings import GatewaySettings
     from llama4_dist.settings import load_settings
 
-    flags = {"model": backend.model, "dtype": backend.dtype, "device": backend.device, "experts": backend.experts}
+    names = ("model", "dtype", "weights", "device", "experts")
+    flags = {name: getattr(backend, name) for name in names}
     settings = load_settings(flags, environ={})
     text = open_text(settings.model)
     with ExitStack() as resources:

@@ -22,6 +22,7 @@ InputLen = Annotated[int, typer.Option(help="Tokens of each prompt, drawn at ran
 OutputLen = Annotated[int, typer.Option(help="Tokens of each answer; end tokens are ignored.")]
 Seed = Annotated[int, typer.Option(help="Draws prompts and send times; the same again repeats the load.")]
 Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, float32 or bfloat16.")]
+Weights = Annotated[str, typer.Option(help="Format of linear weights: stored or int8.")]
 Threads = Annotated[int | None, typer.Option("--num-threads", help="CPU threads of the attention side.")]
 
 
@@ -91,6 +92,7 @@ def latency(
     num_iters: Annotated[int, typer.Option(help="Batches measured.")] = 5,
     num_iters_warmup: Annotated[int, typer.Option(help="Batches before them.")] = 1,
     dtype: Dtype = "auto",
+    weights: Weights = "stored",
     num_threads: Threads = None,
     seed: Seed = 0,
     json_file: JsonFile = None,
@@ -104,6 +106,7 @@ def latency(
         input_len=input_len,
         output_len=output_len,
         dtype=dtype,
+        weights=weights,
         num_threads=num_threads,
         seed=seed,
         iterations=num_iters,
@@ -120,6 +123,7 @@ def throughput(
     output_len: OutputLen = 64,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time went, by station.")] = False,
     dtype: Dtype = "auto",
+    weights: Weights = "stored",
     num_threads: Threads = None,
     seed: Seed = 0,
     json_file: JsonFile = None,
@@ -133,6 +137,7 @@ def throughput(
         input_len=input_len,
         output_len=output_len,
         dtype=dtype,
+        weights=weights,
         num_threads=num_threads,
         seed=seed,
     )

@@ -47,6 +47,7 @@ class EngineBench:
     input_len: int
     output_len: int
     dtype: str
+    weights: str
     num_threads: int | None
     seed: int
     iterations: int = 1
@@ -136,6 +137,7 @@ def opened(bench: EngineBench) -> Iterator[Engine]:
         ray_address=None,
         progress=None,
         dtype=bench.dtype,
+        weights=bench.weights,
         num_threads=bench.num_threads,
     )
     try:

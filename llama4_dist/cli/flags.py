@@ -18,6 +18,13 @@ class DtypeChoice(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class WeightsChoice(StrEnum):
+    """Format of linear weights."""
+
+    STORED = "stored"
+    INT8 = "int8"
+
+
 def parse_seconds(given: str) -> float:
     """Read `1s`, `500ms`, `5m` or a number of seconds; a ValueError becomes the flag's own error."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)?", str(given).strip())

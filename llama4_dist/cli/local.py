@@ -49,6 +49,7 @@ def engine_of(settings: ServeSettings, *, show_progress: bool, **cluster: Any) -
             ray_address=settings.ray_address,
             progress=progress,
             dtype=settings.dtype,
+            weights=settings.weights,
             device=settings.device,
             num_threads=settings.num_threads,
             cluster=cluster,

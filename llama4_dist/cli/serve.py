@@ -170,7 +170,7 @@ def start_table(
     return {
         "model": engine.limits.model,
         **summary_rows(summary),
-        "compute": f"{settings.dtype} on {settings.device}",
+        "compute": f"{settings.dtype} on {settings.device}, weights {settings.weights}",
         "KV blocks": f"{stats.kv_blocks_total:,} of {settings.block_size} tokens",
         "context served": f"{engine.limits.max_context:,} tokens",
         "workers": hosts,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llama4_dist.cli.flags import DtypeChoice, JsonFlag
+from llama4_dist.cli.flags import DtypeChoice, JsonFlag, WeightsChoice
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
 Address = Annotated[str | None, typer.Option(help="host:port of the gateway [127.0.0.1:50051].")]
@@ -41,6 +41,9 @@ def serve(
     directory_address: Annotated[str | None, typer.Option(help="host:port where other gateways find engines.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="Existing Ray cluster; default: start one here.")] = None,
     dtype: Annotated[DtypeChoice | None, typer.Option(help="Compute dtype.")] = None,
+    weights: Annotated[
+        WeightsChoice | None, typer.Option(help="Format of linear weights [stored]; int8 changes tokens.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads of the attention side.")] = None,
     model_name: ModelName = None,

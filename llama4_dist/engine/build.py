@@ -23,6 +23,7 @@ from llama4_dist.errors import ConfigError
 from llama4_dist.model.cpu.panels import is_native
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.load import load_model
+from llama4_dist.model.weight_format import STORED, check_weight_format
 from llama4_dist.native import threads
 from llama4_dist.request import EngineLimits
 
@@ -46,16 +47,19 @@ def build_engine(
     options: EngineOptions,
     dtype: torch.dtype,
     device: str = "cpu",
+    weights: str = STORED,
     local_hosts: Sequence[ExpertServer] = (),
     progress: Progress | None = None,
-    on_close: Callable[[], None] | None = None,
 ) -> LocalEngine:
-    """Load the attention side of a checkpoint and return an engine that reaches experts through `dispatcher`."""
+    """Load the attention side of a checkpoint and return an engine that reaches experts through `dispatcher`.
+
+    `weights` is the format of linear weights, "stored" or "int8" (`model.weight_format`); the experts must have it too.
+    """
     resolve_kv_dtype(options.kv_dtype, compute_dtype=dtype, device=device)  # refused before weights are read
-    model = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
+    model = load_model(checkpoint, dtype=dtype, device=device, weight_format=weights, progress=progress)
     if is_native(dtype, device):
         threads.leave_to_native()
-    engine = assemble(checkpoint, model, dispatcher, options=options, dtype=dtype, device=device, on_close=on_close)
+    engine = assemble(checkpoint, model, dispatcher, options=options, dtype=dtype, device=device)
     engine.core.runner.local_hosts = local_hosts
     return engine
 
@@ -68,7 +72,6 @@ def assemble(
     options: EngineOptions,
     dtype: torch.dtype,
     device: str = "cpu",
-    on_close: Callable[[], None] | None = None,
 ) -> LocalEngine:
     """Return an engine over a model that is loaded; its cache takes a share of the memory that is free now."""
     config = checkpoint.config
@@ -101,7 +104,7 @@ def assemble(
         device=device,
     )
     model.stations = core.counters.stations
-    return LocalEngine(core, on_close=on_close)
+    return LocalEngine(core)
 
 
 @apart
@@ -109,6 +112,7 @@ def build_single_process(
     model_dir: Path,
     *,
     dtype: str = "auto",
+    weights: str = STORED,
     device: str = "cpu",
     num_inproc_hosts: int = 1,
     options: EngineOptions | None = None,
@@ -117,7 +121,8 @@ def build_single_process(
 ) -> LocalEngine:
     """Open a checkpoint and return an engine whose experts live in this process, behind inproc links.
 
-    On a CUDA device with one host the experts need no links: they are the model's own (`llama4_dist.gpu`).
+    On a CUDA device with one host the experts need no links: they are the model's own (`llama4_dist.gpu`). Raises
+    ConfigError for a name or a value that cannot be computed here.
     """
     if num_threads is not None:
         threads.set_count(num_threads)
@@ -125,6 +130,7 @@ def build_single_process(
         checkpoint = Checkpoint.open(Path(model_dir))
         resources.callback(checkpoint.close)
         torch_dtype = resolve_dtype(dtype, checkpoint.config.dtype)
+        check_weight_format(weights, dtype=torch_dtype, device=device)
         options = options or EngineOptions()
         if torch.device(device).type == "cuda" and num_inproc_hosts == 1:
             model, dispatcher = load_on_one_device(checkpoint, dtype=torch_dtype, device=device, progress=progress)
@@ -132,7 +138,12 @@ def build_single_process(
             engine = assemble(checkpoint, model, dispatcher, options=options, dtype=torch_dtype, device=device)
         else:
             dispatcher, servers = start_inproc_hosts(
-                checkpoint, num_hosts=num_inproc_hosts, dtype=torch_dtype, device=device, resources=resources
+                checkpoint,
+                num_hosts=num_inproc_hosts,
+                dtype=torch_dtype,
+                device=device,
+                weights=weights,
+                resources=resources,
             )
             engine = build_engine(
                 checkpoint,
@@ -140,6 +151,7 @@ def build_single_process(
                 options=options,
                 dtype=torch_dtype,
                 device=device,
+                weights=weights,
                 local_hosts=servers,
                 progress=progress,
             )

@@ -12,14 +12,24 @@ from llama4_dist.dispatch.links.link import Link, LinkLimits
 from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.expert_store import ExpertStore
+from llama4_dist.model.weight_format import STORED
 
 WORKER = "local"
 
 
 def start_inproc_hosts(
-    checkpoint: Checkpoint, *, num_hosts: int, dtype: torch.dtype, device: str, resources: ExitStack
+    checkpoint: Checkpoint,
+    *,
+    num_hosts: int,
+    dtype: torch.dtype,
+    device: str,
+    resources: ExitStack,
+    weights: str = STORED,
 ) -> tuple[Dispatcher, list[ExpertServer]]:
-    """Spread the experts over `num_hosts` hosts and return a dispatcher with a link to each, and the hosts."""
+    """Spread the experts over `num_hosts` hosts and return a dispatcher with a link to each, and the hosts.
+
+    `weights` is their format (`model.weight_format`).
+    """
     if num_hosts < 1:
         raise ConfigError(f"num_inproc_hosts={num_hosts} must be at least 1")
     config = checkpoint.config
@@ -32,7 +42,7 @@ def start_inproc_hosts(
     links: dict[str, Link] = {}
     servers: list[ExpertServer] = []
     for host in sorted(set(host_of.values())):
-        experts = ExpertStore(checkpoint, dtype=dtype, device=device)
+        experts = ExpertStore(checkpoint, dtype=dtype, device=device, weight_format=weights)
         experts.add([key for key, holder in host_of.items() if holder == host])
         server = ExpertServer(
             identity=HostIdentity(

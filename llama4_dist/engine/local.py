@@ -36,9 +36,9 @@ HELD_RETRY_S = 0.02  # between two tries of a step that no host can serve
 class LocalEngine:
     """`Engine` over an `EngineCore`. Commands run on the engine's thread between steps, in the order they came."""
 
-    def __init__(self, core: EngineCore, *, on_close: Callable[[], None] | None = None) -> None:
+    def __init__(self, core: EngineCore) -> None:
         self.core = core
-        self.on_close = on_close
+        self.on_close: Callable[[], None] | None = None
         self._on_outputs: OnOutputs = lambda outputs: None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._scores: deque[tuple[ScoreJob, Future[None]]] = deque()

@@ -34,7 +34,8 @@ class LLM:
 
     `num_expert_hosts` 0 runs all in this process and never imports Ray; N puts the experts on N hosts and attention on
     `num_attention_workers` more, on the cluster at `ray_address` or on one started here. `dtype` "auto" is the
-    checkpoint's own. `max_context` and `kv_cache_bytes` default to what model and memory allow; `num_threads` are CPU
+    checkpoint's own. `weights` "int8" takes half the memory of bfloat16 and changes tokens; it needs a processor with a
+    compiler. `max_context` and `kv_cache_bytes` default to what model and memory allow; `num_threads` are CPU
     threads of the attention side. `progress` True shows a bar while weights load; a function gets (done, total).
 
     A checkpoint without tokenizer files takes token ids and returns ids with empty text. Several threads may call at
@@ -46,6 +47,7 @@ class LLM:
         model_dir: Path | str,
         *,
         dtype: str = "auto",
+        weights: str = "stored",
         device: str = "cpu",
         num_expert_hosts: int = 0,
         num_attention_workers: int = 1,
@@ -86,6 +88,7 @@ class LLM:
                 ray_address=ray_address,
                 progress=report,
                 dtype=dtype,
+                weights=weights,
                 device=device,
                 num_threads=num_threads,
             )

@@ -26,7 +26,10 @@ def open_engine(
     cluster: Mapping[str, Any] = NO_CLUSTER_OPTIONS,
     **build: Any,
 ) -> Engine:
-    """Return an engine that is ready; `build` holds dtype, device and num_threads, `cluster` more of `RayEngine`'s."""
+    """Return an engine that is ready; `build` holds dtype, weights, device and num_threads.
+
+    `cluster` is more of `RayEngine`'s.
+    """
     if num_expert_hosts == 0:
         return build_single_process(model_dir, options=options, progress=progress, **build)
     # Imported late: one process needs no Ray, and none is then imported.

@@ -1,54 +1,73 @@
 """The routed experts of one host: a stateless function of (layer, expert, rows)."""
 
-from collections.abc import Collection, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.model.activation import swiglu
-from llama4_dist.model.cpu.feed_forward import Network, network_of, run_networks
+from llama4_dist.model.cpu.feed_forward import Network, network_of, quantised_network, run_networks
 from llama4_dist.model.cpu.panels import is_native
+from llama4_dist.model.cpu.quantise import QuantisationError
 from llama4_dist.model.linear import linear
+from llama4_dist.model.weight_format import INT8, STORED, check_weight_format
+
+log = logging.getLogger(__name__)
+
+Pair = tuple[int, int]  # (layer, expert)
 
 
 class Experts:
     """Holds weights by (layer, expert) and applies them to rows. Weights already in `dtype` on `device` are not copied.
 
-    `width` is the model's width D.
+    `width` is the model's width D. With `weight_format` int8 an expert is copied into int8 when its first rows come,
+    and `on_copied` is told that what was put is not read any more; `quantisation_error` says what was lost so far.
+    Raises ConfigError where the format cannot be computed.
     """
 
     def __init__(
         self,
-        weights: Mapping[tuple[int, int], ExpertWeights],
+        weights: Mapping[Pair, ExpertWeights],
         *,
         width: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        weight_format: str = STORED,
+        on_copied: Callable[[Pair], None] = lambda pair: None,
     ) -> None:
+        check_weight_format(weight_format, dtype=dtype, device=device)
+        self.weight_format = weight_format
+        self.quantisation_error = QuantisationError()
+        self._on_copied = on_copied
         self.width = width
         self.dtype = dtype
         self.device = torch.device(device)
         self._is_native = is_native(dtype, device)
-        self._held: dict[tuple[int, int], HeldExpert] = {}
-        self.holds: frozenset[tuple[int, int]] = frozenset()
+        self._held: dict[Pair, HeldExpert] = {}
+        self.holds: frozenset[Pair] = frozenset()
         self.put(weights)
 
-    def put(self, weights: Mapping[tuple[int, int], ExpertWeights]) -> None:
+    def put(self, weights: Mapping[Pair, ExpertWeights]) -> None:
         """Hold more experts; rows of others may be computed meanwhile, in another thread."""
-        held = {key: HeldExpert(_moved(value, self.dtype, self.device)) for key, value in weights.items()}
+        if self.weight_format == INT8:
+            held = {pair: HeldExpert(value, partial(self._quantised, pair)) for pair, value in weights.items()}
+        else:
+            moved = {pair: _moved(value, self.dtype, self.device) for pair, value in weights.items()}
+            held = {pair: HeldExpert(value, network_of) for pair, value in moved.items()}
         self._held = {**self._held, **held}
         self.holds = frozenset(self._held)
 
-    def drop(self, pairs: Collection[tuple[int, int]]) -> None:
+    def drop(self, pairs: Collection[Pair]) -> None:
         """Hold these no longer. Rows that are being computed end well: they have the weights in hand."""
         self.holds -= frozenset(pairs)
         self._held = {key: value for key, value in self._held.items() if key in self.holds}
 
     def weights(self, layer: int, expert: int) -> ExpertWeights:
-        """Return the weights of a held expert, as they are multiplied."""
+        """Return the weights of a held expert, as they are multiplied; those that int8 ones are made from."""
         return self._held[layer, expert].weights
 
     def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None:
@@ -71,16 +90,24 @@ class Experts:
                     apply_expert(x_RD[start:stop], self._held[layer, expert].weights, out_RD[start:stop])
                 start = stop
 
+    def _quantised(self, pair: Pair, weights: ExpertWeights) -> Network:
+        """Return an expert in int8. Two threads may make it at once: both are the same, and one is dropped."""
+        network = quantised_network(weights, self.quantisation_error)
+        self._on_copied(pair)
+        log.debug("expert_quantised layer=%d expert=%d so_far: %s", *pair, self.quantisation_error)
+        return network
+
 
 @dataclass(frozen=True, eq=False)
 class HeldExpert:
     """An expert's weights, and from its first rows on the same for the native pass: mapping alone takes no memory."""
 
     weights: ExpertWeights
+    make: Callable[[ExpertWeights], Network]
 
     @cached_property
     def network(self) -> Network:
-        return network_of(self.weights)
+        return self.make(self.weights)
 
 
 def apply_expert(x_RD: Tensor, weights: ExpertWeights, out_RD: Tensor) -> None:

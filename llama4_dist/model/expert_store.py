@@ -1,7 +1,8 @@
 """The experts of one host, mapped from its checkpoint: they come and go while others compute. Knows no network.
 
 Weights are read-only views of the mapped file wherever dtype and device allow, so that a host serves before its pages
-are warm, and a killed one is gone at once.
+are warm, and a killed one is gone at once. In int8 an expert takes memory of its own from its first rows on, and gives
+back what was mapped.
 """
 
 import hashlib
@@ -16,9 +17,8 @@ from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.dispatch.frame import payload_of
 from llama4_dist.errors import UnavailableError
-from llama4_dist.model.expert import Experts
-
-Pair = tuple[int, int]  # (layer, expert)
+from llama4_dist.model.expert import Experts, Pair
+from llama4_dist.model.weight_format import INT8, STORED, expert_bytes
 
 NUM_GOLDEN_ROWS = 4
 
@@ -30,16 +30,29 @@ class ExpertStore:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, capacity_bytes: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        weight_format: str = STORED,
+        capacity_bytes: int | None = None,
     ) -> None:
         config = checkpoint.config
         self._checkpoint = checkpoint
-        self._experts = Experts({}, width=config.hidden_size, dtype=dtype, device=device)
+        self._experts = Experts(
+            {},
+            width=config.hidden_size,
+            dtype=dtype,
+            device=device,
+            weight_format=weight_format,
+            on_copied=lambda pair: checkpoint.release_expert(*pair),
+        )
         self._capacity_bytes = capacity_bytes
         self._changing = threading.Lock()
         self._adopted: set[Pair] = set()
         self._fingerprints: dict[Pair, str] = {}
-        self.expert_bytes = 3 * config.hidden_size * config.expert_width * dtype.itemsize
+        self.expert_bytes = expert_bytes(config, dtype=dtype, weight_format=weight_format)
 
     @property
     def holds(self) -> frozenset[Pair]:
@@ -79,19 +92,21 @@ class ExpertStore:
 
     @torch.inference_mode()
     def fingerprint(self, pair: Pair) -> str:
-        """Digest an expert's weights and its answer to fixed rows: two hosts that agree compute the same.
+        """Digest an expert's weights, their format and its answer to fixed rows: two hosts that agree compute the same.
 
-        Reads every byte of the weights, which also warms them.
+        Reads every byte of the stored weights, which also warms them; in int8 the copy is made, and they are let go.
         """
         if pair not in self._fingerprints:
             weights = self._experts.weights(*pair)
-            digest = hashlib.sha256()
+            digest = hashlib.sha256(self._experts.weight_format.encode())
             for matrix in _matrices(weights):
                 digest.update(payload_of(matrix.contiguous().cpu()))
             x_RD = golden_rows(self._experts.width, self._experts.dtype).to(self._experts.device)
             out_RD = torch.empty_like(x_RD)
             self._experts(pair[0], ((pair[1], len(x_RD)),), x_RD, out_RD)
             digest.update(payload_of(out_RD.cpu()))
+            if self._experts.weight_format == INT8:
+                self._checkpoint.release_expert(*pair)
             self._fingerprints[pair] = digest.hexdigest()
         return self._fingerprints[pair]
 

@@ -3,6 +3,7 @@
 Native passes compute on a processor, torch elsewhere and where there is no compiler.
 """
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,10 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.model.cpu.llama4 import CpuLlama4
 from llama4_dist.model.cpu.panels import is_native
 from llama4_dist.model.llama4 import Llama4
+from llama4_dist.model.weight_format import INT8, STORED, check_weight_format
 from llama4_dist.model.weights import Weights
+
+log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -19,19 +23,27 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
+    weight_format: str = STORED,
     progress: Callable[[int, int], None] | None = None,
 ) -> CpuLlama4 | Llama4:
-    """Read all weights but the routed experts'; `progress` is told (layers read, layers in all)."""
-    weights = Weights(checkpoint, dtype=dtype, device=torch.device(device))
+    """Read all weights but the routed experts'; `progress` is told (layers read, layers in all).
+
+    Raises ConfigError where `weight_format` cannot be computed.
+    """
+    check_weight_format(weight_format, dtype=dtype, device=device)
+    weights = Weights(checkpoint, dtype=dtype, device=torch.device(device), weight_format=weight_format)
     decoder = CpuLlama4 if is_native(dtype, device) else Llama4
-    return decoder(checkpoint.config, weights, progress=progress)
+    model = decoder(checkpoint.config, weights, progress=progress)
+    if weight_format == INT8:
+        log.info("weights_quantised part=attention_side %s", weights.quantisation_error)
+    return model
 
 
-def arithmetic(dtype: torch.dtype, device: torch.device | str) -> str:
+def arithmetic(dtype: torch.dtype, device: torch.device | str, weight_format: str = STORED) -> str:
     """Name what computes here; two kinds of arithmetic round differently, so one cluster has one kind.
 
-    Native passes have the same bits on every processor; torch's are its libraries'.
+    Native passes have the same bits on every processor; torch's are its libraries'. int8 weights are other weights.
     """
     if is_native(dtype, device):
-        return "native"
+        return "native" if weight_format == STORED else f"native-{weight_format}"
     return f"torch-{torch.device(device).type}"

@@ -119,6 +119,7 @@ using l4d::AttentionLayer;
 using l4d::AttentionStep;
 using l4d::Bfloat16;
 using l4d::Cache;
+using l4d::Int8;
 
 // x [T, D] += attention(x); the name says the type of the weights and that of the cache.
 extern "C" void l4d_attention_float32_float32(const AttentionLayer* layer, const AttentionStep* step,
@@ -139,4 +140,14 @@ extern "C" void l4d_attention_bfloat16_float32(const AttentionLayer* layer, cons
 extern "C" void l4d_attention_bfloat16_bfloat16(const AttentionLayer* layer, const AttentionStep* step,
                                                 const Cache<Bfloat16>* cache, float* x, int num_threads) {
     l4d::attention<Bfloat16>(*layer, *step, *cache, x, num_threads);
+}
+
+extern "C" void l4d_attention_int8_float32(const AttentionLayer* layer, const AttentionStep* step,
+                                           const Cache<float>* cache, float* x, int num_threads) {
+    l4d::attention<Int8>(*layer, *step, *cache, x, num_threads);
+}
+
+extern "C" void l4d_attention_int8_bfloat16(const AttentionLayer* layer, const AttentionStep* step,
+                                            const Cache<Bfloat16>* cache, float* x, int num_threads) {
+    l4d::attention<Int8>(*layer, *step, *cache, x, num_threads);
 }

@@ -7,7 +7,8 @@ from typing import Any
 
 from llama4_dist.native.library import library
 
-NAMES = ("float32", "bfloat16")  # of weight and cache types, as in the functions' names
+NAMES = ("float32", "bfloat16")  # of stored weights, caches and rows, as in the functions' names
+WEIGHT_NAMES = (*NAMES, "int8")
 
 
 class FeedForwardShape(Structure):
@@ -71,6 +72,7 @@ _ATTENTION = (POINTER(AttentionLayer), POINTER(AttentionStep), POINTER(Cache), c
 _ROUTE = (POINTER(Router), c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int)
 _SCAN = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int)
 _ADD_OUTPUTS = (c_void_p, c_void_p, c_void_p, c_int64, c_int)
+_QUANTISE = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int)
 _NORM = (c_void_p, c_void_p, c_int64, c_int64, c_double, c_void_p)
 
 
@@ -82,12 +84,14 @@ def passes() -> Any | None:
         return None
     loaded = ctypes.CDLL(str(path))
     for name in NAMES:
-        _declare(loaded, f"l4d_linear_{name}", _LINEAR)
         _declare(loaded, f"l4d_route_{name}", _ROUTE)
         _declare(loaded, f"l4d_add_outputs_{name}", _ADD_OUTPUTS)
+        _declare(loaded, f"l4d_quantise_{name}", _QUANTISE)
+    for name in WEIGHT_NAMES:
+        _declare(loaded, f"l4d_linear_{name}", _LINEAR)
         for cache_name in NAMES:
             _declare(loaded, f"l4d_attention_{name}_{cache_name}", _ATTENTION)
-    for kinds in ("float32_float32", "bfloat16_float32", "bfloat16_bfloat16"):
+    for kinds in ("float32_float32", "bfloat16_float32", "bfloat16_bfloat16", "int8_float32", "int8_bfloat16"):
         _declare(loaded, f"l4d_feed_forward_{kinds}", _FEED_FORWARD)
     _declare(loaded, "l4d_norm", _NORM)
     _declare(loaded, "l4d_scan_logits", _SCAN)

@@ -82,6 +82,7 @@ void feed_forward(const FeedForward& f, const Groups& groups, const X* x, int64_
 using l4d::Bfloat16;
 using l4d::FeedForward;
 using l4d::Groups;
+using l4d::Int8;
 
 // Groups lie one after the other in x and out; out is contiguous. The name says the type of the weights and of the rows.
 extern "C" void l4d_feed_forward_float32_float32(const FeedForward* f, const Groups* groups, const float* x,
@@ -98,4 +99,14 @@ extern "C" void l4d_feed_forward_bfloat16_bfloat16(const FeedForward* f, const G
                                                    int64_t x_stride, int64_t num_rows, Bfloat16* out,
                                                    int num_threads) {
     l4d::feed_forward<Bfloat16>(*f, *groups, x, x_stride, num_rows, out, num_threads);
+}
+
+extern "C" void l4d_feed_forward_int8_float32(const FeedForward* f, const Groups* groups, const float* x,
+                                              int64_t x_stride, int64_t num_rows, float* out, int num_threads) {
+    l4d::feed_forward<Int8>(*f, *groups, x, x_stride, num_rows, out, num_threads);
+}
+
+extern "C" void l4d_feed_forward_int8_bfloat16(const FeedForward* f, const Groups* groups, const Bfloat16* x,
+                                               int64_t x_stride, int64_t num_rows, Bfloat16* out, int num_threads) {
+    l4d::feed_forward<Int8>(*f, *groups, x, x_stride, num_rows, out, num_threads);
 }

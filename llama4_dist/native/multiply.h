@@ -18,14 +18,21 @@ constexpr int ROWS_PER_TILE = 6;
 constexpr int64_t BLOCK = 256;  // inputs of a strip that many rows share from a near cache
 constexpr int64_t MAX_COLUMNS = 512;  // that a thread takes at a time
 
-// A weight of `width` inputs and `num_columns` outputs, W = float or Bfloat16: packed into contiguous strips of
-// outputs, or as stored in a checkpoint, a row of outputs per input.
+constexpr int64_t num_strips(int64_t num_columns) { return (num_columns + STRIP - 1) / STRIP; }
+
+// A weight of `width` inputs and `num_columns` outputs, W = float, Bfloat16 or Int8: packed into contiguous strips of
+// outputs, or as stored in a checkpoint, a row of outputs per input. Int8 is always packed, and behind its strips stands
+// the scale of every output, those that fill up the last strip included.
 template <typename W>
 struct Matrix {
     const W* data;
     int64_t width, num_columns, row_stride;
 
     bool is_packed() const { return row_stride == 0; }
+
+    const float* scales() const {
+        return reinterpret_cast<const float*>(data + num_strips(num_columns) * STRIP * width);
+    }
 };
 
 template <typename W>

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 namespace l4d {
 
 constexpr int LANES = 16;
@@ -21,7 +25,14 @@ struct Bfloat16 {
     uint16_t bits;
 };
 
+// A weight as a small integer; what it stands for is the integer times its output's scale.
+struct Int8 {
+    int8_t value;
+};
+
 inline float to_float(float value) { return value; }
+
+inline float to_float(Int8 value) { return value.value; }
 
 inline float to_float(Bfloat16 value) {
     const uint32_t bits = uint32_t(value.bits) << 16;
@@ -45,6 +56,24 @@ inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(
 inline Vector load(const Bfloat16* from) {
     const Words words = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16;
     return (Vector)words;
+}
+
+// Said with intrinsics because g++ 12 takes the portable words apart into single lanes.
+inline Vector load(const Int8* from) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+    const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+    const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + 8))));
+    Vector result;
+    std::memcpy(&result, &low, sizeof low);
+    std::memcpy((char*)&result + sizeof low, &high, sizeof high);
+    return result;
+#else
+    Vector result;
+    for (int i = 0; i < LANES; ++i) result[i] = from[i].value;
+    return result;
+#endif
 }
 
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }

@@ -40,10 +40,10 @@ struct Piece {
 inline void cut(std::vector<Piece>& pieces, int64_t num_groups, const int64_t* first_rows, const int64_t* nums_rows,
                 int64_t num_columns, bool is_packed, int num_threads) {
     pieces.clear();
-    const int64_t num_strips = (num_columns + STRIP - 1) / STRIP;
-    const int64_t strips = is_packed ? 1 : std::max<int64_t>(1, (num_strips + num_threads - 1) / num_threads);
+    const int64_t all_strips = num_strips(num_columns);
+    const int64_t strips = is_packed ? 1 : std::max<int64_t>(1, (all_strips + num_threads - 1) / num_threads);
     const int64_t columns = std::min(MAX_COLUMNS, strips * STRIP);
-    const int64_t parts = (4 * num_threads + num_strips - 1) / num_strips;
+    const int64_t parts = (4 * num_threads + all_strips - 1) / all_strips;
     for (int64_t g = 0; g < num_groups; ++g) {
         const int64_t rows = std::max<int64_t>(16 * ROWS_PER_TILE, (nums_rows[g] + parts - 1) / parts);
         for (int64_t row = 0; row < nums_rows[g]; row += rows)

@@ -126,6 +126,11 @@ def test_tokenize_round_trips_and_keeps_special_tokens_plain(model: Path) -> Non
         (["serve", "--model", "{model}", "--experts", "-1"], 2, "experts"),
         (["serve", "--model", "{model}", "--token-file", "absent.txt"], 2, "absent.txt"),
         (["serve", "--model", "{model}", "--kv-cache-bytes", "10"], 2, "kv_cache_bytes"),
+        (
+            ["serve", "--model", "{model}", "--weights", "int8", "--device", "cuda"],
+            2,
+            "weights='int8' is for processors",
+        ),
         (["generate", "hello"], 2, "--model"),
         (["generate", "hello", "--model", "{model}", "--server", "127.0.0.1:1"], 2, "--server"),
         (["generate", "hello", "--model", "{model}", "--temperature", "nan"], 2, "temperature"),

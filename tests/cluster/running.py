@@ -68,9 +68,9 @@ def some_requests(prefix: str, count: int = 6, max_tokens: int = 12) -> list[Eng
     ]
 
 
-def reference(model_dir: Path, requests: Sequence[EngineRequest]) -> Tokens:
+def reference(model_dir: Path, requests: Sequence[EngineRequest], weights: str = "stored") -> Tokens:
     """What one process says."""
-    engine = build_single_process(model_dir, num_threads=1)
+    engine = build_single_process(model_dir, weights=weights, num_threads=1)
     collector = Collector()
     engine.start(collector.collect)
     try:

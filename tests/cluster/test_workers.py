@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.attention_worker import AttentionWorker
 from cluster.expert_host import ExpertHost
 from cluster.placement import ExpertGeometry, HostSlot, place
 from cluster.ray_engine import read_geometry
+from cluster.referee import Referee
 from cluster.worker import Location, Role, State, Topology, WorkerConfig
+from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.engine.group import EngineGroup
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError, HandshakeError, LinkDownError, PreconditionError, UnavailableError
@@ -23,6 +26,7 @@ from llama4_dist.model.expert import Experts
 from llama4_dist.rpc.remote_engine import RemoteEngine
 from tests.checkpoints import make_checkpoint
 from tests.cluster.running import Collector, Tokens, reference, some_requests
+from tests.native.compiler import needs_compiler
 
 SECRET = b"s" * 32
 HERE = Location(node="here", address="127.0.0.1")
@@ -45,19 +49,20 @@ def resources() -> Iterator[ExitStack]:
         yield stack
 
 
-def config(model_dir: Path, run_dir: Path, role: Role, index: int, secret: bytes = SECRET) -> WorkerConfig:
+def config(model_dir: Path, run_dir: Path, role: Role, index: int, secret: bytes = SECRET, **more: Any) -> WorkerConfig:
     return WorkerConfig(
         worker=f"{role}-{index}", role=role, model_dir=model_dir, dtype="auto", device="cpu", num_threads=1,
         run_dir=run_dir, secret=secret, options=EngineOptions(num_blocks=64, max_num_seqs=8, expert_timeout_s=2.0),
+        **more,
     )  # fmt: skip
 
 
 def start_hosts(
     model_dir: Path, run_dir: Path, count: int, resources: ExitStack, *, locations: Sequence[Location] = (HERE,),
-    num_replicas: int = 1,
+    num_replicas: int = 1, **more: Any,
 ) -> tuple[list[ExpertHost], Topology]:  # fmt: skip
     hosts = [
-        ExpertHost(config(model_dir, run_dir, Role.EXPERT, index), locations[index % len(locations)])
+        ExpertHost(config(model_dir, run_dir, Role.EXPERT, index, **more), locations[index % len(locations)])
         for index in range(count)
     ]
     slots = [HostSlot(host=f"expert-{index}", node=host.location().node) for index, host in enumerate(hosts)]
@@ -70,9 +75,9 @@ def start_hosts(
 
 
 def start_attention(
-    model_dir: Path, run_dir: Path, index: int, topology: Topology, resources: ExitStack
+    model_dir: Path, run_dir: Path, index: int, topology: Topology, resources: ExitStack, **more: Any
 ) -> tuple[AttentionWorker, RemoteEngine]:
-    worker = AttentionWorker(config(model_dir, run_dir, Role.ATTENTION, index), HERE)
+    worker = AttentionWorker(config(model_dir, run_dir, Role.ATTENTION, index, **more), HERE)
     resources.callback(worker.close)
     worker.load()
     worker.connect(topology.hosts)
@@ -426,6 +431,41 @@ def test_a_worker_of_another_checkpoint_is_refused(model_dir: Path, tmp_path: Pa
     stranger.load()
     with pytest.raises(HandshakeError, match="MODEL_HASH_DIFFERS"):
         stranger.connect(topology.hosts)
+
+
+@needs_compiler
+@pytest.mark.parametrize("weights", ["stored", "int8"])
+def test_a_worker_of_another_weight_format_is_refused(
+    model_dir: Path, tmp_path: Path, resources: ExitStack, weights: str
+) -> None:
+    _, topology = start_hosts(model_dir, tmp_path / "run", 1, resources, weights=weights)
+    other = "int8" if weights == "stored" else "stored"
+    stranger = AttentionWorker(config(model_dir, tmp_path / "run", Role.ATTENTION, 0, weights=other), HERE)
+    resources.callback(stranger.close)
+    stranger.load()
+    with pytest.raises(HandshakeError, match="ARITHMETIC_DIFFERS"):
+        stranger.connect(topology.hosts)
+
+
+@needs_compiler
+def test_int8_workers_give_the_tokens_of_one_int8_process_and_agree_with_each_other(
+    model_dir: Path, expected: Tokens, tmp_path: Path, resources: ExitStack
+) -> None:
+    hosts, topology = start_hosts(model_dir, tmp_path / "run", 2, resources, num_replicas=2, weights="int8")
+    _, engine = start_attention(
+        model_dir, tmp_path / "run", 0, topology, resources, weights="int8", cross_check_every=1
+    )
+    collector = Collector()
+    engine.start(collector.collect)
+    found = collector.run(engine, some_requests("r"))
+    assert found == reference(model_dir, some_requests("r"), "int8") != expected
+    prints = [host.fingerprints(sorted(host.status().experts)) for host in hosts]
+    assert prints[0] == prints[1]
+    referee = Referee(Checkpoint.open(model_dir), dtype=torch.float32, device="cpu", weights="int8")
+    x_RD = torch.randn(3, 64)
+    out_RD = torch.empty_like(x_RD)
+    hosts[0]._held()(1, ((3, 3),), x_RD, out_RD)
+    assert torch.equal(referee(1, 3, x_RD), out_RD), "it could judge neither of them"
 
 
 def test_a_dense_model_has_nothing_to_place(tmp_path: Path) -> None:

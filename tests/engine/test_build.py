@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from llama4_dist.engine.local import LocalEngine
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError, UnavailableError
 from llama4_dist.model.kv_layout import page_bytes
+from llama4_dist.request import EngineRequest
 from tests.checkpoints import make_checkpoint
 from tests.engine.collector import Collector
 from tests.engine.fake_model import tokens
 from tests.engine.sequences import request
+from tests.native.compiler import needs_compiler
 
 
 def generate(engine: LocalEngine, prompt: tuple[int, ...], **fields: Any) -> list[int]:
@@ -116,6 +119,40 @@ def test_a_kv_dtype_that_is_unknown_or_that_the_device_lacks_is_refused(tmp_path
         build_single_process(path, options=EngineOptions(kv_dtype="float8_e4m3"))
     with pytest.raises(ConfigError, match="kv_dtype='int4' is none of auto, float32, bfloat16, float8_e4m3"):
         build_single_process(path, options=EngineOptions(kv_dtype="int4"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_tokens_are_the_same_on_any_hosts_alone_and_in_a_batch(tmp_path: Path, dtype: str) -> None:
+    path = make_checkpoint(tmp_path, "scout")
+    requests = [request(f"r{index}", tuple(range(7 + 9 * index)), max_tokens=12, ignore_eos=True) for index in range(4)]
+
+    def say(weights: str, batches: Sequence[Sequence[EngineRequest]], num_hosts: int = 1) -> list[list[int]]:
+        engine = build_single_process(
+            path, dtype=dtype, weights=weights, num_inproc_hosts=num_hosts, options=EngineOptions(num_blocks=60)
+        )
+        collector, said = Collector(), []
+        engine.start(collector)
+        for batch in batches:
+            for one in batch:
+                engine.submit(one)
+            said += [tokens(collector.wait_for(one.request_id)) for one in batch]
+        engine.close()
+        return said
+
+    alone = say("int8", [[one] for one in requests])
+    assert all(len(one) == 12 for one in alone)
+    assert say("int8", [requests]) == alone
+    assert say("int8", [requests], num_hosts=2) == alone
+    assert say("stored", [requests]) != alone, "the format is not heeded"
+
+
+def test_weights_that_cannot_be_computed_are_refused(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "scout")
+    with pytest.raises(ConfigError, match="weights='int4' is none of stored, int8"):
+        build_single_process(path, weights="int4")
+    with pytest.raises(ConfigError, match="weights='int8' is for processors, the device is cuda: take"):
+        build_single_process(path, weights="int8", device="cuda")
 
 
 def test_an_unknown_dtype_and_no_host_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import torch
@@ -18,12 +19,12 @@ from llama4_dist.model.load import load_model
 from llama4_dist.model.moe import Dispatcher
 
 
-def all_experts(checkpoint: Checkpoint, dtype: torch.dtype) -> Experts:
+def all_experts(checkpoint: Checkpoint, dtype: torch.dtype, weight_format: str = "stored") -> Experts:
     """Every routed expert of the checkpoint on one host."""
     config = checkpoint.config
     pairs = [(layer, expert) for layer in config.moe_layer_ids for expert in range(config.num_experts)]
     weights = {pair: checkpoint.expert(*pair) for pair in pairs}
-    return Experts(weights, width=config.hidden_size, dtype=dtype, device="cpu")
+    return Experts(weights, width=config.hidden_size, dtype=dtype, device="cpu", weight_format=weight_format)
 
 
 class DirectDispatcher:
@@ -83,15 +84,17 @@ class Runner:
         max_tokens: int = 128,
         block_size: int = 5,
         seed: int = 0,
+        weight_format: str = "stored",
         load: Callable[..., Llama4 | CpuLlama4] = load_model,
     ) -> "Runner":
         """Give each sequence pages strewn over the cache, so that no test passes because slots lie in order."""
+        load = load if weight_format == "stored" else partial(load, weight_format=weight_format)
         model = load(checkpoint, dtype=dtype, device="cpu")
         num_blocks, num_groups = -(-max_tokens // block_size), len(layout_of(checkpoint.config).groups)
         num_pages = num_blocks * num_groups * num_sequences
         cache = KVCache(checkpoint.config, num_pages=num_pages, block_size=block_size, dtype=dtype, device="cpu")
         order = iter(torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).tolist())
-        runner = cls(model, DirectDispatcher(all_experts(checkpoint, dtype)), cache, max_tokens)
+        runner = cls(model, DirectDispatcher(all_experts(checkpoint, dtype, weight_format)), cache, max_tokens)
         for _ in range(num_sequences):
             runs = [PageRun(first_block=0, ids=tuple(islice(order, num_blocks))) for _ in range(num_groups)]
             runner.sequences.append(RunningSequence(tuple(runs)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.checkpoint.reader import Checkpoint
-from llama4_dist.model.cpu import attention, feed_forward, moe, norm, panels
+from llama4_dist.model.cpu import attention, feed_forward, moe, norm, panels, quantise
 from llama4_dist.model.cpu.feed_forward import Network, network_of, run_networks
 from llama4_dist.model.cpu.llama4 import CpuLlama4
 from llama4_dist.model.cpu.panels import pack
@@ -125,17 +125,19 @@ def test_the_size_of_a_page_changes_no_bit(block_size: int, tmp_path: Path) -> N
 
 
 def test_a_processor_with_narrow_vectors_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers and hosts of one cluster may have different processors."""
+    """Workers and hosts of one cluster may have different processors; int8 weights are made on each."""
     if "avx512f" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no wide vectors to leave out")
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path, "scout"))
-    wide_TV = Runner.load(checkpoint).in_chunks(TOKEN_IDS, [33, 1])
+    formats = ("stored", "int8")
+    wide = [Runner.load(checkpoint, weight_format=name).in_chunks(TOKEN_IDS, [33, 1]) for name in formats]
     narrow = compiled(tmp_path, "-mno-avx512f", "-mprefer-vector-width=256")
-    for module in (attention, feed_forward, moe, norm, panels):
+    for module in (attention, feed_forward, moe, norm, panels, quantise):
         monkeypatch.setattr(module, "passes", narrow)
     feed_forward._passes.cache_clear()
     assert narrow().l4d_strip() < bindings.passes().l4d_strip()
-    assert torch.equal(Runner.load(checkpoint).in_chunks(TOKEN_IDS, [33, 1]), wide_TV)
+    for name, wide_TV in zip(formats, wide, strict=True):
+        assert torch.equal(Runner.load(checkpoint, weight_format=name).in_chunks(TOKEN_IDS, [33, 1]), wide_TV)
     feed_forward._passes.cache_clear()
 
 

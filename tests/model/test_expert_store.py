@@ -4,15 +4,18 @@ import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.errors import CheckpointError, UnavailableError
 from llama4_dist.model.expert_store import ExpertStore, Pair
 from tests.checkpoints import make_checkpoint
+from tests.native.compiler import needs_compiler
 
 D = 64
 LAYERS, EXPERTS = range(4), range(16)
@@ -26,8 +29,8 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return make_checkpoint(tmp_path_factory.mktemp("scout"), "scout", layout=request.param)
 
 
-def store(model_dir: Path, *, dtype: torch.dtype = torch.float32, capacity_bytes: int | None = None) -> ExpertStore:
-    return ExpertStore(Checkpoint.open(model_dir), dtype=dtype, device="cpu", capacity_bytes=capacity_bytes)
+def store(model_dir: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> ExpertStore:
+    return ExpertStore(Checkpoint.open(model_dir), dtype=dtype, device="cpu", **options)
 
 
 def answer(experts: ExpertStore, pair: Pair) -> torch.Tensor:
@@ -213,8 +216,7 @@ def test_removing_gives_memory_back_that_was_touched_and_only_that(tmp_path: Pat
     pairs = [(layer, expert) for layer in range(2) for expert in range(8)]
 
     def resident() -> int:
-        mapped = psutil.Process().memory_maps(grouped=True)
-        return sum(one.rss for one in mapped if one.path.startswith(str(path)))
+        return resident_bytes(path)
 
     experts.add(pairs)
     stays, go = pairs[::8], [pair for pair in pairs if pair not in pairs[::8]]
@@ -228,3 +230,59 @@ def test_removing_gives_memory_back_that_was_touched_and_only_that(tmp_path: Pat
     # The kernel maps a file in pieces of up to 2 MiB, and lets go of whole ones at either end of an expert.
     assert left < len(stays) * size + 16 * MIB
     assert left > 0.5 * len(stays) * size, "what stays is not thrown out"
+
+
+@needs_compiler
+@pytest.mark.parametrize("layout", ["fused", "per_expert"])
+def test_in_int8_what_was_mapped_is_given_back_once_it_is_copied(tmp_path: Path, layout: str) -> None:
+    path = make_checkpoint(
+        tmp_path, "scout", layout=layout, hidden_size=512, intermediate_size=1024, num_hidden_layers=2,
+        no_rope_layers=[1, 0],
+    )  # fmt: skip
+    experts = store(path, weight_format="int8")
+    pairs = [(layer, expert) for layer in range(2) for expert in range(8)]
+    assert experts.expert_bytes == 3 * 512 * 1024 + 4 * (2 * 1024 + 512)
+    experts.add(pairs)
+    first, second = pairs[::2], pairs[1::2]
+    x_RD = torch.randn(2, 512)
+    for layer, expert in first:
+        experts(layer, ((expert, 2),), x_RD, torch.empty_like(x_RD))
+    # The kernel maps a file in pieces of up to 2 MiB, and lets go of whole ones at either end of an expert.
+    assert resident_bytes(path) < 16 * MIB, "of 48 that were read"
+    for pair in second:
+        experts.fingerprint(pair)
+    assert resident_bytes(path) < 16 * MIB, "of 96 that were read"
+    assert experts._experts.quantisation_error.num_outputs == len(pairs) * (2 * 1024 + 512)
+
+
+@needs_compiler
+def test_a_fingerprint_names_the_format_even_where_answers_are_equal(tmp_path: Path) -> None:
+    """Weights that are integers times a power of two, 127 the largest of each output, lose nothing in int8."""
+    path = make_checkpoint(tmp_path, "scout")
+    for shard in path.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in [name for name in tensors if ".experts." in name]:
+            tensors[name] = torch.randint(-127, 128, tensors[name].shape) / 1024
+            tensors[name][:, 0] = 127 / 1024
+        save_file(tensors, shard, metadata={"format": "pt"})
+    stored, int8 = store(path), store(path, weight_format="int8")
+    for experts in (stored, int8):
+        experts.add(PAIRS[:1])
+    assert torch.equal(answer(stored, PAIRS[0]), answer(int8, PAIRS[0]))
+    assert stored.fingerprint(PAIRS[0]) != int8.fingerprint(PAIRS[0])
+
+
+@needs_compiler
+def test_int8_has_one_fingerprint_everywhere(model_dir: Path) -> None:
+    stored, first, second = store(model_dir), *(store(model_dir, weight_format="int8") for _ in range(2))
+    for experts in (stored, first, second):
+        experts.add(PAIRS[:3])
+    answer(second, PAIRS[0])  # one has computed with it, the other has not
+    for pair in PAIRS[:3]:
+        assert first.fingerprint(pair) == second.fingerprint(pair) != stored.fingerprint(pair)
+        assert torch.equal(answer(first, pair), answer(second, pair))
+
+
+def resident_bytes(path: Path) -> int:
+    mapped = psutil.Process().memory_maps(grouped=True)
+    return sum(one.rss for one in mapped if one.path.startswith(str(path)))

@@ -2,11 +2,11 @@
 
 from ctypes import byref
 
-import torch
 from torch import Tensor
 
 from llama4_dist.config import ModelConfig
-from llama4_dist.model.cpu.panels import NAME_OF, pack
+from llama4_dist.model.cpu.linears import read_linear
+from llama4_dist.model.cpu.panels import NAME_OF, WEIGHT_NAME_OF
 from llama4_dist.model.cpu.plan import CpuPlan
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.weights import Weights
@@ -23,14 +23,14 @@ class Attention:
         self._layer = layer
         self._heads = (config.num_kv_heads, config.head_dim)
         self._norm_D = weights.tensor(f"{prefix}.input_layernorm.weight").float()
-        self._qkv = pack(torch.cat([weights.tensor(f"{prefix}.self_attn.{name}_proj.weight") for name in "qkv"]))
-        self._o = pack(weights.tensor(f"{prefix}.self_attn.o_proj.weight"))
+        self._qkv = read_linear(weights, *[f"{prefix}.self_attn.{name}_proj.weight" for name in "qkv"])
+        self._o = read_linear(weights, f"{prefix}.self_attn.o_proj.weight")
         self._struct = AttentionLayer(
             *(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim),
             *(has_rope, config.use_qk_norm and has_rope, config.temperature_tuning and not has_rope),
             *(config.rms_norm_eps, self._norm_D.data_ptr(), self._qkv.address, self._o.address),
         )
-        name = NAME_OF[self._qkv.strips.dtype]
+        name = WEIGHT_NAME_OF[self._qkv.strips.dtype]
         self._runs = {dtype: getattr(passes(), f"l4d_attention_{name}_{NAME_OF[dtype]}") for dtype in NAME_OF}
 
     def __call__(self, x_TD: Tensor, plan: CpuPlan, cache: KVCache) -> None:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
-from llama4_dist.model.cpu.panels import NAME_OF, pack
+from llama4_dist.model.cpu.linears import read_linear
+from llama4_dist.model.cpu.panels import NAME_OF, WEIGHT_NAME_OF, Panels
+from llama4_dist.model.cpu.quantise import QuantisationError, quantise
 from llama4_dist.model.weights import Weights
 from llama4_dist.native import threads
 from llama4_dist.native.bindings import FeedForwardShape, Groups, passes
@@ -37,6 +39,17 @@ def network_of(weights: ExpertWeights) -> Network:
     assert gate.stride() == up.stride(), "gate and up differ in layout"
     strides = (gate.stride(0), down.stride(0))
     return Network(gate, up, down, width=gate.shape[0], hidden=gate.shape[1], strides=strides)
+
+
+def packed_network(gate: Panels, up: Panels, down: Panels) -> Network:
+    """Return the network of three packed weights."""
+    width, hidden = gate.num_inputs, gate.num_outputs
+    return Network(gate.strips, up.strips, down.strips, width=width, hidden=hidden, strides=(0, 0))
+
+
+def quantised_network(weights: ExpertWeights, error: QuantisationError) -> Network:
+    """Return an expert's network in int8, which is a copy; `error` learns what was lost."""
+    return packed_network(*[quantise(part, error) for part in (weights.gate_DF, weights.up_DF, weights.down_FD)])
 
 
 def run_networks(networks: Sequence[Network], nums_rows: Sequence[int], x_RD: Tensor, out_RD: Tensor) -> None:
@@ -64,17 +77,15 @@ def _run(network: Network, groups: Groups, x_RD: Tensor, out_RD: Tensor) -> None
 
 @cache
 def _passes(weights: torch.dtype, rows: torch.dtype) -> Any:
-    return getattr(passes(), f"l4d_feed_forward_{NAME_OF[weights]}_{NAME_OF[rows]}")
+    return getattr(passes(), f"l4d_feed_forward_{WEIGHT_NAME_OF[weights]}_{NAME_OF[rows]}")
 
 
 class FeedForward:
     """The network of a dense layer or the shared expert. Source: transformers `Llama4TextMLP`."""
 
     def __init__(self, prefix: str, weights: Weights) -> None:
-        gate, up, down = (pack(weights.tensor(f"{prefix}.{name}_proj.weight")) for name in ("gate", "up", "down"))
-        self._network = Network(
-            gate.strips, up.strips, down.strips, width=gate.num_inputs, hidden=gate.num_outputs, strides=(0, 0)
-        )
+        names = [f"{prefix}.{part}_proj.weight" for part in ("gate", "up", "down")]
+        self._network = packed_network(*[read_linear(weights, name) for name in names])
         # The call is made ready once, but for the number of rows.
         self._counts = (ctypes.c_int64 * 2)(0, 0)  # first row, number of rows
         self._places = (ctypes.c_void_p * 3)(*self._network.addresses)

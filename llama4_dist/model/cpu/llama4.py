@@ -1,4 +1,4 @@
-"""The decoder without its routed experts, on a processor. Activations are float32, weights and rows the given dtype."""
+"""The decoder without its routed experts, on a processor. Activations are float32, rows of the given dtype."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama4_dist.checkpoint.names import EMBEDDING, LM_HEAD
 from llama4_dist.config import ModelConfig
 from llama4_dist.model.batch import Batch
 from llama4_dist.model.cpu.attention import Attention
 from llama4_dist.model.cpu.feed_forward import FeedForward
+from llama4_dist.model.cpu.linears import read_linear
 from llama4_dist.model.cpu.moe import MixtureOfExperts
 from llama4_dist.model.cpu.norm import norm
-from llama4_dist.model.cpu.panels import pack
 from llama4_dist.model.cpu.plan import CpuPlan, plan_step
 from llama4_dist.model.cpu.workspace import Workspace
 from llama4_dist.model.kv_cache import KVCache
@@ -89,14 +90,14 @@ class CpuLlama4:
         self.config = config
         self.stations: Stations = NotMeasured()  # the engine gives it its own
         self.frequencies_C = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        self.embedding_VD = weights.tensor("model.embed_tokens.weight")
+        self.embedding_VD = weights.tensor(EMBEDDING)
         self.layers: list[DecoderLayer] = []
         for layer in range(config.num_layers):
             self.layers.append(DecoderLayer(config, layer, weights))
             if progress:
                 progress(layer + 1, config.num_layers)
         self.norm_D = weights.tensor("model.norm.weight").float()
-        self.head = pack(self.embedding_VD if config.tie_word_embeddings else weights.tensor("lm_head.weight"))
+        self.head = read_linear(weights, EMBEDDING if config.tie_word_embeddings else LM_HEAD)
         self.num_parameters = weights.num_parameters
         self._work: dict[int, Workspace] = {}
 

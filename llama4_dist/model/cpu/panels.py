@@ -9,7 +9,8 @@ from torch import Tensor
 from llama4_dist.native import threads
 from llama4_dist.native.bindings import passes
 
-NAME_OF = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+NAME_OF = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of rows, caches and weights as stored
+WEIGHT_NAME_OF = {**NAME_OF, torch.int8: "int8"}
 
 
 def is_native(dtype: torch.dtype, device: torch.device | str) -> bool:
@@ -19,10 +20,14 @@ def is_native(dtype: torch.dtype, device: torch.device | str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Panels:
-    """A linear's weight [F, D] as [ceil(F / strip), D, strip]; the last strip is filled up with zeros."""
+    """A linear's weight [F, D] as [ceil(F / strip), D, strip]; the last strip is filled up with zeros.
+
+    int8 strips have a scale an output, in the same memory behind them, where native passes look for them.
+    """
 
     strips: Tensor
     num_outputs: int
+    scales_F: Tensor | None = None
 
     @property
     def address(self) -> int:
@@ -40,7 +45,7 @@ class Panels:
         y_TF = x_TD.new_empty(len(x_TD), self.num_outputs)
         native = passes()
         assert native is not None, "weights were packed without native passes"
-        multiply = getattr(native, f"l4d_linear_{NAME_OF[self.strips.dtype]}")
+        multiply = getattr(native, f"l4d_linear_{WEIGHT_NAME_OF[self.strips.dtype]}")
         multiply(
             x_TD.data_ptr(),
             x_TD.stride(0),
