@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t STREAMED_ROWS = 64;  // that share what was read of a weight; their sums stay in a near cache
 constexpr int64_t STREAMED_COLUMNS = 128;
+constexpr int64_t TILED_FROM = 24;  // more rows than these keep a packed block of floats in registers and a near cache
 
 thread_local Scratch inputs_scratch;
 
@@ -212,7 +213,7 @@ void multiply(const Matrix<W>& m, int64_t begin, int64_t num_columns, const floa
         Part<W> part{x, x_stride, m.data + c * m.width, STRIP, m.width, y + c, y_stride, true};
         if (num_rows <= ROWS_PER_TILE) {
             multiply_columns(part, num_rows, columns);
-        } else if constexpr (std::is_same_v<W, float>) {
+        } else if (std::is_same_v<W, float> && num_rows > TILED_FROM) {
             for (int64_t k = 0; k < m.width; k += BLOCK) {
                 part = {x + k, x_stride, m.data + c * m.width + k * STRIP, STRIP, std::min(BLOCK, m.width - k), y + c,
                         y_stride, k == 0};
