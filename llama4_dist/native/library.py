@@ -18,6 +18,7 @@ import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,7 @@ SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # A product and its sum are fused, as in the library whose bits these passes must have.
 FLAGS = (
-    *("-std=c++20", "-O3", "-pthread", "-shared", "-fPIC"),
+    *("-std=c++20", "-O3", "-pthread", "-fPIC"),
     *("-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast"),
     f"-I{sysconfig.get_path('include')}",  # a Python module is among them; without its headers it is left out
 )
@@ -94,10 +95,17 @@ def fingerprint(compiler: str) -> str:
 
 
 def compile_into(compiler: str, path: Path) -> None:
-    """Compile to `path`; it appears complete or not at all, whoever compiles at the same time."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    """Compile the files side by side; `path` appears complete or not at all, whoever compiles at the same time."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
+        commands = [
+            [compiler, *FLAGS, "-c", str(source), "-o", str(made)]
+            for source, made in zip(SOURCES, objects, strict=True)
+        ]
+        for _ in pool.map(_run, commands):
+            pass  # the first that failed says why
         target = Path(folder) / path.name
-        _run([compiler, *FLAGS, *map(str, SOURCES), "-o", str(target)])
+        _run([compiler, *FLAGS, "-shared", *map(str, objects), "-o", str(target)])
         target.replace(path)
     log.info("native_passes_compiled path=%s", path)
 
