@@ -113,6 +113,8 @@ def _route(layer: int, h_TD: Numbers) -> tuple[Tensor, Tensor]:
 class DirectExperts:
     """Stands in for a dispatcher: the slow and obvious way, one copy at a time, no host."""
 
+    overlaps = False
+
     def begin_step(self, step: int) -> None:
         pass
 
