@@ -8,11 +8,12 @@
 
 namespace l4d {
 
-constexpr int GROUP = LANES;  // keys of the cache that lie side by side, one in each lane
+constexpr int GROUP = 16;  // keys of the cache that lie side by side, one in each lane of as many vectors as it takes
 constexpr int GROUPS_PER_BLOCK = 4;
 constexpr int BLOCK_KEYS = GROUP * GROUPS_PER_BLOCK;
+constexpr int VECTORS_PER_BLOCK = BLOCK_KEYS / LANES;
 
-// The cache of one layer, by slots. Keys lie as [slots / 16, G, C, 16], so that sixteen are one vector; values as
+// The cache of one layer, by slots. Keys lie as [slots / 16, G, C, 16], so that vectors are full of them; values as
 // [slots, G, C].
 template <typename T>
 struct Cache {
@@ -60,13 +61,13 @@ inline const T* find_keys(const Cache<T>& cache, const QueryBlock& block, int64_
     return gathered;
 }
 
-// R rows of scores against V groups of keys.
+// R rows of scores against V vectors of keys.
 template <int R, int V, typename T>
-inline void score_tile(const float* q, int64_t head_dim, const T* const* groups, float* scores) {
+inline void score_tile(const float* q, int64_t head_dim, const T* const* keys, float* scores) {
     Vector sum[R][V] = {};
     for (int64_t c = 0; c < head_dim; ++c) {
         Vector key[V];
-        for (int v = 0; v < V; ++v) key[v] = load(groups[v] + c * GROUP);
+        for (int v = 0; v < V; ++v) key[v] = load(keys[v] + c * GROUP);
         for (int r = 0; r < R; ++r) {
             const float factor = q[r * head_dim + c];
             for (int v = 0; v < V; ++v) sum[r][v] += factor * key[v];
@@ -76,25 +77,22 @@ inline void score_tile(const float* q, int64_t head_dim, const T* const* groups,
         for (int v = 0; v < V; ++v) store(scores + r * BLOCK_KEYS + v * LANES, sum[r][v]);
 }
 
+// R rows, or all where there are fewer, against a block.
 template <int R, typename T>
-inline void score_rows(const float* q, int64_t head_dim, const T* const* groups, float* scores) {
-    for (int v = 0; v < GROUPS_PER_BLOCK; v += VECTORS_PER_STRIP)
-        score_tile<R, VECTORS_PER_STRIP>(q, head_dim, groups + v, scores + v * LANES);
+inline void score_rows(const float* q, int64_t num_rows, int64_t head_dim, const T* const* groups, float* scores) {
+    if constexpr (R > 1)
+        if (num_rows < R) return score_rows<R - 1>(q, num_rows, head_dim, groups, scores);
+    const T* keys[VECTORS_PER_BLOCK];
+    for (int v = 0; v < VECTORS_PER_BLOCK; ++v) keys[v] = groups[v * LANES / GROUP] + v * LANES % GROUP;
+    for (int v = 0; v < VECTORS_PER_BLOCK; v += VECTORS_PER_STRIP)
+        score_tile<R, VECTORS_PER_STRIP>(q, head_dim, keys + v, scores + v * LANES);
 }
 
 template <typename T>
 inline void score(const float* q, int64_t num_rows, int64_t head_dim, const T* const* groups, float* scores) {
     for (int64_t r = 0; r < num_rows; r += ROWS_PER_TILE, q += ROWS_PER_TILE * head_dim,
-                 scores += ROWS_PER_TILE * BLOCK_KEYS) {
-        switch (num_rows - r) {
-            case 1: score_rows<1>(q, head_dim, groups, scores); break;
-            case 2: score_rows<2>(q, head_dim, groups, scores); break;
-            case 3: score_rows<3>(q, head_dim, groups, scores); break;
-            case 4: score_rows<4>(q, head_dim, groups, scores); break;
-            case 5: score_rows<5>(q, head_dim, groups, scores); break;
-            default: score_rows<ROWS_PER_TILE>(q, head_dim, groups, scores);
-        }
-    }
+                 scores += ROWS_PER_TILE * BLOCK_KEYS)
+        score_rows<ROWS_PER_TILE>(q, num_rows - r, head_dim, groups, scores);
 }
 
 // What is known of a row's softmax after some blocks.
@@ -107,9 +105,9 @@ inline void weigh(float* scores, int64_t begin, int64_t end, Running& running, f
     Integers lane;
     for (int i = 0; i < LANES; ++i) lane[i] = i;
     const Vector none = all(-__builtin_inff());
-    Vector s[GROUPS_PER_BLOCK];
+    Vector s[VECTORS_PER_BLOCK];
     Vector largest = none;
-    for (int v = 0; v < GROUPS_PER_BLOCK; ++v) {
+    for (int v = 0; v < VECTORS_PER_BLOCK; ++v) {
         const Integers key = lane + v * LANES;
         s[v] = ((key >= int32_t(begin)) & (key < int32_t(end))) ? load(scores + v * LANES) : none;
         largest = larger(s[v], largest);
@@ -120,15 +118,15 @@ inline void weigh(float* scores, int64_t begin, int64_t end, Running& running, f
         for (int64_t c = 0; c < head_dim; ++c) out[c] *= factor;
         running = {largest_here, running.sum * factor};
     }
-    Vector sum = {};
-    for (int v = 0; v < GROUPS_PER_BLOCK; ++v) {
+    Vector sums[VECTORS_OF_SUMS] = {};
+    for (int v = 0; v < VECTORS_PER_BLOCK; ++v) {
         const Integers key = lane + v * LANES;
         const Vector weight = exp_of(s[v] - running.largest);
         const Vector kept = ((key >= int32_t(begin)) & (key < int32_t(end))) ? weight : Vector{};
         store(scores + v * LANES, kept);
-        sum += kept;
+        sums[v % VECTORS_OF_SUMS] += kept;
     }
-    running.sum += sum_of(sum);
+    running.sum += sum_of(sums);
 }
 
 // out += weights of keys [base + from, base + to) times their values.

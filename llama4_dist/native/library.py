@@ -31,6 +31,7 @@ HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = (
     *("-std=c++20", "-O3", "-pthread", "-fPIC"),
     *("-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast"),
+    "--param=avoid-fma-max-bits=0",  # for Zen 2 and 3, g++ would leave some products of narrow vectors unfused
     f"-I{sysconfig.get_path('include')}",  # a Python module is among them; without its headers it is left out
 )
 COMPILE_TIMEOUT_S = 120

@@ -8,6 +8,14 @@
 namespace l4d {
 namespace {
 
+// Weights as stored that stay in registers while rows go by: some inputs, each for some vectors of outputs.
+#ifdef __AVX512F__
+constexpr int AT_ONCE = 8, ABREAST = 1;
+#else  // a factor from memory serves two vectors, and a line of memory is asked for once
+constexpr int AT_ONCE = 4, ABREAST = 2;
+#endif
+constexpr int ACROSS = ABREAST * LANES;
+constexpr int FEW_ROWS = 6;            // whose sums may lie apart
 constexpr int64_t STREAMED_ROWS = 64;  // that share what was read of a weight; their sums stay in a near cache
 constexpr int64_t STREAMED_COLUMNS = 128;
 constexpr int64_t TILED_FROM = 24;  // more rows than these keep a packed block of floats in registers and a near cache
@@ -22,27 +30,23 @@ inline void tile(const Part<W>& p) {
         for (int v = 0; v < VECTORS; ++v) sum[r][v] = p.first ? Vector{} : load(p.y + r * p.y_stride + v * LANES);
     for (int64_t k = 0; k < p.width; ++k) {
         const W* weight = p.weight + k * p.weight_stride;
-        Vector strip[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) strip[v] = load(weight + v * LANES);
-        for (int r = 0; r < R; ++r) {
-            const float factor = p.x[r * p.x_stride + k];
-            for (int v = 0; v < VECTORS; ++v) sum[r][v] += factor * strip[v];
+        float factor[R];
+        for (int r = 0; r < R; ++r) factor[r] = p.x[r * p.x_stride + k];
+        for (int v = 0; v < VECTORS; ++v) {
+            const Vector outputs = load(weight + v * LANES);
+            for (int r = 0; r < R; ++r) sum[r][v] += factor[r] * outputs;
         }
     }
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < VECTORS; ++v) store(p.y + r * p.y_stride + v * LANES, sum[r][v]);
 }
 
-template <int VECTORS, typename W>
+// R rows, or all where there are fewer.
+template <int R, int VECTORS, typename W>
 inline void tile_of(const Part<W>& p, int64_t num_rows) {
-    switch (num_rows) {
-        case 1: return tile<1, VECTORS>(p);
-        case 2: return tile<2, VECTORS>(p);
-        case 3: return tile<3, VECTORS>(p);
-        case 4: return tile<4, VECTORS>(p);
-        case 5: return tile<5, VECTORS>(p);
-        default: return tile<ROWS_PER_TILE, VECTORS>(p);
-    }
+    if constexpr (R > 1)
+        if (num_rows < R) return tile_of<R - 1, VECTORS>(p, num_rows);
+    tile<R, VECTORS>(p);
 }
 
 template <typename W>
@@ -71,7 +75,7 @@ template <int VECTORS, typename W>
 inline int64_t tiles(const Part<W>& p, int64_t num_rows, int64_t column, int64_t end) {
     for (; column + VECTORS * LANES <= end; column += VECTORS * LANES)
         for (int64_t row = 0; row < num_rows; row += ROWS_PER_TILE)
-            tile_of<VECTORS>(moved(p, row, column), num_rows - row);
+            tile_of<ROWS_PER_TILE, VECTORS>(moved(p, row, column), num_rows - row);
     return column;
 }
 
@@ -80,7 +84,7 @@ inline int64_t tiles(const Part<W>& p, int64_t num_rows, int64_t column, int64_t
 template <typename W>
 void multiply_columns(const Part<W>& p, int64_t num_rows, int64_t end) {
     int64_t column = tiles<VECTORS_PER_STRIP>(p, num_rows, 0, end);
-    if (VECTORS_PER_STRIP > 1) column = tiles<1>(p, num_rows, column, end);
+    column = tiles<1>(p, num_rows, column, end);
     columns_one_by_one(p, num_rows, column, end);
 }
 
@@ -90,22 +94,25 @@ namespace {
 // that is what memory gives fastest; the sums stay in the nearest cache. R = rows.
 template <int R, typename W>
 inline void stream(const Part<W>& p, int64_t num_columns) {
-    constexpr int AT_ONCE = 8;
-    const int64_t vectors_end = num_columns / LANES * LANES;
+    const int64_t vectors_end = num_columns / ACROSS * ACROSS;
     int64_t k = 0;
     for (; k + AT_ONCE <= p.width; k += AT_ONCE) {
         const W* weight = p.weight + k * p.weight_stride;
-        for (int64_t c = 0; c < vectors_end; c += LANES) {
-            Vector row[AT_ONCE];
+        for (int64_t c = 0; c < vectors_end; c += ACROSS) {
+            Vector row[AT_ONCE][ABREAST];
             for (int i = 0; i < AT_ONCE; ++i) {
                 __builtin_prefetch(weight + (AT_ONCE + i) * p.weight_stride + c);
-                row[i] = load(weight + i * p.weight_stride + c);
+                for (int v = 0; v < ABREAST; ++v) row[i][v] = load(weight + i * p.weight_stride + c + v * LANES);
             }
             for (int r = 0; r < R; ++r) {
                 float* y = p.y + r * p.y_stride + c;
-                Vector sum = k ? load(y) : Vector{};
-                for (int i = 0; i < AT_ONCE; ++i) sum += p.x[r * p.x_stride + k + i] * row[i];
-                store(y, sum);
+                Vector sum[ABREAST];
+                for (int v = 0; v < ABREAST; ++v) sum[v] = k ? load(y + v * LANES) : Vector{};
+                for (int i = 0; i < AT_ONCE; ++i) {
+                    const float factor = p.x[r * p.x_stride + k + i];
+                    for (int v = 0; v < ABREAST; ++v) sum[v] += factor * row[i][v];
+                }
+                for (int v = 0; v < ABREAST; ++v) store(y + v * LANES, sum[v]);
             }
         }
     }
@@ -115,61 +122,59 @@ inline void stream(const Part<W>& p, int64_t num_columns) {
     rest.width -= k;
     rest.first = k == 0;
     if (rest.width) tiles<1>(rest, R, 0, vectors_end);
-    columns_one_by_one(p, R, vectors_end, num_columns);
+    multiply_columns(moved(p, 0, vectors_end), R, num_columns - vectors_end);
 }
 
-template <typename W>
+template <int R, typename W>
 inline void stream_rows(const Part<W>& p, int64_t num_rows, int64_t num_columns) {
-    switch (num_rows) {
-        case 1: return stream<1>(p, num_columns);
-        case 2: return stream<2>(p, num_columns);
-        case 3: return stream<3>(p, num_columns);
-        case 4: return stream<4>(p, num_columns);
-        case 5: return stream<5>(p, num_columns);
-        default: return stream<ROWS_PER_TILE>(p, num_columns);
-    }
+    if constexpr (R > 1)
+        if (num_rows < R) return stream_rows<R - 1>(p, num_rows, num_columns);
+    stream<R>(p, num_columns);
 }
 
 // The same for up to STREAMED_ROWS rows. What belongs together lies together: the sums of a vector of columns, and the
 // inputs of a step. Where rows are a power of two apart, they would push each other out of the nearest cache.
 template <typename W>
 inline void stream_many(const Part<W>& p, int64_t num_rows, int64_t num_columns) {
-    constexpr int AT_ONCE = VECTORS_PER_STRIP > 1 ? 8 : 4;  // weights that stay in registers while rows go by
-    constexpr int TOGETHER = 4;                             // rows whose chains of products run side by side
+    constexpr int TOGETHER = 4 / ABREAST;  // rows whose chains of products run side by side
     alignas(64) static thread_local float sums[STREAMED_ROWS * STREAMED_COLUMNS];
-    const int64_t vectors_end = num_columns / LANES * LANES, end = p.width / AT_ONCE * AT_ONCE;
+    const int64_t vectors_end = num_columns / ACROSS * ACROSS, end = p.width / AT_ONCE * AT_ONCE;
     float* inputs = inputs_scratch.take(num_rows * end);  // [width / AT_ONCE, rows, AT_ONCE]
     for (int64_t r = 0; r < num_rows; ++r)
         for (int64_t k = 0; k < end; k += AT_ONCE)
             std::memcpy(inputs + k * num_rows + r * AT_ONCE, p.x + r * p.x_stride + k, AT_ONCE * sizeof(float));
     for (int64_t first = 0; first < vectors_end; first += STREAMED_COLUMNS) {
         const int64_t columns = std::min<int64_t>(STREAMED_COLUMNS, vectors_end - first);
+        std::memset(sums, 0, num_rows * columns * sizeof(float));
         for (int64_t k = 0; k < end; k += AT_ONCE) {
             const W* weight = p.weight + k * p.weight_stride + first;
-            for (int64_t c = 0; c < columns; c += LANES) {
-                Vector row[AT_ONCE];
+            for (int64_t c = 0; c < columns; c += ACROSS) {
+                Vector row[AT_ONCE][ABREAST];
                 for (int i = 0; i < AT_ONCE; ++i) {
                     __builtin_prefetch(weight + (AT_ONCE + i) * p.weight_stride + c, 0, 2);
-                    row[i] = load(weight + i * p.weight_stride + c);
+                    for (int v = 0; v < ABREAST; ++v) row[i][v] = load(weight + i * p.weight_stride + c + v * LANES);
                 }
                 const auto add = [&]<int R>(const float* x, float* y) {
-                    Vector sum[R];
-                    for (int r = 0; r < R; ++r) sum[r] = k ? load(y + r * LANES) : Vector{};
+                    Vector sum[R][ABREAST];
+                    for (int r = 0; r < R; ++r)
+                        for (int v = 0; v < ABREAST; ++v) sum[r][v] = load(y + r * ACROSS + v * LANES);
                     for (int i = 0; i < AT_ONCE; ++i)
-                        for (int r = 0; r < R; ++r) sum[r] += x[r * AT_ONCE + i] * row[i];
-                    for (int r = 0; r < R; ++r) store(y + r * LANES, sum[r]);
+                        for (int r = 0; r < R; ++r)
+                            for (int v = 0; v < ABREAST; ++v) sum[r][v] += x[r * AT_ONCE + i] * row[i][v];
+                    for (int r = 0; r < R; ++r)
+                        for (int v = 0; v < ABREAST; ++v) store(y + r * ACROSS + v * LANES, sum[r][v]);
                 };
                 const float* x = inputs + k * num_rows;
-                float* y = sums + c * num_rows;  // [columns / LANES, rows, LANES]
+                float* y = sums + c * num_rows;  // [columns / ACROSS, rows, ACROSS]
                 int64_t r = 0;
                 for (; r + TOGETHER <= num_rows; r += TOGETHER)
-                    add.template operator()<TOGETHER>(x + r * AT_ONCE, y + r * LANES);
-                for (; r < num_rows; ++r) add.template operator()<1>(x + r * AT_ONCE, y + r * LANES);
+                    add.template operator()<TOGETHER>(x + r * AT_ONCE, y + r * ACROSS);
+                for (; r < num_rows; ++r) add.template operator()<1>(x + r * AT_ONCE, y + r * ACROSS);
             }
         }
-        for (int64_t c = 0; c < columns; c += LANES)
+        for (int64_t c = 0; c < columns; c += ACROSS)
             for (int64_t r = 0; r < num_rows; ++r)
-                store(p.y + r * p.y_stride + first + c, load(sums + c * num_rows + r * LANES));
+                std::memcpy(p.y + r * p.y_stride + first + c, sums + c * num_rows + r * ACROSS, ACROSS * sizeof(float));
     }
     Part<W> rest = p;
     rest.x += end;
@@ -177,7 +182,7 @@ inline void stream_many(const Part<W>& p, int64_t num_rows, int64_t num_columns)
     rest.width -= end;
     rest.first = end == 0;
     if (rest.width) tiles<1>(rest, num_rows, 0, vectors_end);
-    columns_one_by_one(p, num_rows, vectors_end, num_columns);
+    multiply_columns(moved(p, 0, vectors_end), num_rows, num_columns - vectors_end);
 }
 
 // Any number of rows, as often as they need the weight read again.
@@ -203,7 +208,7 @@ void multiply(const Matrix<W>& m, int64_t begin, int64_t num_columns, const floa
     if constexpr (!has_scales) {
         if (!m.is_packed()) {
             const Part<W> part{x, x_stride, m.data + begin, m.row_stride, m.width, y + begin, y_stride, true};
-            if (num_rows <= ROWS_PER_TILE) stream_rows(part, num_rows, num_columns);
+            if (num_rows <= FEW_ROWS) stream_rows<FEW_ROWS>(part, num_rows, num_columns);
             else stream_all(part, num_rows, num_columns);
             return;
         }

@@ -8,13 +8,13 @@
 
 namespace l4d {
 
-#ifdef __AVX512F__  // 32 registers of a vector each: 24 sums, 4 weights, a factor
 constexpr int VECTORS_PER_STRIP = 4;
-#else  // 16 registers of half a vector each
-constexpr int VECTORS_PER_STRIP = 1;
-#endif
 constexpr int STRIP = VECTORS_PER_STRIP * LANES;
+#ifdef __AVX512F__  // 32 registers: 24 sums, 4 weights, a factor
 constexpr int ROWS_PER_TILE = 6;
+#else  // 16 registers: 12 sums, 3 factors, a weight
+constexpr int ROWS_PER_TILE = 3;
+#endif
 constexpr int64_t BLOCK = 256;  // inputs of a strip that many rows share from a near cache
 constexpr int64_t MAX_COLUMNS = 512;  // that a thread takes at a time
 

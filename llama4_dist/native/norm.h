@@ -9,9 +9,10 @@ namespace l4d {
 
 // out = x / sqrt(mean(x²) + eps) · weight; no weight is a weight of ones.
 inline void rms_norm(const float* x, const float* weight, int64_t width, float eps, float* out) {
-    Vector sums = {};
+    Vector sums[VECTORS_OF_SUMS] = {};
     int64_t i = 0;
-    for (; i + LANES <= width; i += LANES) sums += load(x + i) * load(x + i);
+    for (; i + SUMS <= width; i += SUMS)
+        for (int v = 0; v < VECTORS_OF_SUMS; ++v) sums[v] += load(x + i + v * LANES) * load(x + i + v * LANES);
     float sum = sum_of(sums);
     for (int64_t j = i; j < width; ++j) sum = __builtin_fmaf(x[j], x[j], sum);
     const float scale = 1.0f / std::sqrt(sum / width + eps);

@@ -1,7 +1,8 @@
-// Vectors of 16 floats, lowered by the compiler to the widest registers there are, and the functions of one vector.
+// Vectors of as many floats as the processor's registers hold, and the functions of one vector.
 //
 // Every lane goes through the same operations in the same order, so a value's bits do not depend on its lane, on the
-// vector width of the processor, or on what else is computed.
+// vector width of the processor, or on what else is computed. Only a sum across lanes is of 16 on every processor. Not
+// all vectors are of 16, because g++ 12 keeps those that fill several registers in memory: products took six times as long.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,15 @@
 
 namespace l4d {
 
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int SUMS = 16;  // side by side, until they are added up
+constexpr int VECTORS_OF_SUMS = SUMS / LANES;
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(alignof(float)), may_alias));
 typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(alignof(int32_t)), may_alias));
@@ -63,12 +72,7 @@ inline Vector load(const Int8* from) {
 #if defined(__AVX512F__)
     return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
 #elif defined(__AVX2__)
-    const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
-    const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + 8))));
-    Vector result;
-    std::memcpy(&result, &low, sizeof low);
-    std::memcpy((char*)&result + sizeof low, &high, sizeof high);
-    return result;
+    return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 #else
     Vector result;
     for (int i = 0; i < LANES; ++i) result[i] = from[i].value;
@@ -80,11 +84,11 @@ inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = va
 
 inline Vector all(float value) { return Vector{} + value; }
 
-// The sum of a vector's lanes, always added in this order.
-inline float sum_of(Vector v) {
-    float lane[LANES];
-    store(lane, v);
-    for (int width = LANES / 2; width; width /= 2)
+// The sum of all lanes, always added in this order.
+inline float sum_of(const Vector (&sums)[VECTORS_OF_SUMS]) {
+    float lane[SUMS];
+    for (int v = 0; v < VECTORS_OF_SUMS; ++v) store(lane + v * LANES, sums[v]);
+    for (int width = SUMS / 2; width; width /= 2)
         for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
     return lane[0];
 }

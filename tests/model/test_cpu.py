@@ -1,10 +1,7 @@
 """The native passes compute what the obvious version does, with bits that no thread count or vector width changes."""
 
-import ctypes
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,16 +9,16 @@ from torch import Tensor
 
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.checkpoint.reader import Checkpoint
-from llama4_dist.model.cpu import attention, feed_forward, moe, norm, panels, quantise
 from llama4_dist.model.cpu.feed_forward import Network, network_of, run_networks
 from llama4_dist.model.cpu.llama4 import CpuLlama4
 from llama4_dist.model.cpu.panels import pack
 from llama4_dist.model.llama4 import Llama4
 from llama4_dist.model.weights import Weights
-from llama4_dist.native import bindings, library, threads
+from llama4_dist.native import threads
 from tests.checkpoints import make_checkpoint
 from tests.model.direct import Runner
 from tests.native.compiler import needs_compiler
+from tests.native.narrow import AVX2, computing_with, narrow_passes
 
 pytestmark = needs_compiler
 
@@ -124,32 +121,14 @@ def test_the_size_of_a_page_changes_no_bit(block_size: int, tmp_path: Path) -> N
     assert torch.equal(Runner.load(checkpoint, block_size=block_size).in_chunks(TOKEN_IDS, [33, 1]), expected_TV)
 
 
-def test_a_processor_with_narrow_vectors_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_with_narrow_vectors_gives_the_same_bits(tmp_path: Path) -> None:
     """Workers and hosts of one cluster may have different processors; int8 weights are made on each."""
-    if "avx512f" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this processor has no wide vectors to leave out")
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path, "scout"))
     formats = ("stored", "int8")
     wide = [Runner.load(checkpoint, weight_format=name).in_chunks(TOKEN_IDS, [33, 1]) for name in formats]
-    narrow = compiled(tmp_path, "-mno-avx512f", "-mprefer-vector-width=256")
-    for module in (attention, feed_forward, moe, norm, panels, quantise):
-        monkeypatch.setattr(module, "passes", narrow)
-    feed_forward._passes.cache_clear()
-    assert narrow().l4d_strip() < bindings.passes().l4d_strip()
-    for name, wide_TV in zip(formats, wide, strict=True):
-        assert torch.equal(Runner.load(checkpoint, weight_format=name).in_chunks(TOKEN_IDS, [33, 1]), wide_TV)
-    feed_forward._passes.cache_clear()
-
-
-def compiled(folder: Path, *flags: str) -> Callable[[], Any]:
-    """Compile the sources with further flags; returns what stands for `passes`."""
-    path = folder / "narrow.so"
-    subprocess.run(["g++", *library.FLAGS, *flags, *map(str, library.SOURCES), "-o", str(path)], check=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bindings, "library", lambda: path)
-        loaded = bindings.passes.__wrapped__()
-    assert isinstance(loaded, ctypes.CDLL)
-    return lambda: loaded
+    with computing_with(narrow_passes(AVX2)):
+        for name, wide_TV in zip(formats, wide, strict=True):
+            assert torch.equal(Runner.load(checkpoint, weight_format=name).in_chunks(TOKEN_IDS, [33, 1]), wide_TV)
 
 
 def load_obvious(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str) -> Llama4:
