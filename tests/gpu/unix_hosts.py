@@ -12,7 +12,7 @@ from llama4_dist.config import ModelConfig
 from llama4_dist.dispatch.dispatcher import DEFAULT_DEADLINES, Dispatcher
 from llama4_dist.dispatch.handshake import Hello
 from llama4_dist.dispatch.links.connect import connect
-from llama4_dist.dispatch.links.link import Link, LinkLimits, dtype_name
+from llama4_dist.dispatch.links.link import DTYPES, Link, LinkLimits, dtype_name
 from llama4_dist.dispatch.reply_times import Deadlines
 from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
 from llama4_dist.engine.build import build_engine
@@ -61,6 +61,32 @@ def table_of(
     return RoutingTable(epoch=epoch, replicas=replicas)
 
 
+def dispatcher_over(
+    hello: Hello,
+    addresses: Mapping[str, tuple[str, int]],
+    table: RoutingTable,
+    *,
+    device: str,
+    deadlines: Deadlines = DEFAULT_DEADLINES,
+) -> Dispatcher:
+    """Dial the hosts as `hello` and return a dispatcher; `addresses` name a host's socket and incarnation."""
+    dtype = DTYPES[hello.dtype]
+    links: dict[str, Link] = {
+        host: connect(address, hello=hello, secret=SECRET, limits=LinkLimits(), timeout_s=CONNECT_TIMEOUT_S)
+        for host, (address, _) in addresses.items()
+    }
+    return Dispatcher(
+        worker=hello.id,
+        incarnation=hello.incarnation,
+        table=table,
+        links=links,
+        width=hello.width,
+        dtype=dtype,
+        device=rows_device(dtype, device),
+        deadlines=deadlines,
+    )
+
+
 def engine_over(
     checkpoint: Checkpoint,
     addresses: Mapping[str, tuple[str, int]],
@@ -71,7 +97,7 @@ def engine_over(
     options: EngineOptions,
     deadlines: Deadlines = DEFAULT_DEADLINES,
 ) -> LocalEngine:
-    """Return an engine whose attention is computed on `device`; `addresses` name a host's socket and incarnation."""
+    """Return an engine whose attention is computed on `device`, over hosts that hold these pairs."""
     config = checkpoint.config
     hello = Hello(
         role="attention",
@@ -84,20 +110,8 @@ def engine_over(
         dtype=dtype_name(dtype),
         arithmetic=arithmetic(dtype, device),
     )
-    links: dict[str, Link] = {
-        host: connect(address, hello=hello, secret=SECRET, limits=LinkLimits(), timeout_s=CONNECT_TIMEOUT_S)
-        for host, (address, _) in addresses.items()
-    }
-    dispatcher = Dispatcher(
-        worker="a0",
-        incarnation=1,
-        table=table_of(config, pairs, {host: incarnation for host, (_, incarnation) in addresses.items()}),
-        links=links,
-        width=config.hidden_size,
-        dtype=dtype,
-        device=rows_device(dtype, device),
-        deadlines=deadlines,
-    )
+    table = table_of(config, pairs, {host: incarnation for host, (_, incarnation) in addresses.items()})
+    dispatcher = dispatcher_over(hello, addresses, table, device=device, deadlines=deadlines)
     engine = build_engine(checkpoint, dispatcher, options=options, dtype=dtype, device=device)
     engine.on_close = dispatcher.close
     return engine
