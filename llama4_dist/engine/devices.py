@@ -76,7 +76,13 @@ def open_experts(
         from llama4_dist.gpu.experts import GpuExperts
 
         config = checkpoint.config
-        experts = GpuExperts(width=config.hidden_size, expert_width=config.expert_width, dtype=dtype, device=device)
+        experts = GpuExperts(
+            width=config.hidden_size,
+            expert_width=config.expert_width,
+            num_experts=config.num_experts,
+            dtype=dtype,
+            device=device,
+        )
     return ExpertStore(
         checkpoint,
         dtype=dtype,

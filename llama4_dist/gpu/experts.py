@@ -39,16 +39,20 @@ class DeviceExpert:
 class GpuExperts:
     """Holds weights by (layer, expert) on a device, each expert in memory of its own, and applies them to rows.
 
-    A row's bits do not depend on the rows or the experts computed with it. `expert_width` is F, the same for all.
+    A row's bits do not depend on the rows or the experts computed with it. `expert_width` is F, the same for all;
+    `num_experts` bounds the experts of a layer.
     """
 
-    def __init__(self, *, width: int, expert_width: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, *, width: int, expert_width: int, num_experts: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
         self.weight_format = STORED
         self.width = width
         self.dtype = dtype
         self.device = torch.device(device)
         self.holds: frozenset[Pair] = frozenset()
         self._expert_width = expert_width
+        self._num_experts = num_experts
         self._held: dict[Pair, DeviceExpert] = {}
         self._outgoing, self._incoming = PinnedMemory(self.device), PinnedMemory(self.device)
         self._computing = threading.Lock()  # fingerprints are made beside the thread that serves
@@ -129,7 +133,8 @@ class GpuExperts:
         gate_up = torch.zeros((2 * self._expert_width, self.width), dtype=self.dtype, device=self.device)
         down = torch.zeros((self.width, self._expert_width), dtype=self.dtype, device=self.device)
         expert = DeviceExpert(gate_up=gate_up, down=down)
-        for num_groups in (1, 2, 4, 8, 16):  # tiles follow the number of groups
+        for power in range((self._num_experts - 1).bit_length() + 1):  # kernels differ by powers of two of groups
+            num_groups = 1 << power
             for num_rows in (1, MAX_ROWS // 2, MAX_ROWS, MAX_ROWS + 1):
                 groups = [(expert, num_rows)] + [(expert, 1)] * (num_groups - 1)
                 x_RD = torch.zeros((num_rows + num_groups - 1, self.width), dtype=self.dtype)

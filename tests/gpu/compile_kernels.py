@@ -48,7 +48,7 @@ def unread_weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:
 def ask_a_host(config: ModelConfig) -> None:
     """Launch what an expert host launches."""
     width, inner, dtype = config.hidden_size, config.expert_width, torch.bfloat16
-    experts = GpuExperts(width=width, expert_width=inner, dtype=dtype, device="cpu")
+    experts = GpuExperts(width=width, expert_width=inner, num_experts=max(NUM_GROUPS), dtype=dtype, device="cpu")
     expert = DeviceExpert(
         gate_up=torch.empty((2 * inner, width), dtype=dtype), down=torch.empty((width, inner), dtype=dtype)
     )

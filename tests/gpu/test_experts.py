@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from llama4_dist.checkpoint.reader import Checkpoint
-from llama4_dist.gpu.experts import GpuExperts
+from llama4_dist.gpu import experts as experts_module
+from llama4_dist.gpu.addressed import AddressedGroups
+from llama4_dist.gpu.experts import DeviceExpert, GpuExperts
+from llama4_dist.gpu.stream_linear import MAX_ROWS, MIN_ROWS, default_tile
 from llama4_dist.model.expert import Experts
 from tests.checkpoints import make_checkpoint
 
@@ -26,7 +29,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def gpu_experts(checkpoint: Checkpoint, experts: range, dtype: torch.dtype = torch.float32) -> GpuExperts:
-    held = GpuExperts(width=D, expert_width=F, dtype=dtype, device="cpu")
+    held = GpuExperts(width=D, expert_width=F, num_experts=16, dtype=dtype, device="cpu")
     for expert in experts:
         held.put({(LAYER, expert): checkpoint.expert(LAYER, expert)})
     return held
@@ -84,6 +87,32 @@ def test_two_threads_may_ask_at_once(checkpoint: Checkpoint) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_all_that_calls_launch_is_compiled_before_the_first_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At Scout's shape; a kernel is another one for another tile, and for another power of two of rows or groups."""
+    kinds: set[tuple[object, ...]] = set()
+
+    def note(
+        x_RD: Tensor, addresses: Tensor, groups: AddressedGroups, *, num_columns: int, gated: bool = False
+    ) -> Tensor:
+        if groups.max_rows > MAX_ROWS:
+            kinds.add((gated, groups.num_groups, len(x_RD) % 16))
+        else:
+            tile = default_tile(x_RD, gated, num_columns * groups.num_groups)
+            kinds.add((gated, tile, max(MIN_ROWS, 1 << (groups.max_rows - 1).bit_length())))
+        return x_RD.new_empty(len(x_RD), num_columns)
+
+    monkeypatch.setattr(experts_module, "multiply_addressed", note)
+    held = GpuExperts(width=5120, expert_width=8192, num_experts=40, dtype=torch.bfloat16, device="cpu")
+    held._warm_up()
+    warm, expert = kinds.copy(), DeviceExpert(gate_up=torch.empty(0), down=torch.empty(0))
+    kinds.clear()
+    for num_groups in range(1, 41):
+        for num_rows in (1, 2, 16, 17, 33, 64, 65, 200):
+            x_RD = torch.empty((num_groups - 1 + num_rows, 5120), dtype=torch.bfloat16)
+            held._compute([(expert, num_rows)] + [(expert, 1)] * (num_groups - 1), x_RD, torch.empty_like(x_RD))
+    assert kinds == warm
 
 
 def test_groups_that_do_not_cover_the_rows_are_our_own_bug(checkpoint: Checkpoint) -> None:

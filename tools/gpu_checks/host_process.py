@@ -91,7 +91,7 @@ def _random_experts(width: int, expert_width: int, dtype: torch.dtype, device: s
     def normal(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(std=shape[0] ** -0.5)
 
-    experts = GpuExperts(width=width, expert_width=expert_width, dtype=dtype, device=device)
+    experts = GpuExperts(width=width, expert_width=expert_width, num_experts=NUM_EXPERTS, dtype=dtype, device=device)
     for expert in range(NUM_EXPERTS):
         weights = ExpertWeights(
             gate_DF=normal(width, expert_width), up_DF=normal(width, expert_width), down_FD=normal(expert_width, width)
