@@ -34,9 +34,9 @@ from llama4_dist.dispatch.links.connect import connect
 from llama4_dist.dispatch.links.link import Link, LinkLimits, dtype_name
 from llama4_dist.dispatch.routing_table import RoutingTable
 from llama4_dist.engine.build import build_engine, resolve_dtype
+from llama4_dist.engine.devices import arithmetic, rows_device
 from llama4_dist.engine.local import LocalEngine
 from llama4_dist.errors import PreconditionError
-from llama4_dist.model.load import arithmetic
 from llama4_dist.native import threads
 from llama4_dist.rpc.engine_service import EngineServer
 
@@ -82,7 +82,7 @@ class AttentionWorker:
             links={},
             width=checkpoint.config.hidden_size,
             dtype=self._dtype,
-            device=config.device,
+            device=rows_device(self._dtype, config.device),
             checks=CrossCheck(
                 every=config.cross_check_every,
                 referee=Referee(

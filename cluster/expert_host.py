@@ -21,10 +21,10 @@ from llama4_dist.dispatch.links.link import LinkLimits
 from llama4_dist.dispatch.links.listener import Listener
 from llama4_dist.dispatch.stats import HostStats
 from llama4_dist.engine.build import resolve_dtype
+from llama4_dist.engine.devices import arithmetic, open_experts
 from llama4_dist.errors import PreconditionError, UnavailableError
 from llama4_dist.model.cpu.panels import is_native
 from llama4_dist.model.expert_store import ExpertStore
-from llama4_dist.model.load import arithmetic
 from llama4_dist.native import threads
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class ExpertHost:
         self._resources.callback(checkpoint.close)
         geometry = checkpoint.config
         dtype = resolve_dtype(config.dtype, geometry.dtype)
-        self._store = ExpertStore(
+        self._store = open_experts(
             checkpoint,
             dtype=dtype,
             device=config.device,

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.dispatch.links.wire import WireFormat
-from llama4_dist.model.expert_store import ExpertStore
+from llama4_dist.engine.devices import open_experts
 
 
 class Referee:
@@ -14,7 +14,7 @@ class Referee:
     def __init__(
         self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, weights: str, wire: str = ""
     ) -> None:
-        self._experts = ExpertStore(checkpoint, dtype=dtype, device=device, weight_format=weights)
+        self._experts = open_experts(checkpoint, dtype=dtype, device=device, weight_format=weights)
         self._device = torch.device(device)
         self._form = WireFormat(wire, checkpoint.config.hidden_size, dtype)
 

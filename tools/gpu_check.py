@@ -21,6 +21,7 @@ from gpu_checks.ceilings import check_ceilings  # noqa: E402
 from gpu_checks.decode import check_batches, check_decode, check_transformers  # noqa: E402
 from gpu_checks.engine import check_engine  # noqa: E402
 from gpu_checks.harness import HEADER, Session, format_row  # noqa: E402
+from gpu_checks.hosts import check_hosts  # noqa: E402
 from gpu_checks.model import check_model, check_model_bits  # noqa: E402
 from gpu_checks.products import (  # noqa: E402
     check_grouped_gemm,
@@ -41,6 +42,7 @@ CHECKS = {
     "model": check_model,
     "model-bits": check_model_bits,
     "engine": check_engine,
+    "hosts": check_hosts,
 }
 TIMED = {
     "gemm": check_grouped_gemm,

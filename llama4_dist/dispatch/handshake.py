@@ -32,7 +32,8 @@ _MAX_HELLO_BYTES = 2048
 _MIN_SECRET_BYTES = 16
 _MAX_ID = 128
 _REMEDIES = {
-    "arithmetic": ": give every node a C++ compiler, or none (LLAMA4_DIST_NATIVE=0), and all workers the same `weights`"
+    "arithmetic": ": give every node a C++ compiler, or none (LLAMA4_DIST_NATIVE=0), and all workers the same "
+    "`weights` and the same `device`"
 }
 
 

@@ -13,6 +13,7 @@ from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.engine import kv_sizing
 from llama4_dist.engine.apart import apart
+from llama4_dist.engine.devices import load_model
 from llama4_dist.engine.engine import EngineCore
 from llama4_dist.engine.inproc_hosts import start_inproc_hosts
 from llama4_dist.engine.kv_dtype import resolve_kv_dtype
@@ -22,7 +23,6 @@ from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.cpu.panels import is_native
 from llama4_dist.model.kv_cache import KVCache
-from llama4_dist.model.load import load_model
 from llama4_dist.model.weight_format import STORED, check_weight_format
 from llama4_dist.native import threads
 from llama4_dist.request import EngineLimits

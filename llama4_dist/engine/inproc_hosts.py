@@ -10,8 +10,8 @@ from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.dispatch.handshake import HostIdentity
 from llama4_dist.dispatch.links.link import Link, LinkLimits
 from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+from llama4_dist.engine.devices import open_experts, rows_device
 from llama4_dist.errors import ConfigError
-from llama4_dist.model.expert_store import ExpertStore
 from llama4_dist.model.weight_format import STORED
 
 WORKER = "local"
@@ -42,7 +42,7 @@ def start_inproc_hosts(
     links: dict[str, Link] = {}
     servers: list[ExpertServer] = []
     for host in sorted(set(host_of.values())):
-        experts = ExpertStore(checkpoint, dtype=dtype, device=device, weight_format=weights)
+        experts = open_experts(checkpoint, dtype=dtype, device=device, weight_format=weights)
         experts.add([key for key, holder in host_of.items() if holder == host])
         server = ExpertServer(
             identity=HostIdentity(
@@ -67,7 +67,7 @@ def start_inproc_hosts(
         links=links,
         width=config.hidden_size,
         dtype=dtype,
-        device=device,
+        device=rows_device(dtype, device),
     )
     resources.callback(dispatcher.close)
     return dispatcher, servers

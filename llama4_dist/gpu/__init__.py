@@ -1,1 +1,1 @@
-"""The same model on one CUDA device, in Triton: experts, attention and cache in one process, decode as a CUDA graph."""
+"""The model in Triton: on one CUDA device with cache and experts, decode as a CUDA graph; or a cluster's part of it."""

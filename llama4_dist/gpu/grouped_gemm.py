@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama4_dist.gpu.tile_loads import add_product, load_tile, silu_times
+from llama4_dist.gpu.tile_loads import add_product, load_tile, matrix_at, silu_times
 from llama4_dist.gpu.tiles import Tile, matrix_source, num_multiprocessors, precision_of
 
 ROW_TILES_TOGETHER = 8  # row tiles that take one weight tile after another while it is in the L2 cache
@@ -131,6 +131,7 @@ def grouped_gemm_kernel(
     FLAT: tl.constexpr,
     PRECISION: tl.constexpr,
     IMPRECISE: tl.constexpr,
+    ADDRESSED: tl.constexpr = False,  # `weights` holds an address for each expert
 ):
     experts = tl.arange(0, EXPERTS)
     begins = tl.load(starts + experts, mask=experts < num_experts, other=0)
@@ -154,16 +155,22 @@ def grouped_gemm_kernel(
         column = within // in_band * BLOCK_N
         weight_row = expert * weight_rows + column
         total_rows = num_experts * weight_rows
+        if ADDRESSED:
+            matrix = matrix_at(weights, expert, out.dtype.element_ty)
+            weight_row = column
+            total_rows = weight_rows
+        else:
+            matrix = weights
 
         first = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         second = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, width, BLOCK_K):
             x_tile = load_tile(x, row, k, num_rows, width, BLOCK_M, BLOCK_K, X_DESCRIBED)
-            w_tile = load_tile(weights, weight_row, k, total_rows, width, BLOCK_N, BLOCK_K, WEIGHT_DESCRIBED)
+            w_tile = load_tile(matrix, weight_row, k, total_rows, width, BLOCK_N, BLOCK_K, WEIGHT_DESCRIBED)
             first = add_product(x_tile, w_tile.T, first, PRECISION, IMPRECISE)
             if GATED:
                 up_row = weight_row + num_columns
-                w_tile = load_tile(weights, up_row, k, total_rows, width, BLOCK_N, BLOCK_K, WEIGHT_DESCRIBED)
+                w_tile = load_tile(matrix, up_row, k, total_rows, width, BLOCK_N, BLOCK_K, WEIGHT_DESCRIBED)
                 second = add_product(x_tile, w_tile.T, second, PRECISION, IMPRECISE)
 
         rows = row + tl.arange(0, BLOCK_M)

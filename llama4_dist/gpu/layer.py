@@ -63,20 +63,60 @@ class GpuLayer:
 
         `num_routed` says how those outputs lie, see `add_and_norm`.
         """
-        normed_TD = torch.empty_like(x_TD)
-        add_and_norm(x_TD, added_ND, self.weights.input_norm_D, normed_TD, eps=self.eps, num_routed=num_routed)
-        attended_TD = self._attention(normed_TD, step, pages)
-        copies_ND = x_TD.new_empty((x_TD.shape[0] * (self.num_routed + 1), x_TD.shape[1]))
-        normed_TD = copies_ND[x_TD.shape[0] * self.num_routed :]
+        attended_TD = self.attend(x_TD, added_ND, num_routed, step, pages)
         if self.weights.router_ED is None:
-            rows = step.all_rows
-            add_and_norm(x_TD, attended_TD, self.weights.post_attention_norm_D, normed_TD, eps=self.eps)
-        else:
-            rows = self._route(x_TD, attended_TD, copies_ND, normed_TD, step)
-        if isinstance(rows, SortedRows) and rows.order_R is not None:
+            return self.dense_network(x_TD, attended_TD, step)
+        copies_ND, experts_N = self.route(x_TD, attended_TD, step)
+        rows = self._rows_of(experts_N, x_TD.shape[0])
+        if isinstance(rows, SortedRows):
+            assert rows.order_R is not None, "copies that were sorted have an order"
             copies_ND = copies_ND.index_select(0, rows.order_R)
         inner_NF = self.weights.gate_up.multiply(copies_ND, rows, gated=True)
         return self.weights.down.multiply(inner_NF, rows)
+
+    def attend(
+        self, x_TD: Tensor, added_ND: Tensor | None, num_routed: int, step: StepInputs, pages: PagedKeys
+    ) -> Tensor:
+        """Add the last layer's outputs to `x_TD` in place and return attention's, not yet added: [T, D]."""
+        normed_TD = torch.empty_like(x_TD)
+        add_and_norm(x_TD, added_ND, self.weights.input_norm_D, normed_TD, eps=self.eps, num_routed=num_routed)
+        return self._attention(normed_TD, step, pages)
+
+    def dense_network(self, x_TD: Tensor, attended_TD: Tensor, step: StepInputs) -> Tensor:
+        """Add attention's outputs to `x_TD` in place and return those of a layer's one network, not yet added."""
+        normed_TD = torch.empty_like(x_TD)
+        add_and_norm(x_TD, attended_TD, self.weights.post_attention_norm_D, normed_TD, eps=self.eps)
+        return self.network(normed_TD, step)
+
+    def network(self, normed_TD: Tensor, step: StepInputs) -> Tensor:
+        """Return every row's outputs of the one network that `weights` has: a dense layer's, or the shared expert."""
+        inner_TF = self.weights.gate_up.multiply(normed_TD, step.all_rows, gated=True)
+        return self.weights.down.multiply(inner_TF, step.all_rows)
+
+    def route(self, x_TD: Tensor, attended_TD: Tensor, step: StepInputs) -> tuple[Tensor, Tensor]:
+        """Add attention's outputs to `x_TD` in place; return what the experts read, and which expert reads which row.
+
+        copies_ND [T·K + T, D] holds a token's K scored copies side by side, then each token for the shared expert;
+        experts_N are int32, the shared expert's number the last.
+        """
+        router_ED = self.weights.router_ED
+        assert router_ED is not None, "a dense layer chooses nothing"
+        num_tokens, width = x_TD.shape
+        copies_ND = x_TD.new_empty((num_tokens * (self.num_routed + 1), width))
+        experts_N = torch.empty(len(copies_ND), dtype=torch.int32, device=copies_ND.device)
+        add_norm_and_route(
+            x_TD,
+            attended_TD,
+            self.weights.post_attention_norm_D,
+            copies_ND[num_tokens * self.num_routed :],
+            router_ED,
+            step.tables.sequences_T,
+            eps=self.eps,
+            experts_per_token=self.num_routed,
+            experts_N=experts_N,
+            copies_ND=copies_ND,
+        )
+        return copies_ND, experts_N
 
     def _attention(self, x_TD: Tensor, step: StepInputs, pages: PagedKeys) -> Tensor:
         tables = step.tables
@@ -102,28 +142,12 @@ class GpuLayer:
             return (tables.decode_chunked, True), (tables.prefill_chunked, False)
         return (tables.decode_full, True), (tables.prefill_full, False)
 
-    def _route(
-        self, x_TD: Tensor, attended_TD: Tensor, copies_ND: Tensor, normed_TD: Tensor, step: StepInputs
-    ) -> RowGroups | SortedRows:
-        """Fill the copies, the shared expert's being `normed_TD`, and return which go through which expert."""
-        router_ED = self.weights.router_ED
-        assert router_ED is not None
-        num_experts, num_tokens = router_ED.shape[0], x_TD.shape[0]
-        experts_N = torch.empty(len(copies_ND), dtype=torch.int32, device=copies_ND.device)
-        add_norm_and_route(
-            x_TD,
-            attended_TD,
-            self.weights.post_attention_norm_D,
-            normed_TD,
-            router_ED,
-            step.tables.sequences_T,
-            eps=self.eps,
-            experts_per_token=self.num_routed,
-            experts_N=experts_N,
-            copies_ND=copies_ND,
-        )
+    def _rows_of(self, experts_N: Tensor, num_tokens: int) -> RowGroups | SortedRows:
+        """Return which copies go through which expert."""
+        assert self.weights.router_ED is not None, "a dense layer has no copies"
+        num_experts = self.weights.router_ED.shape[0]
         if num_tokens == 1:  # each copy is a group
-            return replace(_few_rows_apart(len(copies_ND), copies_ND.device), experts=experts_N)
+            return replace(_few_rows_apart(len(experts_N), experts_N.device), experts=experts_N)
         if num_tokens > MAX_ROWS:
             return sort_rows(experts_N, num_experts + 1)
         max_groups = min(num_experts, num_tokens * self.num_routed) + 1

@@ -82,20 +82,11 @@ class GpuLlama4:
 
     def run_layers(self, tables: StepTables, cache: KVCache) -> tuple[Tensor, Tensor, int]:
         """Return the residual stream, the last layer's outputs not yet added to it, and how those lie."""
-        step = self._inputs(tables)
+        step = self.inputs(tables)
         x_TD = self.weights.embedding_VD.index_select(0, tables.tokens_T)
         outputs_ND, num_routed = None, 0
         for index, layer in enumerate(self.layers):
-            keys_SD, values_SD = cache.slots(index)
-            group = cache.layout.group_of[index]
-            pages = PagedKeys(
-                keys_SD=keys_SD,
-                values_SD=values_SD,
-                table=tables.page_tables[group],
-                first_pages_B=tables.first_pages[group],
-                page_size=cache.block_size,
-            )
-            outputs_ND = layer(x_TD, outputs_ND, num_routed, step, pages)
+            outputs_ND = layer(x_TD, outputs_ND, num_routed, step, pages_of(cache, index, tables))
             num_routed = layer.num_routed
         assert outputs_ND is not None
         return x_TD, outputs_ND, num_routed
@@ -104,15 +95,23 @@ class GpuLlama4:
         self, x_TD: Tensor, outputs_ND: Tensor, num_routed: int, logit_rows: Sequence[int] | None = None
     ) -> Tensor:
         """Return float32 logits [P, V] of the rows, of all by default."""
+        normed_TD = self.normed(x_TD, outputs_ND, num_routed)
+        return self.head(normed_TD if logit_rows is None else normed_TD[list(logit_rows)])
+
+    def normed(self, x_TD: Tensor, outputs_ND: Tensor, num_routed: int) -> Tensor:
+        """Add the last layer's outputs to `x_TD` in place and return its norm, which the head reads."""
         normed_TD = torch.empty_like(x_TD)
         eps = self.config.rms_norm_eps
         add_and_norm(x_TD, outputs_ND, self.weights.norm_D, normed_TD, eps=eps, num_routed=num_routed)
-        if logit_rows is not None:
-            normed_TD = normed_TD[list(logit_rows)]
-        rows = every_row(len(normed_TD), self.device)
-        return self.weights.head.multiply(normed_TD, rows, out_dtype=torch.float32)
+        return normed_TD
 
-    def _inputs(self, tables: StepTables) -> StepInputs:
+    def head(self, normed_PD: Tensor) -> Tensor:
+        """Return float32 logits [P, V]."""
+        rows = every_row(len(normed_PD), self.device)
+        return self.weights.head.multiply(normed_PD, rows, out_dtype=torch.float32)
+
+    def inputs(self, tables: StepTables) -> StepInputs:
+        """Return what all layers of a step read."""
         angles_TC = tables.positions_T.float()[:, None] * self.frequencies_C
         return StepInputs(
             tables=tables,
@@ -120,3 +119,16 @@ class GpuLlama4:
             temperature_T=query_temperature(tables.positions_T, self.config.floor_scale, self.config.attn_scale),
             all_rows=every_row(tables.tokens_T.shape[0], self.device),
         )
+
+
+def pages_of(cache: KVCache, layer: int, tables: StepTables) -> PagedKeys:
+    """Return a layer's keys and values with the page table of its group."""
+    keys_SD, values_SD = cache.slots(layer)
+    group = cache.layout.group_of[layer]
+    return PagedKeys(
+        keys_SD=keys_SD,
+        values_SD=values_SD,
+        table=tables.page_tables[group],
+        first_pages_B=tables.first_pages[group],
+        page_size=cache.block_size,
+    )

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama4_dist.gpu.grouped_gemm import IMPRECISE_PRODUCTS, grouped_gemm_reference
-from llama4_dist.gpu.tile_loads import add_product, load_tile, silu_times
+from llama4_dist.gpu.tile_loads import add_product, load_tile, matrix_at, silu_times
 from llama4_dist.gpu.tiles import Tile, matrix_source, precision_of
 
 MIN_ROWS = 16  # of a matrix instruction's side
@@ -137,6 +137,7 @@ def stream_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     IMPRECISE: tl.constexpr,
+    ADDRESSED: tl.constexpr = False,  # `weights` holds an address for each expert
 ):
     group = tl.program_id(1)
     start = tl.load(starts + group)
@@ -151,18 +152,24 @@ def stream_kernel(
         weight_rows = 2 * num_columns if GATED else num_columns
         weight_row = expert * weight_rows + column
         total_rows = num_experts * weight_rows
+        if ADDRESSED:
+            matrix = matrix_at(weights, expert, out.dtype.element_ty)
+            weight_row = column
+            total_rows = weight_rows
+        else:
+            matrix = weights
         inner = tl.arange(0, BLOCK_K)
 
         first = tl.zeros((BLOCK_N, BLOCK_T), dtype=tl.float32)
         second = tl.zeros((BLOCK_N, BLOCK_T), dtype=tl.float32)
         for k in range(0, width, BLOCK_K):
-            w_tile = load_tile(weights, weight_row, k, total_rows, width, BLOCK_N, BLOCK_K, DESCRIBED)
+            w_tile = load_tile(matrix, weight_row, k, total_rows, width, BLOCK_N, BLOCK_K, DESCRIBED)
             is_inside = is_row[:, None] & (k + inner < width)[None, :]
             x_tile = tl.load(x + rows[:, None] * width + (k + inner)[None, :], mask=is_inside, other=0.0)
             first = add_product(w_tile, x_tile.T, first, PRECISION, IMPRECISE)
             if GATED:
                 up_row = weight_row + num_columns
-                w_tile = load_tile(weights, up_row, k, total_rows, width, BLOCK_N, BLOCK_K, DESCRIBED)
+                w_tile = load_tile(matrix, up_row, k, total_rows, width, BLOCK_N, BLOCK_K, DESCRIBED)
                 second = add_product(w_tile, x_tile.T, second, PRECISION, IMPRECISE)
 
         columns = column + tl.arange(0, BLOCK_N)

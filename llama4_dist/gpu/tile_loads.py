@@ -20,6 +20,12 @@ def load_tile(
 
 
 @triton.jit
+def matrix_at(addresses, entry, dtype: tl.constexpr):
+    """The matrix that lies at addresses[entry], which is a multiple of 16: whole vectors are loaded from it."""
+    return tl.multiple_of(tl.load(addresses + entry).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
 def add_product(a, b, total, PRECISION: tl.constexpr, IMPRECISE: tl.constexpr):
     """total + a @ b in float32; "upcast" is for the interpreter, which cannot multiply bfloat16."""
     if PRECISION == "upcast":

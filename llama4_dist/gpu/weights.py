@@ -16,7 +16,7 @@ from llama4_dist.gpu.packed import FORMATS, Packed
 class LayerWeights:
     """One decoder layer. `gate_up` and `down` hold all routed experts and after them the shared one.
 
-    A dense layer has no router and one entry.
+    A dense layer has no router and one entry. A MoE layer whose routed experts are elsewhere has the shared one alone.
     """
 
     input_norm_D: Tensor
@@ -44,9 +44,12 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     expert_format: str = "stored",
+    with_routed: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelWeights:
-    """Read every weight, in `dtype`, to `device`; `progress` is told (layers read, layers in all).
+    """Read every weight, or all but the routed experts', in `dtype`, to `device`.
+
+    `progress` is told (layers read, layers in all).
 
     `expert_format` is one of `packed.FORMATS`: how feed-forward weights, which are most of the model, are kept.
     """
@@ -55,7 +58,7 @@ def load_weights(
     reader = WeightReader(checkpoint, dtype, device, expert_format)
     layers = []
     for layer in range(checkpoint.config.num_layers):
-        layers.append(reader.layer(layer))
+        layers.append(reader.layer(layer, with_routed=with_routed))
         if progress:
             progress(layer + 1, checkpoint.config.num_layers)
     return ModelWeights(
@@ -83,13 +86,13 @@ class WeightReader:
         """Return linears of one input as one."""
         return Packed(values_EFD=torch.cat([self.tensor(name) for name in names])[None])
 
-    def layer(self, layer: int) -> LayerWeights:
+    def layer(self, layer: int, *, with_routed: bool) -> LayerWeights:
         prefix = f"model.layers.{layer}"
         is_moe = self._config.moe_layers[layer]
         mlp = f"{prefix}.feed_forward.shared_expert" if is_moe else f"{prefix}.feed_forward"
         gate_up = self.linear(f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight")
         down = self.linear(f"{mlp}.down_proj.weight")
-        if is_moe:
+        if is_moe and with_routed:
             gate_up, down = self._with_experts(layer, gate_up, down)
         return LayerWeights(
             input_norm_D=self.tensor(f"{prefix}.input_layernorm.weight"),

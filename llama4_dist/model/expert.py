@@ -83,6 +83,7 @@ class Experts:
                 run_networks([network for network, _ in present], [num_rows for _, num_rows in present], x_RD, out_RD)
             return
         with torch.inference_mode():
+            x_RD = x_RD.to(self.device)  # where they came by a socket they lie on the host
             start = 0
             for expert, num_rows in groups:
                 stop = start + num_rows

@@ -7,8 +7,9 @@ back what was mapped.
 
 import hashlib
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +24,29 @@ from llama4_dist.model.weight_format import INT8, STORED, expert_bytes
 NUM_GOLDEN_ROWS = 4
 
 
+class RoutedExperts(Protocol):
+    """What a store asks of whoever computes; `model.expert.Experts` documents it, `gpu.experts.GpuExperts` has it."""
+
+    weight_format: str
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+    holds: frozenset[Pair]
+
+    def put(self, weights: Mapping[Pair, ExpertWeights]) -> None: ...
+
+    def drop(self, pairs: Collection[Pair]) -> None: ...
+
+    def weights(self, layer: int, expert: int) -> ExpertWeights: ...
+
+    def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None: ...
+
+
 class ExpertStore:
     """Satisfies `dispatch.ExpertCompute`. One thread computes, any may add and remove.
 
-    `capacity_bytes` bounds the weights held; None = no bound.
+    `capacity_bytes` bounds the weights held; None = no bound. `experts`, which hold none yet, compute in place of
+    `model.expert.Experts`.
     """
 
     def __init__(
@@ -37,10 +57,11 @@ class ExpertStore:
         device: str,
         weight_format: str = STORED,
         capacity_bytes: int | None = None,
+        experts: RoutedExperts | None = None,
     ) -> None:
         config = checkpoint.config
         self._checkpoint = checkpoint
-        self._experts = Experts(
+        self._experts = experts or Experts(
             {},
             width=config.hidden_size,
             dtype=dtype,
@@ -115,6 +136,8 @@ class ExpertStore:
         self._check_room(len(wanted))
         for num_done, pair in enumerate(wanted, start=1):
             self._experts.put({pair: self._checkpoint.expert(*pair)})
+            if self._experts.device.type != "cpu":  # it was copied: what is mapped is not read any more
+                self._checkpoint.release_expert(*pair)
             progress(num_done)
 
     def _remove(self, pairs: Collection[Pair]) -> int:

@@ -1,4 +1,4 @@
-"""Chooses the decoder for a device, and names the choice.
+"""Chooses the decoder of this folder for a device, and names the choice; `engine.devices` knows those of `gpu` too.
 
 Native passes compute on a processor, torch elsewhere and where there is no compiler.
 """

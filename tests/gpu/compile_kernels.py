@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from llama4_dist.config import ModelConfig
+from llama4_dist.gpu.experts import DeviceExpert, GpuExperts
 from llama4_dist.gpu.model import GpuLlama4
 from llama4_dist.gpu.packed import Packed
 from llama4_dist.gpu.row_kernels import add_and_norm, add_norm_and_route
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from gpu_checks.stack import make_batch, make_cache, scout_config
 
 ROW_WIDTHS = (64, 128, 640, 5120)  # a row that is updated in place must have a thread for each element
+NUM_GROUPS = (1, 2, 4)  # of an expert host's launch: each has tiles of its own
 NUM_ROWS = (1, 40, 100)  # decode of one sequence, decode of many, a prompt
 
 
@@ -43,6 +45,20 @@ def unread_weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:
     )
 
 
+def ask_a_host(config: ModelConfig) -> None:
+    """Launch what an expert host launches."""
+    width, inner, dtype = config.hidden_size, config.expert_width, torch.bfloat16
+    experts = GpuExperts(width=width, expert_width=inner, num_experts=max(NUM_GROUPS), dtype=dtype, device="cpu")
+    expert = DeviceExpert(
+        gate_up=torch.empty((2 * inner, width), dtype=dtype), down=torch.empty((width, inner), dtype=dtype)
+    )
+    experts._held = {(0, number): expert for number in range(max(NUM_GROUPS))}
+    for num_groups in NUM_GROUPS:
+        for num_rows in NUM_ROWS:
+            x_RD = torch.empty((num_groups * num_rows, width), dtype=dtype)
+            experts(0, [(number, num_rows) for number in range(num_groups)], x_RD, torch.empty_like(x_RD))
+
+
 def main() -> None:
     config = scout_config(4)  # three layers with rotation, one without
     kernels = compile_launches()
@@ -52,6 +68,7 @@ def main() -> None:
         lengths = [1] * num_rows if num_rows < NUM_ROWS[-1] else [num_rows - 1, 1]
         parts = [([0] * length, 40, range(9)) for length in lengths]
         model.forward(make_batch(model, parts), cache)
+    ask_a_host(config)
     for width in ROW_WIDTHS:
         x_TD, normed_TD = torch.empty(2, width), torch.empty(2, width)
         add_and_norm(x_TD, normed_TD, torch.empty(width), normed_TD, eps=1e-5)

@@ -21,7 +21,7 @@ def run(tmp_path: Path, *flags: str, **environment: str) -> list[dict[str, objec
 
 @pytest.mark.parametrize(
     ("check", "num_rows"),
-    [("small", 16), ("rows", 17), ("attention", 6), ("quantized", 13), ("model", 1), ("model-bits", 3)],
+    [("small", 16), ("rows", 17), ("attention", 6), ("quantized", 13), ("model", 1), ("model-bits", 3), ("hosts", 5)],
 )
 def test_every_check_passes_in_the_interpreter(tmp_path: Path, check: str, num_rows: int) -> None:
     rows = run(tmp_path, "--quick", "--device", "cpu", "--only", check, TRITON_INTERPRET="1")

@@ -1,0 +1,93 @@
+"""Chooses what computes on a device, and names the choice.
+
+Triton's kernels compute on a CUDA device, native passes on a processor; torch where there is neither Triton nor a
+compiler (`model.load`).
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+
+from llama4_dist.checkpoint.reader import Checkpoint
+from llama4_dist.engine.one_device import MeasuredModel
+from llama4_dist.model import load
+from llama4_dist.model.expert_store import ExpertStore
+from llama4_dist.model.weight_format import STORED, check_weight_format
+
+_TRITON_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def is_triton(dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Tell whether the kernels of `llama4_dist.gpu` compute there."""
+    return torch.device(device).type == "cuda" and dtype in _TRITON_DTYPES and find_spec("triton") is not None
+
+
+def arithmetic(dtype: torch.dtype, device: torch.device | str, weight_format: str = STORED) -> str:
+    """Name what computes there; two kinds of arithmetic round differently, so one cluster has one kind.
+
+    Triton's kernels have the same bits on cards of one kind and with one version of Triton, which the name leaves out.
+    """
+    if is_triton(dtype, device):
+        return "triton-cuda"
+    return load.arithmetic(dtype, device, weight_format)
+
+
+def rows_device(dtype: torch.dtype, device: str) -> str:
+    """Return where a dispatcher is given rows: Triton's decoder brings them to the host itself, in one copy."""
+    return "cpu" if is_triton(dtype, device) else device
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    weight_format: str = STORED,
+    progress: Callable[[int, int], None] | None = None,
+) -> MeasuredModel:
+    """Read all weights but the routed experts'; `progress` is told (layers read, layers in all).
+
+    Raises ConfigError where `weight_format` cannot be computed.
+    """
+    if not is_triton(dtype, device):
+        return load.load_model(checkpoint, dtype=dtype, device=device, weight_format=weight_format, progress=progress)
+    check_weight_format(weight_format, dtype=dtype, device=device)
+    from llama4_dist.gpu.decoder import GpuDecoder  # needs Triton, which only such a device does
+
+    return GpuDecoder.load(checkpoint, dtype=dtype, device=device, progress=progress)
+
+
+def open_experts(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    weight_format: str = STORED,
+    capacity_bytes: int | None = None,
+) -> ExpertStore:
+    """Return a store, empty yet, of experts that are computed on `device`.
+
+    Raises ConfigError where `weight_format` cannot be computed.
+    """
+    check_weight_format(weight_format, dtype=dtype, device=device)
+    experts = None
+    if is_triton(dtype, device):
+        from llama4_dist.gpu.experts import GpuExperts
+
+        config = checkpoint.config
+        experts = GpuExperts(
+            width=config.hidden_size,
+            expert_width=config.expert_width,
+            num_experts=config.num_experts,
+            dtype=dtype,
+            device=device,
+        )
+    return ExpertStore(
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        weight_format=weight_format,
+        capacity_bytes=capacity_bytes,
+        experts=experts,
+    )
