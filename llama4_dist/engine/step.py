@@ -122,7 +122,9 @@ class StepRunner:
         self._counters.stations.begin()
         for rows in step_batch.prompt_rows:
             prompt_logprobs.collect(rows, logits_PV)
-        results = sample(logits_PV[list(step_batch.sampled_rows)], step_batch.sampled)
+        if len(step_batch.sampled_rows) < len(logits_PV):  # a copy of all rows of a large vocabulary takes milliseconds
+            logits_PV = logits_PV[list(step_batch.sampled_rows)]
+        results = sample(logits_PV, step_batch.sampled)
         for span in spans:
             span.sequence.num_cached += span.num_tokens
         self._counters.stations.mark(SAMPLE)
