@@ -17,7 +17,7 @@ import stat
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -54,7 +54,7 @@ def library() -> Path | None:
         path = folder / f"{fingerprint(compiler)}.so"
         with locked(folder):  # who comes second waits for the first one's library
             if not path.exists():
-                compile_into(compiler, path)
+                compile_into(compiler, path, SOURCES, FLAGS)
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("native_passes_off reason=%s", _first_line(error))
         return None
@@ -95,18 +95,18 @@ def fingerprint(compiler: str) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 
-def compile_into(compiler: str, path: Path) -> None:
+def compile_into(compiler: str, path: Path, sources: Sequence[Path], flags: Sequence[str]) -> None:
     """Compile the files side by side; `path` appears complete or not at all, whoever compiles at the same time."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
+        objects = [Path(folder) / f"{source.stem}.o" for source in sources]
         commands = [
-            [compiler, *FLAGS, "-c", str(source), "-o", str(made)]
-            for source, made in zip(SOURCES, objects, strict=True)
+            [compiler, *flags, "-c", str(source), "-o", str(made)]
+            for source, made in zip(sources, objects, strict=True)
         ]
         for _ in pool.map(_run, commands):
             pass  # the first that failed says why
         target = Path(folder) / path.name
-        _run([compiler, *FLAGS, "-shared", *map(str, objects), "-o", str(target)])
+        _run([compiler, *flags, "-shared", *map(str, objects), "-o", str(target)])
         target.replace(path)
     log.info("native_passes_compiled path=%s", path)
 

@@ -1,7 +1,6 @@
 """The native passes as processors with narrower vectors have them, compiled once for all tests of a run."""
 
 import ctypes
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,8 +43,8 @@ def computing_with(native: Any) -> Iterator[None]:
 def _compiled(flags: tuple[str, ...]) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = Path(folder) / "narrow.so"
-        sources = [str(source) for source in library.SOURCES if source.name != "dispatch.cpp"]  # it computes nothing
-        subprocess.run(["g++", *library.FLAGS, *flags, *sources, "-o", str(path)], check=True)
+        sources = [source for source in library.SOURCES if source.name != "dispatch.cpp"]  # it computes nothing
+        library.compile_into("g++", path, sources, (*library.FLAGS, *flags))
         patch.setattr(bindings, "library", lambda: path)
         loaded = bindings.passes.__wrapped__()
     assert isinstance(loaded, ctypes.CDLL)
