@@ -16,6 +16,8 @@ class CheckpointSummary:
     architecture: str
     dtype: str
     layout: str  # fused | per_expert | dense
+    quantisation: str | None  # of the quantised linears, in words
+    num_quantised: int  # linears
     num_parameters: int
     num_active_parameters: int  # a token passes through these
     num_bytes: int
@@ -27,7 +29,7 @@ class CheckpointSummary:
     chunk_size: int | None
     num_experts: int
     experts_per_token: int
-    expert_bytes: int  # one routed expert of one layer
+    expert_bytes: int  # one routed expert of the last MoE layer
     kv_bytes_per_token: int  # all layers, in the stored dtype, up to `chunk_size` tokens
     kv_bytes_per_token_beyond_chunk: int  # the layers that keep the whole sequence
     max_context: int
@@ -44,6 +46,8 @@ def describe(checkpoint: Checkpoint) -> CheckpointSummary:
         architecture=config.architecture,
         dtype=config.dtype,
         layout=checkpoint.layout.value if config.moe_layer_ids else "dense",
+        quantisation=checkpoint.scheme.title if checkpoint.scheme else None,
+        num_quantised=len(checkpoint.quantised),
         num_parameters=checkpoint.num_parameters,
         num_active_parameters=checkpoint.num_parameters - num_idle_parameters(config),
         num_bytes=checkpoint.total_bytes,
@@ -55,7 +59,7 @@ def describe(checkpoint: Checkpoint) -> CheckpointSummary:
         chunk_size=config.chunk_size,
         num_experts=config.num_experts,
         experts_per_token=config.experts_per_token,
-        expert_bytes=num_expert_parameters(config) * _ITEM_BYTES[config.dtype] if config.moe_layer_ids else 0,
+        expert_bytes=checkpoint.expert_bytes(config.moe_layer_ids[-1], 0) if config.moe_layer_ids else 0,
         kv_bytes_per_token=kv_bytes * config.num_layers,
         kv_bytes_per_token_beyond_chunk=kv_bytes * config.chunked_layers.count(False),
         max_context=config.max_position_embeddings,

@@ -13,6 +13,7 @@ from llama4_dist.config import ModelConfig
 Shape = tuple[int, ...]
 NESTED = "language_model."
 VISION = ("vision_model.", "multi_modal_projector.")
+EXPERT_PARTS = ("gate", "up", "down")
 LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 

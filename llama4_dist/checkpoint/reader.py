@@ -7,20 +7,24 @@ of devices and never casts.
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 
 from torch import Tensor
 
 from llama4_dist.checkpoint import names
-from llama4_dist.checkpoint.config_file import CONFIG, read_config
-from llama4_dist.checkpoint.directory import has_file
+from llama4_dist.checkpoint.config_file import CONFIG, parse_config
+from llama4_dist.checkpoint.directory import has_file, read_small_file
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.checkpoint.generation_file import GenerationDefaults, read_generation_defaults
 from llama4_dist.checkpoint.header import TensorEntry
 from llama4_dist.checkpoint.index import Index, read_index
 from llama4_dist.checkpoint.names import ExpertLayout
+from llama4_dist.checkpoint.quantised import QuantisedExpertWeights, QuantisedLinear
+from llama4_dist.checkpoint.quantised_reader import read_quantised, read_scales
+from llama4_dist.checkpoint.scheme import Scheme, parse_scheme
 from llama4_dist.checkpoint.shard import EVERYTHING, Shard
 from llama4_dist.checkpoint.text_tensors import select_text_tensors
 from llama4_dist.checkpoint.verify import check_digest, check_finite, read_manifest
@@ -30,10 +34,19 @@ from llama4_dist.config import ModelConfig
 class Checkpoint:
     """An opened checkpoint. Safe to use from several threads; views outlive `close`."""
 
-    def __init__(self, path: Path, config: ModelConfig, generation: GenerationDefaults, index: Index) -> None:
-        selected = select_text_tensors(config, index)
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig,
+        generation: GenerationDefaults,
+        index: Index,
+        scheme: Scheme | None = None,
+    ) -> None:
+        selected = select_text_tensors(config, index, scheme)
         self.path = path
         self.config = config
+        self.scheme = scheme  # of the linears in `quantised`
+        self.quantised = selected.quantised
         self.generation = generation
         self.layout = selected.layout
         self.entries: Mapping[str, TensorEntry] = selected.entries  # by canonical name
@@ -49,13 +62,17 @@ class Checkpoint:
         """Open the checkpoint directory `path`; raise CheckpointError naming the file and tensor that is wrong."""
         path = Path(path)
         index = read_index(path)
-        config = read_config(path)
-        return cls(path, config, read_generation_defaults(path, config.vocab_size), index)
+        raw = read_small_file(path, CONFIG)
+        config = parse_config(raw)
+        generation = read_generation_defaults(path, config.vocab_size)
+        return cls(path, config, generation, index, parse_scheme(raw, CONFIG))
 
     @property
     def num_parameters(self) -> int:
-        """Elements of the tensors that the text engine reads."""
-        return sum(entry.num_elements for entry in self.entries.values())
+        """Weights that the text engine reads; scales are none."""
+        parts = {part.name for linear in self.quantised.values() for part in linear.tensors()}
+        plain = sum(entry.num_elements for entry in self.entries.values() if entry.name not in parts)
+        return plain + sum(prod(linear.shape) for linear in self.quantised.values())
 
     @property
     def total_bytes(self) -> int:
@@ -67,13 +84,23 @@ class Checkpoint:
         return len(self._shards)
 
     def tensor(self, name: str) -> Tensor:
-        """Return a text tensor by canonical name in its stored dtype; ValueError if this geometry has none such."""
+        """Return a text tensor by canonical name in its stored dtype; ValueError if this geometry has none such.
+
+        A quantised linear is returned as the float32 weight that it stands for, which is a copy.
+        """
         if name == names.LM_HEAD and self.config.tie_word_embeddings:
             name = names.EMBEDDING
+        if name in self.quantised:
+            return self._quantised(name).dequantise()
         return self._matrix(name)
 
-    def expert(self, layer: int, expert: int, start: int = 0, stop: int | None = None) -> ExpertWeights:
-        """Return columns [start, stop) of the width F of a routed expert; the whole expert by default."""
+    def expert(
+        self, layer: int, expert: int, start: int = 0, stop: int | None = None
+    ) -> ExpertWeights | QuantisedExpertWeights:
+        """Return columns [start, stop) of the width F of a routed expert; the whole expert by default.
+
+        ValueError for a cut through a group of a quantised one.
+        """
         width = self.config.expert_width
         stop = width if stop is None else stop
         if not 0 <= start < stop <= width:
@@ -83,27 +110,49 @@ class Checkpoint:
         if self.layout is ExpertLayout.FUSED:
             return self._fused_expert(layer, expert, start, stop)
         cut = slice(start, stop)
+        gate, up, down = (names.expert_linear_name(layer, expert, part) for part in names.EXPERT_PARTS)
+        if gate in self.quantised:
+            return QuantisedExpertWeights(
+                gate_FD=self._quantised(gate, rows=cut),
+                up_FD=self._quantised(up, rows=cut),
+                down_DF=self._quantised(down, columns=cut),
+            )
         return ExpertWeights(
-            gate_DF=self._matrix(names.expert_linear_name(layer, expert, "gate"), rows=cut).T,
-            up_DF=self._matrix(names.expert_linear_name(layer, expert, "up"), rows=cut).T,
-            down_FD=self._matrix(names.expert_linear_name(layer, expert, "down"), columns=cut).T,
+            gate_DF=self._matrix(gate, rows=cut).T,
+            up_DF=self._matrix(up, rows=cut).T,
+            down_FD=self._matrix(down, columns=cut).T,
         )
+
+    def expert_bytes(self, layer: int, expert: int) -> int:
+        """Return the bytes that the stored tensors of a routed expert take."""
+        if self.layout is ExpertLayout.FUSED:
+            names_of = (names.gate_up_name(layer), names.down_name(layer))
+            return sum(self.entries[name].num_bytes for name in names_of) // self.config.num_experts
+        return sum(entry.num_bytes for entry in self._expert_entries(layer, expert))
 
     def release_expert(self, layer: int, expert: int) -> None:
         """Give the memory of a routed expert back; views of it stay valid and read the file again when touched."""
-        parts: list[tuple[str, int | None]]
         if self.layout is ExpertLayout.FUSED:
-            parts = [(names.gate_up_name(layer), expert), (names.down_name(layer), expert)]
-        else:
-            parts = [(names.expert_linear_name(layer, expert, part), None) for part in ("gate", "up", "down")]
-        for name, index in parts:
-            entry = self.entries[name]
-            self._shards[entry.file].release(entry, index)
+            for name in (names.gate_up_name(layer), names.down_name(layer)):
+                entry = self.entries[name]
+                self._shards[entry.file].release(entry, expert)
+            return
+        for entry in self._expert_entries(layer, expert):
+            self._shards[entry.file].release(entry)
+
+    def _expert_entries(self, layer: int, expert: int) -> Iterator[TensorEntry]:
+        """Yield the stored tensors of an expert that is stored by itself."""
+        for part in names.EXPERT_PARTS:
+            name = names.expert_linear_name(layer, expert, part)
+            if name in self.quantised:
+                yield from self.quantised[name].tensors()
+            else:
+                yield self.entries[name]
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read every byte: manifest.sha256 if there is one, then NaN and infinities. `progress` gets bytes done, total.
 
-        Raise CheckpointError for the first file or tensor that is damaged.
+        Raise CheckpointError for the first file, tensor or scale that is damaged.
         """
         digests = read_manifest(self.path, [CONFIG, *self._shards])
         sizes = {name: (self.path / name).stat().st_size for name in digests if has_file(self.path, name)}
@@ -118,6 +167,8 @@ class Checkpoint:
 
         for name, digest in digests.items():
             check_digest(self.path, name, digest, advance)
+        for linear in self.quantised.values():
+            read_scales(self._shards, linear)
         check_finite(((entry, self._view(entry)) for entry in self.entries.values()), advance)
 
     def close(self) -> None:
@@ -150,6 +201,13 @@ class Checkpoint:
         with self._lock:
             self.bytes_mapped += view.numel() * view.element_size()
         return view
+
+    def _quantised(self, name: str, *, rows: slice = EVERYTHING, columns: slice = EVERYTHING) -> QuantisedLinear:
+        assert self.scheme is not None, "quantised tensors were found without a scheme"
+        linear = read_quantised(self._shards, self.quantised[name], self.scheme, rows=rows, columns=columns)
+        with self._lock:
+            self.bytes_mapped += linear.num_bytes
+        return linear
 
     def _view(
         self, entry: TensorEntry, index: int | None = None, *, rows: slice = EVERYTHING, columns: slice = EVERYTHING

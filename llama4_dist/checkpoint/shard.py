@@ -20,7 +20,15 @@ from llama4_dist.checkpoint.fault import fault
 from llama4_dist.checkpoint.header import ITEM_BYTES, TensorEntry
 from llama4_dist.checkpoint.index import ShardIdentity
 
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TORCH_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 EVERYTHING = slice(None)
 
 
@@ -53,6 +61,11 @@ class Shard:
         if entry.start % item_bytes:
             raw = raw.clone(memory_format=torch.contiguous_format)
         return raw.view(TORCH_DTYPES[entry.dtype])
+
+    def bytes_of(self, entry: TensorEntry, *, rows: slice = EVERYTHING, columns: slice = EVERYTHING) -> Tensor:
+        """Return `entry`, a matrix, as uint8, cut to `rows` and to byte `columns`; it shares the mapping's memory."""
+        byte_shape = (entry.shape[0], entry.num_bytes // entry.shape[0])
+        return self._map()[entry.start : entry.stop].view(byte_shape)[rows, columns]
 
     def release(self, entry: TensorEntry, index: int | None = None) -> None:
         """Take the pages of `entry`, or of matrix `index` of a stack, out of this process; a view reads them again."""

@@ -8,13 +8,17 @@ from llama4_dist.checkpoint.fault import fault, shown
 from llama4_dist.checkpoint.header import TensorEntry
 from llama4_dist.checkpoint.index import INDEX, SINGLE, Index
 from llama4_dist.checkpoint.names import (
+    EXPERT_PARTS,
     ExpertLayout,
     Shape,
     expected_tensors,
+    expert_linear_name,
     gate_up_name,
     is_vision,
     stored_prefix,
 )
+from llama4_dist.checkpoint.quantised_tensors import QuantisedEntry, find_quantised
+from llama4_dist.checkpoint.scheme import Scheme
 from llama4_dist.config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -24,31 +28,57 @@ _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextTensors:
-    """What the text engine reads, by canonical name, and the stored names it leaves alone."""
+    """What the text engine reads, by canonical name, and the stored names it leaves alone.
+
+    `entries` are all stored tensors; those of a quantised linear are in `quantised` too, by the name of its weight.
+    """
 
     entries: Mapping[str, TensorEntry]
+    quantised: Mapping[str, QuantisedEntry]
     layout: ExpertLayout
     unused: tuple[str, ...]
 
 
-def select_text_tensors(config: ModelConfig, index: Index) -> TextTensors:
+def select_text_tensors(config: ModelConfig, index: Index, scheme: Scheme | None = None) -> TextTensors:
     """Raise CheckpointError for the first tensor that is missing or of another shape or dtype; log unknown ones."""
     prefix = stored_prefix(config)
     layout = _layout(config, index, prefix)
+    listed = {name: entry for name, entry in index.entries.items() if name not in index.unlisted}
     entries: dict[str, TensorEntry] = {}
+    quantised: dict[str, QuantisedEntry] = {}
     for name, shape in expected_tensors(config, layout).items():
-        entry = index.entries.get(prefix + name)
-        if entry is None or entry.name in index.unlisted:
+        found = find_quantised(prefix + name, shape, scheme, listed)
+        if found is not None:
+            quantised[name] = found
+            entries |= {entry.name.removeprefix(prefix): entry for entry in found.tensors()}
+            continue
+        entry = listed.get(prefix + name)
+        if entry is None:
             file = SINGLE if SINGLE in index.shards else INDEX
             raise fault(file, "is missing, though config.json calls for it", tensor=prefix + name)
         _check(entry, shape, _STORED[config.dtype])
         entries[name] = entry
+    if layout is ExpertLayout.PER_EXPERT:
+        _check_experts_whole(config, entries, quantised)
     used = {entry.name for entry in entries.values()}
     unused = tuple(sorted(index.entries.keys() - used))
     unknown = [name for name in unused if not is_vision(name)]
     if unknown:
         log.warning("checkpoint_tensors_unknown count=%d first=%s", len(unknown), shown(unknown[0]))
-    return TextTensors(entries=entries, layout=layout, unused=unused)
+    return TextTensors(entries=entries, quantised=quantised, layout=layout, unused=unused)
+
+
+def _check_experts_whole(
+    config: ModelConfig, entries: Mapping[str, TensorEntry], quantised: Mapping[str, QuantisedEntry]
+) -> None:
+    """An expert is one function of one format: its three linears are quantised, or none is."""
+    for layer in config.moe_layer_ids if quantised else ():
+        for expert in range(config.num_experts):
+            names = [expert_linear_name(layer, expert, part) for part in EXPERT_PARTS]
+            plain = [name for name in names if name not in quantised]
+            if 0 < len(plain) < len(names):
+                entry = entries[plain[0]]
+                raise fault(entry.file, "is not quantised, but its expert's other linears are", tensor=entry.name)
 
 
 def _layout(config: ModelConfig, index: Index, prefix: str) -> ExpertLayout:

@@ -1,24 +1,32 @@
 """The routed experts of one host: a stateless function of (layer, expert, rows)."""
 
 import logging
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
+from llama4_dist.checkpoint.quantised import QuantisedExpertWeights
 from llama4_dist.model.activation import swiglu
+from llama4_dist.model.cpu.expanded import ExpandedExperts
 from llama4_dist.model.cpu.feed_forward import Network, network_of, quantised_network, run_networks
 from llama4_dist.model.cpu.panels import is_native
 from llama4_dist.model.cpu.quantise import QuantisationError
+from llama4_dist.model.cpu.quantised import is_multiplied_as_stored, stored_network
 from llama4_dist.model.linear import linear
-from llama4_dist.model.weight_format import INT8, STORED, check_weight_format
+from llama4_dist.model.quantised_expert import apply_quantised_expert
+from llama4_dist.model.weight_format import INT8, STORED, check_stored_format, check_weight_format
 
 log = logging.getLogger(__name__)
 
 Pair = tuple[int, int]  # (layer, expert)
+AnyWeights = ExpertWeights | QuantisedExpertWeights
+EXPANDED_BYTES = 2 << 30  # of experts that native passes multiply in float32, whatever the number of those held
 
 
 class Experts:
@@ -26,18 +34,20 @@ class Experts:
 
     `width` is the model's width D. With `weight_format` int8 an expert is copied into int8 when its first rows come,
     and `on_copied` is told that what was put is not read any more; `quantisation_error` says what was lost so far.
-    Raises ConfigError where the format cannot be computed.
+    Experts that are stored quantised are multiplied as such; where groups of inputs have scales, native passes expand
+    them, and keep `expanded_bytes` of those. Raises ConfigError where the format cannot be computed.
     """
 
     def __init__(
         self,
-        weights: Mapping[Pair, ExpertWeights],
+        weights: Mapping[Pair, AnyWeights],
         *,
         width: int,
         dtype: torch.dtype,
         device: torch.device | str,
         weight_format: str = STORED,
         on_copied: Callable[[Pair], None] = lambda pair: None,
+        expanded_bytes: int = EXPANDED_BYTES,
     ) -> None:
         check_weight_format(weight_format, dtype=dtype, device=device)
         self.weight_format = weight_format
@@ -47,28 +57,42 @@ class Experts:
         self.dtype = dtype
         self.device = torch.device(device)
         self._is_native = is_native(dtype, device)
+        self._expanded = ExpandedExperts(expanded_bytes)
+        self._are_alike = True  # no expert is of a kind of its own: those of a call run together
         self._held: dict[Pair, HeldExpert] = {}
         self.holds: frozenset[Pair] = frozenset()
         self.put(weights)
 
-    def put(self, weights: Mapping[Pair, ExpertWeights]) -> None:
+    def put(self, weights: Mapping[Pair, AnyWeights]) -> None:
         """Hold more experts; rows of others may be computed meanwhile, in another thread."""
-        if self.weight_format == INT8:
-            held = {pair: HeldExpert(value, partial(self._quantised, pair)) for pair, value in weights.items()}
-        else:
-            moved = {pair: _moved(value, self.dtype, self.device) for pair, value in weights.items()}
-            held = {pair: HeldExpert(value, network_of) for pair, value in moved.items()}
+        held = {pair: self._hold(pair, value) for pair, value in weights.items()}
         self._held = {**self._held, **held}
         self.holds = frozenset(self._held)
+
+    def _hold(self, pair: Pair, weights: AnyWeights) -> "HeldExpert":
+        if isinstance(weights, QuantisedExpertWeights):
+            check_stored_format(self.weight_format, weights.scheme)
+            self._are_alike = False
+            if self._is_native and is_multiplied_as_stored(weights.scheme):
+                return HeldExpert(weights, partial(self._packed, pair))
+            return ExpandedExpert(weights.to(self.device), self._expanded)
+        if self.weight_format == INT8:
+            return HeldExpert(weights, partial(self._quantised, pair))
+        return HeldExpert(_moved(weights, self.dtype, self.device), network_of)
 
     def drop(self, pairs: Collection[Pair]) -> None:
         """Hold these no longer. Rows that are being computed end well: they have the weights in hand."""
         self.holds -= frozenset(pairs)
+        for pair in pairs:
+            dropped = self._held.get(pair)
+            if isinstance(dropped, ExpandedExpert):
+                self._expanded.forget(dropped.weights)
         self._held = {key: value for key, value in self._held.items() if key in self.holds}
 
-    def weights(self, layer: int, expert: int) -> ExpertWeights:
+    def weights(self, layer: int, expert: int) -> AnyWeights:
         """Return the weights of a held expert, as they are multiplied; those that int8 ones are made from."""
-        return self._held[layer, expert].weights
+        weights: AnyWeights = self._held[layer, expert].weights
+        return weights
 
     def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None:
         """Write the outputs of `x_RD` into `out_RD`; `groups` are (expert, number of rows), one after the other.
@@ -78,9 +102,12 @@ class Experts:
         covered = sum([num_rows for _, num_rows in groups])
         assert covered == len(x_RD) == len(out_RD), "groups do not cover the rows"
         if self._is_native:
-            present = [(self._held[layer, expert].network, num_rows) for expert, num_rows in groups if num_rows]
-            if present:
-                run_networks([network for network, _ in present], [num_rows for _, num_rows in present], x_RD, out_RD)
+            present = [(self._held[layer, expert], num_rows) for expert, num_rows in groups if num_rows]
+            if present and self._are_alike:
+                networks = [held.network for held, _ in present]
+                run_networks(networks, [num_rows for _, num_rows in present], x_RD, out_RD)
+            elif present:
+                self._run_in_turns(present, x_RD, out_RD)
             return
         with torch.inference_mode():
             x_RD = x_RD.to(self.device)  # where they came by a socket they lie on the host
@@ -88,8 +115,29 @@ class Experts:
             for expert, num_rows in groups:
                 stop = start + num_rows
                 if num_rows:
-                    apply_expert(x_RD[start:stop], self._held[layer, expert].weights, out_RD[start:stop])
+                    apply(x_RD[start:stop], self._held[layer, expert].weights, out_RD[start:stop])
                 start = stop
+
+    def _run_in_turns(self, present: "Sequence[tuple[HeldExpert, int]]", x_RD: Tensor, out_RD: Tensor) -> None:
+        """Run experts of one kind together, and of expanded ones no more than stay in memory."""
+        start = stop = 0
+        networks: list[Network] = []
+        nums_rows: list[int] = []
+        for held, num_rows in present:
+            network = held.network
+            if networks and (network.kind != networks[0].kind or len(networks) >= held.num_together(network)):
+                run_networks(networks, nums_rows, x_RD[start:stop], out_RD[start:stop])
+                start, networks, nums_rows = stop, [], []
+            networks.append(network)
+            nums_rows.append(num_rows)
+            stop += num_rows
+        run_networks(networks, nums_rows, x_RD[start:stop], out_RD[start:stop])
+
+    def _packed(self, pair: Pair, weights: QuantisedExpertWeights) -> Network:
+        """Return an expert of the numbers stored. Two threads may make it at once: both are the same."""
+        network = stored_network(weights)
+        self._on_copied(pair)
+        return network
 
     def _quantised(self, pair: Pair, weights: ExpertWeights) -> Network:
         """Return an expert in int8. Two threads may make it at once: both are the same, and one is dropped."""
@@ -103,12 +151,37 @@ class Experts:
 class HeldExpert:
     """An expert's weights, and from its first rows on the same for the native pass: mapping alone takes no memory."""
 
-    weights: ExpertWeights
-    make: Callable[[ExpertWeights], Network]
+    weights: Any
+    make: Callable[[Any], Network]
 
     @cached_property
     def network(self) -> Network:
         return self.make(self.weights)
+
+    def num_together(self, network: Network) -> int:
+        """Return how many may be in memory at once."""
+        return sys.maxsize
+
+
+class ExpandedExpert(HeldExpert):
+    """An expert whose network is kept elsewhere, and not for ever."""
+
+    make: ExpandedExperts
+
+    @property
+    def network(self) -> Network:
+        return self.make(self.weights)
+
+    def num_together(self, network: Network) -> int:
+        return self.make.num_together(network)
+
+
+def apply(x_RD: Tensor, weights: AnyWeights, out_RD: Tensor) -> None:
+    """Write an expert's outputs by torch, whatever its format."""
+    if isinstance(weights, QuantisedExpertWeights):
+        apply_quantised_expert(x_RD, weights, out_RD)
+    else:
+        apply_expert(x_RD, weights, out_RD)
 
 
 def apply_expert(x_RD: Tensor, weights: ExpertWeights, out_RD: Tensor) -> None:

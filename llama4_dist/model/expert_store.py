@@ -14,11 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llama4_dist.checkpoint.expert_weights import ExpertWeights
+from llama4_dist.checkpoint.quantised import QuantisedExpertWeights
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.dispatch.frame import payload_of
 from llama4_dist.errors import UnavailableError
-from llama4_dist.model.expert import Experts, Pair
+from llama4_dist.model.expert import AnyWeights, Experts, Pair
 from llama4_dist.model.weight_format import INT8, STORED, expert_bytes
 
 NUM_GOLDEN_ROWS = 4
@@ -33,11 +33,11 @@ class RoutedExperts(Protocol):
     device: torch.device
     holds: frozenset[Pair]
 
-    def put(self, weights: Mapping[Pair, ExpertWeights]) -> None: ...
+    def put(self, weights: Mapping[Pair, AnyWeights]) -> None: ...
 
     def drop(self, pairs: Collection[Pair]) -> None: ...
 
-    def weights(self, layer: int, expert: int) -> ExpertWeights: ...
+    def weights(self, layer: int, expert: int) -> AnyWeights: ...
 
     def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None: ...
 
@@ -74,6 +74,8 @@ class ExpertStore:
         self._adopted: set[Pair] = set()
         self._fingerprints: dict[Pair, str] = {}
         self.expert_bytes = expert_bytes(config, dtype=dtype, weight_format=weight_format)
+        if checkpoint.scheme is not None:  # as many as the largest takes; what is expanded has a bound of its own
+            self.expert_bytes = max(checkpoint.expert_bytes(layer, 0) for layer in config.moe_layer_ids)
 
     @property
     def holds(self) -> frozenset[Pair]:
@@ -165,8 +167,10 @@ def golden_rows(width: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(NUM_GOLDEN_ROWS, width, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def _matrices(weights: ExpertWeights) -> list[Tensor]:
-    """List an expert's matrices, each once."""
+def _matrices(weights: AnyWeights) -> list[Tensor]:
+    """List an expert's stored tensors, each once."""
+    if isinstance(weights, QuantisedExpertWeights):
+        return [part.view(torch.uint8) if part.itemsize == 1 else part for part in weights.tensors()]
     if weights.gate_up_D2F is not None:
         return [weights.gate_up_D2F, weights.down_FD]
     return [getattr(weights, field.name) for field in fields(weights) if field.name != "gate_up_D2F"]

@@ -12,7 +12,7 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.model.cpu.llama4 import CpuLlama4
 from llama4_dist.model.cpu.panels import is_native
 from llama4_dist.model.llama4 import Llama4
-from llama4_dist.model.weight_format import INT8, STORED, check_weight_format
+from llama4_dist.model.weight_format import INT8, STORED, check_stored_format, check_weight_format
 from llama4_dist.model.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ def load_model(
     Raises ConfigError where `weight_format` cannot be computed.
     """
     check_weight_format(weight_format, dtype=dtype, device=device)
+    check_stored_format(weight_format, checkpoint.scheme)
     weights = Weights(checkpoint, dtype=dtype, device=torch.device(device), weight_format=weight_format)
     decoder = CpuLlama4 if is_native(dtype, device) else Llama4
     model = decoder(checkpoint.config, weights, progress=progress)

@@ -6,6 +6,7 @@ stored. int8 has one float32 scale an output, activations stay as they are: `mod
 
 import torch
 
+from llama4_dist.checkpoint.scheme import Scheme
 from llama4_dist.config import ModelConfig
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.cpu.panels import is_native
@@ -31,6 +32,14 @@ def check_weight_format_name(name: str, device: torch.device | str) -> None:
         raise ConfigError(f"weights={name!r} is none of {', '.join(WEIGHT_FORMATS)}")
     if name == INT8 and torch.device(device).type != "cpu":
         raise ConfigError(f"weights='int8' is for processors, the device is {device}: take device='cpu' or 'stored'")
+
+
+def check_stored_format(name: str, scheme: Scheme | None) -> None:
+    """Raise ConfigError for a format other than the checkpoint's own where that is quantised already."""
+    if scheme is not None and name != STORED:
+        raise ConfigError(
+            f"weights={name!r} would round once more what the checkpoint stores as {scheme.title}: take 'stored'"
+        )
 
 
 def expert_bytes(config: ModelConfig, *, dtype: torch.dtype, weight_format: str) -> int:

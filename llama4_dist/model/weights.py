@@ -24,17 +24,22 @@ class Weights:
         self.quantisation_error = QuantisationError()
         self._device = device
         self._views: dict[str, Tensor] = {}
+        self._num_elements: dict[str, int] = {}
 
     @property
     def num_parameters(self) -> int:
         """Elements of all tensors read, each counted once."""
-        return sum(view.numel() for view in self._views.values())
+        return sum(self._num_elements.values())
 
     def stored(self, name: str) -> Tensor:
-        """Return one tensor in the dtype it is stored in, a view of the file."""
-        if name not in self._views:  # a head that is the embedding is asked for twice
-            self._views[name] = self._checkpoint.tensor(name)
-        return self._views[name]
+        """Return one tensor in the dtype it is stored in, a view of the file; of a quantised one a float32 copy."""
+        if name in self._views:  # a head that is the embedding is asked for twice
+            return self._views[name]
+        tensor = self._checkpoint.tensor(name)
+        self._num_elements[name] = tensor.numel()
+        if name not in self._checkpoint.quantised:
+            self._views[name] = tensor
+        return tensor
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor in `dtype` on the device."""

@@ -31,6 +31,16 @@ class Network:
         self.addresses = (gate.data_ptr(), up.data_ptr(), down.data_ptr())
         self._kept = (gate, up, down)
 
+    @property
+    def kind(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        """What networks that are run together have in common."""
+        return self.dtype, self.shape
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory of the weights, without scales."""
+        return sum(part.numel() * part.element_size() for part in self._kept)
+
 
 def network_of(weights: ExpertWeights) -> Network:
     """Return an expert's network; weights whose rows are not contiguous are copied, others stay where they are."""
