@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llama4_dist.cli.bench import bench_app
+from llama4_dist.cli.checkpoint import checkpoint_app
 from llama4_dist.cli.cluster import cluster_app
 from llama4_dist.cli.experts import experts_app
 from llama4_dist.cli.flags import DtypeChoice, JsonFlag, TlsCa, Token, WeightsChoice, parse_seconds
@@ -27,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench_app)
+app.add_typer(checkpoint_app)
 app.add_typer(cluster_app)
 app.add_typer(experts_app)
 app.command()(serve)
