@@ -1,7 +1,6 @@
 """Quantised experts compute what their format means: float8 with rounded rows, integers with rows as they are."""
 
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,32 +12,21 @@ from torch import Tensor, nn
 
 from llama4_dist.checkpoint.quantised import QuantisedExpertWeights, QuantisedLinear
 from llama4_dist.checkpoint.reader import Checkpoint
-from llama4_dist.checkpoint.scheme import Number, Scheme
+from llama4_dist.checkpoint.scheme import Number
 from llama4_dist.errors import ConfigError
-from llama4_dist.model.cpu.expanded import ExpandedExperts
-from llama4_dist.model.cpu.feed_forward import run_networks
-from llama4_dist.model.cpu.quantised import expanded_network, numbers_in_panels, stored_network
 from llama4_dist.model.expert import Experts
 from llama4_dist.model.expert_store import ExpertStore
 from llama4_dist.model.load import load_model
 from llama4_dist.model.quantised_expert import apply_quantised_expert, rounded_to_float8
-from llama4_dist.native import threads
 from tests.checkpoints import make_checkpoint
 from tests.model.direct import Runner, all_experts
 from tests.model.references import load_reference, reference_logits
-from tests.native.compiler import needs_compiler
 from tests.quantised_checkpoints import ALL, PLAIN, ROWS, make_quantised
 
 FORMS = [*ALL, *PLAIN]
 D, F = 64, 96
 TOKEN_IDS = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(0)).tolist()
 X_RD = torch.randn(40, D, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    yield threads.set_count
-    threads.set_count(1)
 
 
 def in_float64(x_RD: Tensor, weights: QuantisedExpertWeights) -> Tensor:
@@ -82,8 +70,9 @@ def held(path: Path, dtype: torch.dtype = torch.float32, **options: int) -> Expe
 
 def test_rows_are_rounded_as_compressed_tensors_rounds_them() -> None:
     args = QuantizationArgs(**ROWS)
-    scale, zero_point = compute_dynamic_scales_and_zp(value=X_RD, args=args, module=nn.Linear(1, 1))
-    expected_RD = fake_quantize(x=X_RD, scale=scale, zero_point=zero_point, args=args)
+    rows_1RD = X_RD[None]  # with a batch in front, or all rows have one scale
+    scale, zero_point = compute_dynamic_scales_and_zp(value=rows_1RD, args=args, module=nn.Linear(1, 1))
+    expected_RD = fake_quantize(x=rows_1RD, scale=scale, zero_point=zero_point, args=args)[0]
     assert torch.equal(rounded_to_float8(X_RD), expected_RD)
     assert torch.equal(rounded_to_float8(torch.zeros(2, D)), torch.zeros(2, D))
 
@@ -112,7 +101,7 @@ def test_bfloat16_rows_are_those_of_float32_rounded_at_the_end(arithmetic: str, 
 def test_float8_as_maverick_stores_it_is_that_of_float64(
     arithmetic: str, scale_rank: int, scale_dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Experts unfused, every second layer dense, one MoE layer ignored; layers 0 to 2 of 4, whole network by network."""
+    """Experts unfused, every second layer dense, one MoE layer of two ignored."""
 
     def edit(scale: Tensor) -> Tensor:
         return scale.to(scale_dtype) if scale_rank == 2 else scale.to(scale_dtype).flatten()
@@ -130,82 +119,30 @@ def test_float8_as_maverick_stores_it_is_that_of_float64(
     assert not isinstance(ignored, QuantisedExpertWeights)
     twin = Checkpoint.open(make_checkpoint(tmp_path / "twin", "maverick", dtype=torch.bfloat16))
     assert torch.equal(ignored.down_FD, twin.expert(3, 0).down_FD)
-    runner = Runner.load(checkpoint)
-    whole_TV = runner.in_chunks(TOKEN_IDS, [70])
-    runner.restart()
-    assert torch.equal(runner.in_chunks(TOKEN_IDS, [33, 1]), whole_TV)
 
 
-@pytest.mark.parametrize(("form", "tolerance"), [("fp8", 0.03), ("int8", 2e-4), ("int4", 2e-4), ("int8-plain", 2e-4)])
-def test_logits_are_those_of_transformers_with_compressed_tensors(form: str, tolerance: float, tmp_path: Path) -> None:
-    """Of float8 only most: a sum that lies between two float8 numbers falls to either side, and moves what follows."""
+@pytest.mark.parametrize("form", ["int8", "int8-groups", "int4", "int4-channel"])
+def test_logits_are_those_of_transformers_with_compressed_tensors(form: str, tmp_path: Path) -> None:
     path = make_quantised(tmp_path, form)
     expected_TV = reference_logits(load_reference(path, "scout"), TOKEN_IDS)
     found_TV = Runner.load(Checkpoint.open(path)).in_chunks(TOKEN_IDS, [70])
-    moved_T = (found_TV - expected_TV).abs().amax(1)
-    assert moved_T.median() < tolerance
-    if form != "fp8":
-        assert moved_T.max() < tolerance
+    torch.testing.assert_close(found_TV, expected_TV, rtol=0, atol=2e-4)
 
 
-@needs_compiler
-@pytest.mark.parametrize("form", ["fp8", "int8", "int4", "int4-channel"])
-def test_a_rows_bits_depend_on_nothing_but_the_row(
-    form: str, tmp_path: Path, set_threads: Callable[[int], None]
-) -> None:
-    experts = held(make_quantised(tmp_path, form))
-    alone = [answer(experts, [(3, number)]) for number in (1, 2, 7, 40)]
-    for number, out_RD in zip((1, 2, 7, 40), alone, strict=True):
-        assert torch.equal(out_RD, alone[-1][:number])
-    for num_threads in (1, 2, 3):
-        set_threads(num_threads)
-        both = answer(experts, [(3, 13), (0, 20)])
-        assert torch.equal(both[:13], alone[-1][:13])
+def test_float8_logits_are_those_of_transformers_with_compressed_tensors(tmp_path: Path) -> None:
+    """One token at a time: of rows without a batch compressed-tensors 0.20 takes one scale for all, not one for each.
 
-
-@needs_compiler
-def test_every_float8_number_is_multiplied_as_itself() -> None:
-    every = torch.arange(256, dtype=torch.uint8)
-    every = every[(every & 0x7F) != 0x7F].view(torch.float8_e4m3fn)
-    scales_FG = torch.full((254, 1), 0.5)
-    for width in (1, 3):
-        stored = every[:, None].view(torch.uint8).expand(-1, width).contiguous().view(torch.float8_e4m3fn)
-        linear = QuantisedLinear(scheme=Scheme(number=Number.FLOAT8), width=width, stored=stored, scales_FG=scales_FG)
-        x_RD = torch.zeros(9, width)
-        x_RD[:, -1] = 1
-        assert torch.equal(numbers_in_panels(linear)(x_RD), (every.float() * 0.5).expand(9, -1))
-
-
-@needs_compiler
-def test_rows_of_every_size_round_to_the_nearest_float8_in_the_native_pass() -> None:
-    """A network that adds nothing of its own: gate saturates, up and down are the identity times powers of two."""
-    width = 32
-    identity = torch.eye(width).to(torch.float8_e4m3fn)
-    ones_F1 = torch.ones(width, 1)
-    scheme = Scheme(number=Number.FLOAT8)
-
-    def linear(stored: Tensor, scales: Tensor = ones_F1) -> QuantisedLinear:
-        return QuantisedLinear(scheme=scheme, width=width, stored=stored, scales_FG=scales)
-
-    weights = QuantisedExpertWeights(gate_FD=linear(identity), up_FD=linear(identity), down_DF=linear(identity))
-    generator = torch.Generator().manual_seed(3)
-    x_RD = torch.randn(200, width, generator=generator) * torch.randn(200, width, generator=generator).mul(4).exp()
-    x_RD[0] = 0
-    out_RD = torch.empty_like(x_RD)
-    run_networks([stored_network(weights)], [len(x_RD)], x_RD, out_RD)
-    rows = rounded_to_float8(x_RD)
-    expected_RD = rounded_to_float8(rows / (1 + (-rows).exp()) * rows)
-    is_equal = torch.isclose(out_RD, expected_RD, rtol=1e-6, atol=0)
-    assert is_equal.double().mean() > 0.999  # the sigmoid's own last bit decides the rest
-
-
-@needs_compiler
-def test_a_float8_nan_is_seen_in_its_output_and_in_no_other(tmp_path: Path) -> None:
-    linear = quantised_expert(make_quantised(tmp_path, "fp8")).up_FD
-    numbers = linear.stored.clone()
-    numbers.view(torch.uint8)[5, 9] = 0xFF
-    broken = QuantisedLinear(scheme=linear.scheme, width=linear.width, stored=numbers, scales_FG=linear.scales_FG)
-    assert numbers_in_panels(broken)(X_RD).isnan().any(0).nonzero().flatten().tolist() == [5]
+    A sum that lies between two float8 numbers may fall to either side, so a few tokens differ by such a step.
+    """
+    path = make_quantised(tmp_path, "fp8")
+    reference, runner = load_reference(path, "scout"), Runner.load(Checkpoint.open(path))
+    moved = []
+    for token_id in TOKEN_IDS[:40]:
+        runner.restart()
+        (found_TV,) = runner.run([(0, [token_id])])
+        moved.append(float((found_TV - reference_logits(reference, [token_id])).abs().max()))
+    assert sorted(moved)[30] < 2e-4
+    assert max(moved) < 0.3
 
 
 @pytest.mark.parametrize("form", ["fp8", "int8", "int4"])
@@ -222,53 +159,6 @@ def test_slices_of_an_expert_add_up_to_it(arithmetic: str, form: str, tmp_path: 
         torch.testing.assert_close(answer(experts, [(3, 40)]).double(), expected_RD, rtol=0, atol=2e-5)
     tolerance = 0.1 if form == "fp8" else 2e-5
     torch.testing.assert_close(parts_RD, whole_RD, rtol=0, atol=tolerance)
-
-
-@needs_compiler
-def test_expanded_experts_stay_within_their_bound(tmp_path: Path) -> None:
-    path = make_quantised(tmp_path, "int4")
-    size = expanded_network(quantised_expert(path)).num_bytes
-    groups = [(expert, 5) for expert in range(8)]
-    unbounded_RD = answer(held(path), groups)
-    for capacity in (0, size, 3 * size, 8 * size):
-        experts = held(path, expanded_bytes=capacity)
-        for _ in range(2):
-            assert torch.equal(answer(experts, groups), unbounded_RD)
-        assert experts._expanded.num_bytes == max(capacity, size)
-    experts.drop([(1, 7), (1, 6)])
-    assert experts._expanded.num_bytes == 6 * size
-
-
-@needs_compiler
-def test_an_expanded_expert_is_made_once_while_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[QuantisedExpertWeights] = []
-
-    def note(weights: QuantisedExpertWeights) -> object:
-        made.append(weights)
-        return expanded_network(weights)
-
-    monkeypatch.setattr("llama4_dist.model.cpu.expanded.expanded_network", note)
-    path = make_quantised(tmp_path, "int4")
-    first, second, third = (quantised_expert(path, 1, expert) for expert in range(3))
-    kept = ExpandedExperts(2 * expanded_network(first).num_bytes)
-    for weights in (first, second, first, third, first, second):  # the third pushes the second out, not the first
-        kept(weights)
-    assert [id(weights) for weights in made] == [id(weights) for weights in (first, second, third, second)]
-
-
-@needs_compiler
-def test_experts_of_several_forms_are_held_side_by_side(tmp_path: Path) -> None:
-    """An ignored expert beside quantised ones: each is computed as what it is."""
-    quantised = Checkpoint.open(make_quantised(tmp_path / "q", "fp8"))
-    plain = Checkpoint.open(make_checkpoint(tmp_path / "p", "scout", layout="per_expert"))
-    weights = {(1, 0): quantised.expert(1, 0), (1, 1): plain.expert(1, 1), (1, 2): quantised.expert(1, 2)}
-    mixed = Experts(weights, width=D, dtype=torch.float32, device="cpu")
-    found_RD = answer(mixed, [(0, 4), (1, 5), (2, 6)])
-    for expert, part in ((0, slice(0, 4)), (1, slice(4, 9)), (2, slice(9, 15))):
-        experts = Experts({(1, expert): weights[1, expert]}, width=D, dtype=torch.float32, device="cpu")
-        out_RD = torch.empty(part.stop - part.start, D)
-        experts(1, [(expert, len(out_RD))], X_RD[part], out_RD)
-        assert torch.equal(found_RD[part], out_RD)
 
 
 def test_a_store_counts_stored_bytes_and_tells_weights_apart(arithmetic: str, tmp_path: Path) -> None:

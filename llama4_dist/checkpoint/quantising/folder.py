@@ -43,11 +43,11 @@ def begun(out: Path, wanted: Journal) -> Journal:
         write_journal(out, PARTIAL_JOURNAL, wanted)
         return wanted
     for what, theirs, ours in (
-        ("source", found.source, wanted.source),
-        ("options", found.options, wanted.options),
+        ("another source", found.source, wanted.source),
+        ("other options", found.options, wanted.options),
     ):
         if theirs != json.loads(json.dumps(ours)):
-            message = f"{out} was begun with another {what}: {_difference(theirs, ours)}; choose a new folder"
+            message = f"{out} was begun with {what}: {_difference(theirs, ours)}; choose a new folder"
             raise ConflictError(message, reason="FOLDER_HOLDS_ANOTHER")
     return found
 
