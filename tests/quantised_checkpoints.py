@@ -21,6 +21,7 @@ INT8_GROUPS = {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 INT4_CHANNEL = {"num_bits": 4, "type": "int", "strategy": "channel"}
 ALL = {"fp8": FP8, "int8": INT8, "int8-groups": INT8_GROUPS, "int4": INT4, "int4-channel": INT4_CHANNEL}
+WIDE = {"int4-128": INT4 | {"group_size": 128}}  # for models whose widths are multiples of 128
 PLAIN = {"int8-plain": INT8, "int8-groups-plain": INT8_GROUPS}  # int8 that is not packed into int32
 
 
@@ -59,7 +60,7 @@ def make_quantised(
 
 def scheme_of(name: str) -> tuple[QuantizationScheme, str]:
     """Return compressed-tensors' scheme and format of a form."""
-    weights = (ALL | PLAIN)[name]
+    weights = (ALL | PLAIN | WIDE)[name]
     form = "float-quantized" if name == "fp8" else "naive-quantized" if name in PLAIN else "pack-quantized"
     rows = ROWS if name == "fp8" else None
     return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=rows), form
