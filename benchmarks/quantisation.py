@@ -29,7 +29,7 @@ from llama4_dist.checkpoint.scheme import Number, Scheme
 from tests.checkpoints import make_checkpoint
 
 BUNDLED = ROOT / "models" / "llama4-mini"
-WIDTH, HEAD_DIM, UNIT, VOCAB = 256, 32, 128, 2048
+WIDTH, HEAD_DIM, MAX_HEADS, UNIT, VOCAB = 384, 32, 16, 128, 2048
 FORMATS = ("fp8", "int8", "int4")
 GROUPS = (128, 64, 32)  # of int4: the largest that divides both widths
 
@@ -38,12 +38,13 @@ def narrow(name: str, num_layers: int) -> dict[str, Any]:
     """Return a preset's config with small widths in the same proportions, whole multiples of UNIT."""
     config = preset_config(name)
     scale = WIDTH / config["hidden_size"]
-    heads = WIDTH // HEAD_DIM
+    queries_per_key = config["num_attention_heads"] // config["num_key_value_heads"]
+    num_kv_heads = MAX_HEADS // queries_per_key
     return {
         "hidden_size": WIDTH,
         "num_hidden_layers": num_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // 4,
+        "num_attention_heads": num_kv_heads * queries_per_key,
+        "num_key_value_heads": num_kv_heads,
         "head_dim": HEAD_DIM,
         "intermediate_size": round(config["intermediate_size"] * scale / UNIT) * UNIT,
         "intermediate_size_mlp": round(config["intermediate_size_mlp"] * scale / UNIT) * UNIT,
@@ -128,7 +129,7 @@ def report(found: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> None
         for row in rows:
             table.add_row(
                 model,
-                row["format"],
+                row["format"].replace(", a scale for each ", " / "),
                 f"{row['mean_relative_weight_error']:.2%}",
                 f"{row['mean_kl_divergence']:.5f}",
                 f"{row['equal_greedy_tokens']:.1%}",

@@ -7,7 +7,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.cli.app import app
 from tests.checkpoints import make_checkpoint
 
@@ -40,9 +39,8 @@ def test_each_format_is_written_and_can_be_opened(
     assert code == 0
     assert title in shown
     assert "tensors that lost most" in shown
-    checkpoint = Checkpoint.open(tmp_path / "out")
-    assert checkpoint.scheme is not None
-    assert checkpoint.scheme.title == title
+    described = CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--verify", "--json"])
+    assert json.loads(described.stdout)["quantisation"] == title
 
 
 def test_scripts_get_one_document(source: Path, tmp_path: Path) -> None:
