@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from cluster.planning.shares import share_out
-from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+from llama4_dist.dispatch.routing_table import Replica, RoutingTable
 
 Pair = tuple[int, int]  # (layer, expert)
 
@@ -96,18 +96,16 @@ def place(geometry: ExpertGeometry, hosts: Sequence[HostSlot], *, num_replicas: 
 
 
 def routing_table(
-    placement: Placement, *, epoch: int, incarnations: Mapping[str, int], expert_width: int
+    placement: Placement, *, epoch: int, incarnations: Mapping[str, int], num_slices: int
 ) -> RoutingTable:
-    """Write a placement down as the table that dispatchers read; every replica is one slice of the whole width."""
+    """Write a placement down as the table that dispatchers read."""
     return RoutingTable(
         epoch=epoch,
         replicas={
-            pair: tuple(
-                Replica((SliceRef(host=host, incarnation=incarnations[host], start=0, stop=expert_width),))
-                for host in hosts
-            )
+            pair: tuple(Replica(host, incarnations[host]) for host in hosts)
             for pair, hosts in placement.hosts_of.items()
         },
+        num_slices=num_slices,
     )
 
 
