@@ -70,7 +70,9 @@ class ExpertHost:
             dtype=dtype,
             device=config.device,
             weight_format=config.weights,
+            num_slices=config.expert_slices,
             capacity_bytes=config.capacity_bytes,
+            residency_bytes=config.expert_memory_bytes,
         )
         if is_native(dtype, config.device):
             threads.leave_to_native()
@@ -82,6 +84,7 @@ class ExpertHost:
                 model_hash=checkpoint.model_hash,
                 num_layers=geometry.num_layers,
                 num_experts=geometry.num_experts,
+                num_slices=config.expert_slices,
                 arithmetic=arithmetic(dtype, config.device, config.weights),
             ),
             compute=self._store,

@@ -112,13 +112,18 @@ class ClusterView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementView:
-    """Who holds what in one epoch: each (layer, expert)'s hosts, the preferred one first; bytes of one expert."""
+    """Who holds what in one epoch: each (layer, unit)'s hosts, the preferred one first.
+
+    `expert_bytes` are those of one whole expert, `slice_bytes` those of the largest of its `num_slices`.
+    """
 
     epoch: int
     num_experts: int
     moe_layers: tuple[int, ...]
     expert_bytes: int
     hosts_of: Mapping[Pair, tuple[str, ...]]
+    num_slices: int = 1
+    slice_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

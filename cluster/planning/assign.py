@@ -29,7 +29,7 @@ def layer_tasks(
     quotas = layer_quotas(geometry, slots, copies=copies, limits=limits, held=held)
     tasks = []
     for layer, layer_quota in zip(geometry.moe_layers, quotas, strict=True):
-        pairs = [(layer, expert) for expert in range(geometry.num_experts)]
+        pairs = [(layer, expert) for expert in range(geometry.num_units)]
         tasks.append(
             LayerTask(
                 loads=loads.of_layer(geometry, layer),

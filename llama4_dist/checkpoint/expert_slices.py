@@ -20,8 +20,3 @@ def slice_bounds(expert_width: int, num_slices: int) -> tuple[range, ...]:
     stops = [grain * ((index + 1) * share + min(index + 1, larger)) for index in range(num_slices)]
     starts = [0, *stops[:-1]]
     return tuple(range(start, min(stop, expert_width)) for start, stop in zip(starts, stops, strict=True))
-
-
-def widest(expert_width: int, num_slices: int) -> int:
-    """Return the number of columns of the largest slice, which is what room is planned with."""
-    return max(map(len, slice_bounds(expert_width, num_slices)))
