@@ -39,6 +39,7 @@ def layer_tasks(
                 quotas=layer_quota,
                 nodes=[nodes.index(slot.node) for slot in slots],
                 weights=[slot.weight for slot in slots],
+                num_slices=geometry.num_slices,
             )
         )
     return tasks
@@ -75,6 +76,8 @@ def _in_order(
 ) -> HostsOf:
     hosts_of: dict[Pair, tuple[str, ...]] = {}
     for turn, (layer, task) in enumerate(zip(geometry.moe_layers, tasks, strict=True)):
-        order = prefer(holders[turn], task.loads, task.weights, current=task.held, turn=turn)
+        order = prefer(
+            holders[turn], task.loads, task.weights, current=task.held, turn=turn, num_slices=task.num_slices
+        )
         hosts_of |= {(layer, expert): tuple(slots[at].host for at in on) for expert, on in enumerate(order)}
     return hosts_of
