@@ -15,16 +15,18 @@ from llama4_dist.engine import kv_sizing
 from llama4_dist.engine.apart import apart
 from llama4_dist.engine.devices import load_model
 from llama4_dist.engine.engine import EngineCore
+from llama4_dist.engine.inproc_group import GroupPlan, plan_group, start_inproc_group
 from llama4_dist.engine.inproc_hosts import start_inproc_hosts
 from llama4_dist.engine.kv_dtype import resolve_kv_dtype
 from llama4_dist.engine.local import LocalEngine
-from llama4_dist.engine.one_device import MeasuredModel, load_on_one_device
+from llama4_dist.engine.one_device import MeasuredModel, idle_dispatcher, load_on_one_device
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.cpu.panels import is_native
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.weight_format import STORED, check_weight_format
 from llama4_dist.native import threads
+from llama4_dist.partition import WHOLE, Partition
 from llama4_dist.request import EngineLimits
 
 Progress = Callable[[int, int], None]
@@ -72,25 +74,20 @@ def assemble(
     options: EngineOptions,
     dtype: torch.dtype,
     device: str = "cpu",
+    cache: KVCache | None = None,
 ) -> LocalEngine:
-    """Return an engine over a model that is loaded; its cache takes a share of the memory that is free now."""
+    """Return an engine over a model that is loaded; its cache takes a share of the memory that is free now.
+
+    A leader passes its own `cache`, in which pages are only counted.
+    """
+    if cache is None:
+        cache = _whole_cache(checkpoint, options, dtype=dtype, device=device)
     config = checkpoint.config
-    kv_dtype = resolve_kv_dtype(options.kv_dtype, compute_dtype=dtype, device=device)
-    num_pages = kv_sizing.num_pages(config, options, dtype_bytes=kv_dtype.itemsize, memory_bytes=_memory_bytes(device))
-    cache = KVCache(
-        config,
-        num_pages=num_pages,
-        block_size=options.block_size,
-        dtype=kv_dtype,
-        device=device,
-        compute_dtype=dtype,
-        model_hash=checkpoint.model_hash,
-    )
     limits = EngineLimits(
         model=options.model_name or checkpoint.path.name,
         vocab_size=config.vocab_size,
         max_context=kv_sizing.longest_sequence(
-            cache.layout, num_pages, options.block_size, at_most=kv_sizing.wanted_context(config, options)
+            cache.layout, cache.num_pages, options.block_size, at_most=kv_sizing.wanted_context(config, options)
         ),
         max_waiting=options.max_waiting,
     )
@@ -99,7 +96,7 @@ def assemble(
         cache,
         dispatcher,
         limits=limits,
-        options=replace(options, num_blocks=num_pages),
+        options=replace(options, num_blocks=cache.num_pages),
         eos_token_ids=checkpoint.generation.eos_token_ids or config.eos_token_ids,
         device=device,
     )
@@ -108,7 +105,7 @@ def assemble(
 
 
 @apart
-def build_single_process(
+def build_single_process(  # noqa: PLR0913 - each is a user's choice
     model_dir: Path,
     *,
     dtype: str = "auto",
@@ -117,12 +114,14 @@ def build_single_process(
     num_inproc_hosts: int = 1,
     options: EngineOptions | None = None,
     num_threads: int | None = None,
+    partition: Partition = WHOLE,
     progress: Progress | None = None,
 ) -> LocalEngine:
     """Open a checkpoint and return an engine whose experts live in this process, behind inproc links.
 
-    On a CUDA device with one host the experts need no links: they are the model's own (`llama4_dist.gpu`). Raises
-    ConfigError for a name or a value that cannot be computed here.
+    On a CUDA device with one host the experts need no links: they are the model's own (`llama4_dist.gpu`). With a
+    `partition` of several stages or ranks each member is a thread with expert hosts of its own. Raises ConfigError for
+    a name or a value that cannot be computed here.
     """
     if num_threads is not None:
         threads.set_count(num_threads)
@@ -132,7 +131,17 @@ def build_single_process(
         torch_dtype = resolve_dtype(dtype, checkpoint.config.dtype)
         check_weight_format(weights, dtype=torch_dtype, device=device)
         options = options or EngineOptions()
-        if torch.device(device).type == "cuda" and num_inproc_hosts == 1:
+        if partition != WHOLE:
+            plan = plan_group(
+                checkpoint,
+                partition,
+                options,
+                dtype=torch_dtype,
+                device=device,
+                memory_bytes=_memory_bytes(device) // partition.num_members,
+            )
+            engine = _lead(checkpoint, plan, num_inproc_hosts, options, torch_dtype, device, weights, resources)
+        elif torch.device(device).type == "cuda" and num_inproc_hosts == 1:
             model, dispatcher = load_on_one_device(checkpoint, dtype=torch_dtype, device=device, progress=progress)
             resources.callback(dispatcher.close)
             engine = assemble(checkpoint, model, dispatcher, options=options, dtype=torch_dtype, device=device)
@@ -157,6 +166,49 @@ def build_single_process(
             )
         engine.on_close = resources.pop_all().close
     return engine
+
+
+def _lead(
+    checkpoint: Checkpoint,
+    plan: GroupPlan,
+    num_hosts: int,
+    options: EngineOptions,
+    dtype: torch.dtype,
+    device: str,
+    weights: str,
+    resources: ExitStack,
+) -> LocalEngine:
+    """Start a group in this process and return its leader's engine."""
+    if is_native(dtype, device):
+        threads.leave_to_native()
+    model = start_inproc_group(
+        checkpoint,
+        plan,
+        options=options,
+        num_hosts=num_hosts,
+        dtype=dtype,
+        device=device,
+        weights=weights,
+        resources=resources,
+    )
+    dispatcher = idle_dispatcher(checkpoint.config.hidden_size, dtype=dtype, device=device)
+    cache = plan.cache(checkpoint, options, None, dtype=dtype, device=device)
+    return assemble(checkpoint, model, dispatcher, options=options, dtype=dtype, device=device, cache=cache)
+
+
+def _whole_cache(checkpoint: Checkpoint, options: EngineOptions, *, dtype: torch.dtype, device: str) -> KVCache:
+    config = checkpoint.config
+    kv_dtype = resolve_kv_dtype(options.kv_dtype, compute_dtype=dtype, device=device)
+    num_pages = kv_sizing.num_pages(config, options, dtype_bytes=kv_dtype.itemsize, memory_bytes=_memory_bytes(device))
+    return KVCache(
+        config,
+        num_pages=num_pages,
+        block_size=options.block_size,
+        dtype=kv_dtype,
+        device=device,
+        compute_dtype=dtype,
+        model_hash=checkpoint.model_hash,
+    )
 
 
 def _memory_bytes(device: str) -> int:

@@ -51,7 +51,8 @@ class EngineCore:
         )
         self.clock = clock
         self.times = StepTimes()
-        self.held_since_s: float | None = None  # since when steps wait for an expert that no host serves
+        self.held_since_s: float | None = None  # since when steps wait for what they cannot do without
+        self.lost: Llama4Error | None = None  # why no step can be computed until `renew`
         self._eos_token_ids = frozenset(eos_token_ids)
         self._num_arrived = 0
         self._num_wrong_answers = 0
@@ -88,10 +89,25 @@ class EngineCore:
         """End every live request with this error."""
         return [self._end(sequence, error=error) for sequence in self.scheduler.live()]
 
+    def lose(self, error: Llama4Error) -> list[TokenOutput]:
+        """End all that has keys in the cache, which is void: a member of the model's group is gone.
+
+        Requests that have none wait for `renew`, `expert_timeout_s` at most.
+        """
+        self.lost = error
+        self.scheduler.forget_prefixes()
+        return [self._end(sequence, error=error) for sequence in tuple(self.scheduler.running)]
+
+    def renew(self) -> None:
+        """Compute steps again: the model's group was formed anew, with an empty cache."""
+        self.lost = None
+
     def step(self) -> list[TokenOutput]:
         """Run one step and return what it produced, ends and errors included."""
         started_s = self.clock()
         outputs = self._expire(started_s)
+        if self.lost is not None:
+            return outputs + self._hold(dict.fromkeys(self.scheduler.waiting, self.lost))
         stations = self.counters.stations
         stations.begin()
         plan = self.scheduler.schedule(
@@ -107,6 +123,8 @@ class EngineCore:
         if plan.spans:
             num_decodes = sum(span.sequence.num_pending == 1 for span in plan.spans)
             results = self.runner.run(plan.spans)
+            if self.runner.lost is not None:
+                return outputs + self.lose(self.runner.lost)
             if not self.runner.held:
                 self.times.note(
                     num_decodes=num_decodes,
@@ -152,7 +170,7 @@ class EngineCore:
         )
 
     def _hold(self, held: Mapping[SequenceState, Llama4Error]) -> list[TokenOutput]:
-        """Leave sequences as they are while an expert cannot be had; after the bound fail them as retriable.
+        """Leave sequences as they are while something cannot be had; after the bound fail them as retriable.
 
         A step changes nothing before its end, so the next one computes the same rows again.
         """

@@ -13,6 +13,7 @@ from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
 from llama4_dist.engine.devices import open_experts, rows_device
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.weight_format import STORED
+from llama4_dist.partition import Share
 
 WORKER = "local"
 
@@ -25,10 +26,13 @@ def start_inproc_hosts(
     device: str,
     resources: ExitStack,
     weights: str = STORED,
+    worker: str = WORKER,
+    share: Share | None = None,
 ) -> tuple[Dispatcher, list[ExpertServer]]:
     """Spread the experts over `num_hosts` hosts and return a dispatcher with a link to each, and the hosts.
 
-    `weights` is their format (`model.weight_format`).
+    `weights` is their format (`model.weight_format`). They belong to the thread of one `worker`, and know the experts
+    of all layers, or of those of its `share`.
     """
     if num_hosts < 1:
         raise ConfigError(f"num_inproc_hosts={num_hosts} must be at least 1")
@@ -36,6 +40,7 @@ def start_inproc_hosts(
     host_of = {
         (layer, expert): f"e{expert % num_hosts}"
         for layer in config.moe_layer_ids
+        if share is None or layer in share.layers
         for expert in range(config.num_experts)
     }
     limits = LinkLimits()
@@ -58,16 +63,16 @@ def start_inproc_hosts(
             limits=limits,
         )
         servers.append(server)
-        links[host] = server.open_inproc(worker=WORKER, incarnation=0)
+        links[host] = server.open_inproc(worker=worker, incarnation=0)
     whole = {key: _whole(host, config.expert_width) for key, host in host_of.items()}
     dispatcher = Dispatcher(
-        worker=WORKER,
+        worker=worker,
         incarnation=0,
         table=RoutingTable(epoch=1, replicas=whole),
         links=links,
         width=config.hidden_size,
         dtype=dtype,
-        device=rows_device(dtype, device),
+        device=rows_device(dtype, device) if share is None else device,
     )
     resources.callback(dispatcher.close)
     return dispatcher, servers
