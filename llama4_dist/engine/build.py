@@ -15,10 +15,11 @@ from llama4_dist.engine import kv_sizing
 from llama4_dist.engine.apart import apart
 from llama4_dist.engine.devices import load_model
 from llama4_dist.engine.engine import EngineCore
-from llama4_dist.engine.inproc_group import GroupPlan, plan_group, start_inproc_group
 from llama4_dist.engine.inproc_hosts import start_inproc_hosts
+from llama4_dist.engine.inproc_members import start_inproc_members
 from llama4_dist.engine.kv_dtype import resolve_kv_dtype
 from llama4_dist.engine.local import LocalEngine
+from llama4_dist.engine.members_plan import MembersPlan, plan_members
 from llama4_dist.engine.one_device import MeasuredModel, idle_dispatcher, load_on_one_device
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError
@@ -28,6 +29,7 @@ from llama4_dist.model.weight_format import STORED, check_weight_format
 from llama4_dist.native import threads
 from llama4_dist.partition import WHOLE, Partition
 from llama4_dist.request import EngineLimits
+from llama4_dist.stages.pipeline import PipelinedModel
 
 Progress = Callable[[int, int], None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -104,6 +106,20 @@ def assemble(
     return LocalEngine(core)
 
 
+def lead(
+    checkpoint: Checkpoint,
+    model: PipelinedModel,
+    plan: MembersPlan,
+    *,
+    options: EngineOptions,
+    device: str = "cpu",
+) -> LocalEngine:
+    """Return the engine of a group's leader, which plans and samples, and holds neither layers nor keys."""
+    dispatcher = idle_dispatcher(checkpoint.config.hidden_size, dtype=plan.dtype, device=device)
+    cache = plan.cache(checkpoint, None, device=device)
+    return assemble(checkpoint, model, dispatcher, options=options, dtype=plan.dtype, device=device, cache=cache)
+
+
 @apart
 def build_single_process(  # noqa: PLR0913 - each is a user's choice
     model_dir: Path,
@@ -132,7 +148,7 @@ def build_single_process(  # noqa: PLR0913 - each is a user's choice
         check_weight_format(weights, dtype=torch_dtype, device=device)
         options = options or EngineOptions()
         if partition != WHOLE:
-            plan = plan_group(
+            plan = plan_members(
                 checkpoint,
                 partition,
                 options,
@@ -140,7 +156,18 @@ def build_single_process(  # noqa: PLR0913 - each is a user's choice
                 device=device,
                 memory_bytes=_memory_bytes(device) // partition.num_members,
             )
-            engine = _lead(checkpoint, plan, num_inproc_hosts, options, torch_dtype, device, weights, resources)
+            if is_native(torch_dtype, device):
+                threads.leave_to_native()
+            pipelined = start_inproc_members(
+                checkpoint,
+                plan,
+                num_hosts=num_inproc_hosts,
+                device=device,
+                weights=weights,
+                resources=resources,
+                progress=progress,
+            )
+            engine = lead(checkpoint, pipelined, plan, options=options, device=device)
         elif torch.device(device).type == "cuda" and num_inproc_hosts == 1:
             model, dispatcher = load_on_one_device(checkpoint, dtype=torch_dtype, device=device, progress=progress)
             resources.callback(dispatcher.close)
@@ -166,34 +193,6 @@ def build_single_process(  # noqa: PLR0913 - each is a user's choice
             )
         engine.on_close = resources.pop_all().close
     return engine
-
-
-def _lead(
-    checkpoint: Checkpoint,
-    plan: GroupPlan,
-    num_hosts: int,
-    options: EngineOptions,
-    dtype: torch.dtype,
-    device: str,
-    weights: str,
-    resources: ExitStack,
-) -> LocalEngine:
-    """Start a group in this process and return its leader's engine."""
-    if is_native(dtype, device):
-        threads.leave_to_native()
-    model = start_inproc_group(
-        checkpoint,
-        plan,
-        options=options,
-        num_hosts=num_hosts,
-        dtype=dtype,
-        device=device,
-        weights=weights,
-        resources=resources,
-    )
-    dispatcher = idle_dispatcher(checkpoint.config.hidden_size, dtype=dtype, device=device)
-    cache = plan.cache(checkpoint, options, None, dtype=dtype, device=device)
-    return assemble(checkpoint, model, dispatcher, options=options, dtype=dtype, device=device, cache=cache)
 
 
 def _whole_cache(checkpoint: Checkpoint, options: EngineOptions, *, dtype: torch.dtype, device: str) -> KVCache:

@@ -10,11 +10,11 @@ from typing import Protocol
 from torch import Tensor
 
 from llama4_dist.dispatch.stats import DispatchStats
-from llama4_dist.errors import EngineError, Llama4Error
+from llama4_dist.errors import EngineError, Llama4Error, UnavailableError
 from llama4_dist.model.batch import Batch
 from llama4_dist.model.dispatcher import Dispatcher
 from llama4_dist.model.kv_cache import KVCache
-from llama4_dist.model.reduction import Reduction
+from llama4_dist.model.reduction import Ranks, Reduction
 from llama4_dist.stages.ports import TIMEOUT_S, Inlet, Outlet, StageOutput, take_output, worker_lost
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class StageRunner:
     """The arithmetic of a member, part by part. Not thread-safe: one thread calls it, and holds no lock meanwhile.
 
     A part of a step that has failed here is not computed: its keys would have gaps before them. An error that the ranks
-    raised together leaves them in step; after any other this one leaves its group, and all that comes is WORKER_LOST.
+    raised together leaves them in step; after any other this one leaves its group, and all that comes is WORKER_LOST
+    until it is to `rejoin`.
     """
 
     def __init__(self, model: StageModel, cache: KVCache, dispatcher: CountingDispatcher) -> None:
@@ -48,14 +49,15 @@ class StageRunner:
         self._model = model
         self._cache = cache
         self._failed: tuple[int, Llama4Error] | None = None  # the last step that failed here, and why
-        self._lost: Llama4Error | None = None
+        self.lost: UnavailableError | None = None  # since it left its ranks
         self._told: Counter[str] = Counter()
 
     def run(self, part: Batch, before: StageOutput | None) -> StageOutput:
         """Compute a part on the output of the stage before (None in the first); an error becomes the output."""
         wrong_answers = Counter({} if before is None else before.wrong_answers)
+        rows: Tensor | Llama4Error
         try:
-            rows = self._lost or self._compute(part, before)
+            rows = self.lost or self._compute(part, before)
         except Exception as error:  # noqa: BLE001 - logged, and told to all who would wait for this part
             rows = self._after(error, part)
         return StageOutput(
@@ -64,6 +66,18 @@ class StageRunner:
             rows=rows,
             wrong_answers=wrong_answers + self._newly_wrong(),
         )
+
+    def rejoin(self, ranks: Ranks | None) -> None:
+        """Be a member of a group that was formed anew, with the weights read before; what the cache holds is void.
+
+        To be called by the thread that calls `run`: a part of the old group must not meet the new ranks.
+        """
+        reduction = self._model.reduction
+        if (reduction is None) != (ranks is None):
+            raise ValueError(f"{ranks=} does not fit: a stage that had one rank has one, and takes None")
+        if reduction is not None and ranks is not None:
+            reduction.ranks = ranks
+        self.lost = self._failed = None
 
     def _compute(self, part: Batch, before: StageOutput | None) -> Tensor:
         failure = self._failure(part, before)
@@ -89,7 +103,7 @@ class StageRunner:
         if reduction is not None and reduction.agreed is not error:
             log.error("stage_left_its_ranks step=%d cause=%s", part.step, error)
             reduction.ranks.abort()
-            told = self._lost = worker_lost(f"a rank of a stage was lost in a step: {type(error).__name__}")
+            self.lost = told = worker_lost(f"a rank of a stage was lost in a step: {type(error).__name__}")
         self._failed = (part.step, told)
         return told
 

@@ -71,8 +71,9 @@ def group_of_threads(
     num_parts: int | None = None,
     timeout_s: float = 60.0,
     dispatcher_of: Callable[[int, int, Experts], CountingDirect] = lambda stage, rank, experts: CountingDirect(experts),
+    runners: dict[tuple[int, int], StageRunner] | None = None,
 ) -> Runner:
-    """Start a group and return it as a runner of sequences."""
+    """Start a group and return it as a runner of sequences; `runners` is filled with the members'."""
     config = checkpoint.config
     layouts = layouts_of(config, layers_of_stages(config.num_layers, partition.num_stages))
     pages = num_pages(layouts[0], num_sequences, max_tokens)
@@ -81,7 +82,10 @@ def group_of_threads(
     def runner_of(stage: int, rank: int) -> StageRunner:
         dispatcher = dispatcher_of(stage, rank, all_experts(checkpoint, dtype))
         to_others = ranks[stage][rank] if partition.num_ranks > 1 else None
-        return stage_runner(checkpoint, partition, stage, rank, to_others, dispatcher, pages=pages, dtype=dtype)
+        runner = stage_runner(checkpoint, partition, stage, rank, to_others, dispatcher, pages=pages, dtype=dtype)
+        if runners is not None:
+            runners[stage, rank] = runner
+        return runner
 
     model = start_group(partition, runner_of, resources=resources, num_parts=num_parts, timeout_s=timeout_s)
     return runner_over(model, checkpoint, layouts[0], dtype, num_sequences, max_tokens)

@@ -52,7 +52,7 @@ def start(model_dir: Path, tmp_path: Path) -> Iterator[Start]:
 
 def test_processes_give_the_bits_of_threads(start: Start, model_dir: Path, tmp_path: Path) -> None:
     for process in start("compute", "compute"):
-        assert process.wait(60) == 0
+        assert process.wait(120) == 0
     columns = [load_file(tmp_path / f"{rank}.safetensors")["logits"] for rank in range(2)]
     with running_group(Checkpoint.open(model_dir), Partition(num_ranks=2)) as group:
         assert torch.equal(torch.cat(columns, dim=1), group.in_chunks(list(range(50)), [41, 1]))
@@ -61,10 +61,10 @@ def test_processes_give_the_bits_of_threads(start: Start, model_dir: Path, tmp_p
 def test_a_rank_that_dies_is_lost_to_the_others_at_once(start: Start) -> None:
     """Long before the timeout: the kernel closes its connections."""
     first, second = start("compute", "die")
-    assert second.wait(60) == 9
+    assert second.wait(120) == 9
     died_s = time.monotonic()
-    assert first.wait(10) == 3
-    assert time.monotonic() - died_s < 10.0
+    assert first.wait(20) == 3
+    assert time.monotonic() - died_s < 20.0
     assert first.stdout is not None
     assert first.stdout.read().split("\n")[:2] == ["first step", "WORKER_LOST"]
 
@@ -72,7 +72,7 @@ def test_a_rank_that_dies_is_lost_to_the_others_at_once(start: Start) -> None:
 def test_a_rank_that_stands_still_is_lost_after_the_timeout(start: Start) -> None:
     """It can only be killed then: its own thread waits in a call that nothing wakes."""
     first, second = start("compute", "wait", timeout_s=3.0)
-    assert first.wait(60) == 3
+    assert first.wait(120) == 3
     assert second.poll() is None
 
 
