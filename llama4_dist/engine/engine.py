@@ -20,6 +20,7 @@ from llama4_dist.engine.stopping import finish_reason
 from llama4_dist.errors import DeadlineExceededError, Llama4Error
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.request import EngineLimits, EngineRequest, FinishReason, TokenOutput
+from llama4_dist.stages.ports import worker_lost
 from llama4_dist.stations import SCHEDULE
 
 log = logging.getLogger(__name__)
@@ -98,9 +99,11 @@ class EngineCore:
         self.scheduler.forget_prefixes()
         return [self._end(sequence, error=error) for sequence in tuple(self.scheduler.running)]
 
-    def renew(self) -> None:
-        """Compute steps again: the model's group was formed anew, with an empty cache."""
+    def renew(self) -> list[TokenOutput]:
+        """Compute steps again: the model's group was formed anew, with an empty cache. What still runs ends."""
+        outputs = self.lose(worker_lost("the model's group was formed anew")) if self.lost is None else []
         self.lost = None
+        return outputs
 
     def step(self) -> list[TokenOutput]:
         """Run one step and return what it produced, ends and errors included."""

@@ -116,6 +116,7 @@ def start_group(
     *,
     resources: ExitStack,
     num_parts: int | None = None,
+    num_microbatches: int = 1,
     timeout_s: float = TIMEOUT_S,
 ) -> PipelinedModel:
     """Start the members of a group and return its leader's model; `resources` ends them."""
@@ -131,4 +132,10 @@ def start_group(
         inlets = links
     for plan in plans:
         resources.callback(plan.close)
-    return PipelinedModel(plans, inlets, num_parts=num_parts or partition.num_stages, timeout_s=timeout_s)
+    return PipelinedModel(
+        plans,
+        inlets,
+        num_parts=num_parts or partition.num_stages,
+        num_microbatches=num_microbatches,
+        timeout_s=timeout_s,
+    )

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,11 +31,16 @@ class PipelinedModel:
         outputs: Sequence[Inlet],
         *,
         num_parts: int,
+        num_microbatches: int = 1,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        """`plans` lead to all members; `outputs` come from the last stage, in the order of its ranks."""
+        """`plans` lead to all members; `outputs` come from the last stage, in the order of its ranks.
+
+        A member takes each part through its layers in `num_microbatches`, where its experts are in other processes.
+        """
         self.stations: Stations = NotMeasured()  # the engine gives it its own
         self.num_parts = num_parts
+        self.num_microbatches = num_microbatches
         self.lost: UnavailableError | None = None
         self._plans = plans
         self._outputs = outputs
@@ -61,7 +67,7 @@ class PipelinedModel:
             raise
 
     def _forward(self, batch: Batch, dispatcher: Dispatcher) -> Tensor:
-        parts = split_batch(batch, self.num_parts)
+        parts = split_batch(replace(batch, num_microbatches=self.num_microbatches), self.num_parts)
         for part in parts:
             for plan in self._plans:
                 plan.submit(part)

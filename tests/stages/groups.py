@@ -69,6 +69,7 @@ def group_of_threads(
     num_sequences: int = 1,
     max_tokens: int = 128,
     num_parts: int | None = None,
+    num_microbatches: int = 1,
     timeout_s: float = 60.0,
     dispatcher_of: Callable[[int, int, Experts], CountingDirect] = lambda stage, rank, experts: CountingDirect(experts),
     runners: dict[tuple[int, int], StageRunner] | None = None,
@@ -87,7 +88,14 @@ def group_of_threads(
             runners[stage, rank] = runner
         return runner
 
-    model = start_group(partition, runner_of, resources=resources, num_parts=num_parts, timeout_s=timeout_s)
+    model = start_group(
+        partition,
+        runner_of,
+        resources=resources,
+        num_parts=num_parts,
+        num_microbatches=num_microbatches,
+        timeout_s=timeout_s,
+    )
     return runner_over(model, checkpoint, layouts[0], dtype, num_sequences, max_tokens)
 
 

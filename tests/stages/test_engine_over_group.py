@@ -63,6 +63,27 @@ def test_greedy_tokens_are_those_of_one_member_however_they_are_batched(say: Say
     assert say(partition, max_num_batched_tokens=11, max_num_seqs=5) == whole
 
 
+def test_int8_weights_and_a_narrow_cache_are_cut_too(model_dir: Path) -> None:
+    """Stages change no bit of int8 either; ranks quantise their own part, so their tokens are their own."""
+    said = []
+    for partition in (WHOLE, Partition(num_stages=2), Partition(num_ranks=2)):
+        engine = build_single_process(
+            model_dir,
+            weights="int8",
+            partition=partition,
+            options=EngineOptions(num_blocks=300, kv_dtype="bfloat16"),
+            num_threads=1,
+        )
+        collector = Collector()
+        engine.start(collector)
+        engine.submit(request("r", PROMPTS["p60"], max_tokens=8, ignore_eos=True))
+        collector.wait_for("r")
+        said.append(tokens(collector.outputs["r"]))
+        engine.close()
+    assert said[0] == said[1]
+    assert len(said[2]) == 8
+
+
 def test_pages_that_run_out_change_no_token(say: Say) -> None:
     partition = Partition(num_stages=2, num_ranks=2)
     roomy = say(partition)
@@ -136,6 +157,41 @@ def test_a_prefix_that_a_lost_group_computed_is_not_found_again() -> None:
     core.add(request("second", prompt, max_tokens=2))
     run(core)
     assert core.scheduler.num_prefix_hits == 0
+
+
+def test_what_runs_when_a_group_is_exchanged_ends_and_leaves_no_prefix() -> None:
+    """Nobody may have noticed the loss: a score found it, or no step ran since."""
+    core = fake_core()
+    prompt = tuple(range(20))
+    core.add(request("runs", prompt, max_tokens=9))
+    core.step()
+    core.step()
+    (ended,) = core.renew()
+    assert isinstance(ended.error, UnavailableError)
+    core.add(request("second", prompt, max_tokens=2))
+    assert tokens(run(core)["second"]) == greedy(prompt, 2)
+    assert core.scheduler.num_prefix_hits == 0
+
+
+def test_an_engine_goes_on_when_its_group_is_formed_anew() -> None:
+    """What waits is computed by the new group; what came while there was none, too."""
+    engine, collector = LocalEngine(fake_core(max_num_seqs=1)), Collector()
+    model = engine.core.runner.model
+    assert isinstance(model, FakeModel)
+    model.before_forward = _lost
+    engine.start(collector)
+    engine.submit(request("first", (1, 2), max_tokens=3))
+    collector.wait_for("first")
+    engine.submit(request("waits", (3, 4), max_tokens=3))
+    engine.renew(lambda: setattr(model, "before_forward", lambda batch: None))
+    collector.wait_for("waits")
+    assert tokens(collector.outputs["waits"]) == greedy((3, 4), 3)
+    engine.lose(worker_lost("a member died while nothing ran"))
+    engine.submit(request("later", (5, 6), max_tokens=3))
+    engine.renew(lambda: None)
+    collector.wait_for("later")
+    assert tokens(collector.outputs["later"]) == greedy((5, 6), 3)
+    engine.close()
 
 
 def test_who_waits_for_a_group_too_long_is_told_to_retry() -> None:

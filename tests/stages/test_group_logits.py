@@ -94,5 +94,15 @@ def test_the_number_of_parts_changes_no_bit(tmp_path: Path, num_parts: int) -> N
         assert torch.equal(group.in_chunks(token_ids, [43, 1]), whole_TV)
 
 
+def test_ranks_whose_members_overlap_with_their_experts_meet_in_the_same_order(tmp_path: Path) -> None:
+    """Two parts for two stages, each in two microbatches that take turns in every layer."""
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path, "maverick"))
+    token_ids, partition = random_ids(61), Partition(num_stages=2, num_ranks=2)
+    with running_group(checkpoint, partition) as group:
+        expected_TV = group.in_chunks(token_ids, [43, 1])
+    with running_group(checkpoint, partition, num_microbatches=2) as group:
+        assert torch.equal(group.in_chunks(token_ids, [43, 1]), expected_TV)
+
+
 def _distance(logits_TV: Tensor, exact_TV: Tensor) -> float:
     return float((logits_TV - exact_TV).square().mean().sqrt())
