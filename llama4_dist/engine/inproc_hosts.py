@@ -14,11 +14,12 @@ from llama4_dist.engine.devices import open_experts, rows_device
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.expert_cut import ExpertCut
 from llama4_dist.model.weight_format import STORED
+from llama4_dist.partition import Share
 
 WORKER = "local"
 
 
-def start_inproc_hosts(
+def start_inproc_hosts(  # noqa: PLR0913 - what `build_single_process` was asked for
     checkpoint: Checkpoint,
     *,
     num_hosts: int,
@@ -28,11 +29,14 @@ def start_inproc_hosts(
     weights: str = STORED,
     num_slices: int = 1,
     memory_bytes: int | None = None,
+    worker: str = WORKER,
+    share: Share | None = None,
 ) -> tuple[Dispatcher, list[ExpertServer]]:
     """Spread the experts over `num_hosts` hosts and return a dispatcher with a link to each, and the hosts.
 
     `weights` is their format (`model.weight_format`), `num_slices` into how many units each is cut. `memory_bytes` is
-    what the hosts share to keep experts in memory; None = no bound.
+    what the hosts share to keep experts in memory; None = no bound. They belong to the thread of one `worker`, and know
+    the experts of all layers, or of those of its `share`.
     """
     if num_hosts < 1:
         raise ConfigError(f"num_inproc_hosts={num_hosts} must be at least 1")
@@ -41,6 +45,7 @@ def start_inproc_hosts(
     host_of = {
         (layer, unit): f"e{unit % num_hosts}"
         for layer in config.moe_layer_ids
+        if share is None or layer in share.layers
         for unit in range(config.num_experts * num_slices)
     }
     limits = LinkLimits()
@@ -71,16 +76,16 @@ def start_inproc_hosts(
             limits=limits,
         )
         servers.append(server)
-        links[host] = server.open_inproc(worker=WORKER, incarnation=0)
+        links[host] = server.open_inproc(worker=worker, incarnation=0)
     replicas = {pair: (Replica(host, 0),) for pair, host in host_of.items()}
     dispatcher = Dispatcher(
-        worker=WORKER,
+        worker=worker,
         incarnation=0,
         table=RoutingTable(epoch=1, replicas=replicas, num_slices=num_slices),
         links=links,
         width=config.hidden_size,
         dtype=dtype,
-        device=rows_device(dtype, device),
+        device=rows_device(dtype, device) if share is None else device,
     )
     resources.callback(dispatcher.close)
     return dispatcher, servers
