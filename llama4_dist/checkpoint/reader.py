@@ -89,16 +89,20 @@ class Checkpoint:
             down_FD=self._matrix(names.expert_linear_name(layer, expert, "down"), columns=cut).T,
         )
 
-    def release_expert(self, layer: int, expert: int) -> None:
-        """Give the memory of a routed expert back; views of it stay valid and read the file again when touched."""
-        parts: list[tuple[str, int | None]]
-        if self.layout is ExpertLayout.FUSED:
-            parts = [(names.gate_up_name(layer), expert), (names.down_name(layer), expert)]
-        else:
-            parts = [(names.expert_linear_name(layer, expert, part), None) for part in ("gate", "up", "down")]
-        for name, index in parts:
+    def release_expert(self, layer: int, expert: int, start: int = 0, stop: int | None = None) -> None:
+        """Give the memory of columns [start, stop) of a routed expert back; views read the file again when touched.
+
+        Of a matrix that is cut across its rows all goes: the kernel maps more around each touched page than its row.
+        """
+        for name, index, rows, _ in self._expert_parts(layer, expert, start, stop):
             entry = self.entries[name]
-            self._shards[entry.file].release(entry, index)
+            self._shards[entry.file].release(entry, index, rows=rows)
+
+    def read_ahead_expert(self, layer: int, expert: int, start: int = 0, stop: int | None = None) -> None:
+        """Have the kernel begin to read columns [start, stop) of a routed expert; returns before they are there."""
+        for name, index, rows, columns in self._expert_parts(layer, expert, start, stop):
+            entry = self.entries[name]
+            self._shards[entry.file].read_ahead(entry, index, rows=rows, columns=columns)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read every byte: manifest.sha256 if there is one, then NaN and infinities. `progress` gets bytes done, total.
@@ -124,6 +128,22 @@ class Checkpoint:
         """Let go of the memory maps; views handed out stay valid."""
         for shard in self._shards.values():
             shard.close()
+
+    def _expert_parts(
+        self, layer: int, expert: int, start: int, stop: int | None
+    ) -> list[tuple[str, int | None, slice, slice]]:
+        """Return (name, index in a stack, rows, columns) of all that columns [start, stop) of an expert lie in."""
+        width = self.config.expert_width
+        cut = slice(start, width if stop is None else stop)
+        if self.layout is ExpertLayout.FUSED:
+            name = names.gate_up_name(layer)
+            upper = slice(width + cut.start, width + cut.stop)
+            gate_up = [cut, upper] if cut != slice(0, width) else [EVERYTHING]
+            return [(name, expert, EVERYTHING, columns) for columns in gate_up] + [
+                (names.down_name(layer), expert, cut, EVERYTHING)
+            ]
+        gate, up, down = (names.expert_linear_name(layer, expert, part) for part in ("gate", "up", "down"))
+        return [(gate, None, cut, EVERYTHING), (up, None, cut, EVERYTHING), (down, None, EVERYTHING, cut)]
 
     def _fused_expert(self, layer: int, expert: int, start: int, stop: int) -> ExpertWeights:
         width = self.config.expert_width

@@ -54,17 +54,33 @@ class Shard:
             raw = raw.clone(memory_format=torch.contiguous_format)
         return raw.view(TORCH_DTYPES[entry.dtype])
 
-    def release(self, entry: TensorEntry, index: int | None = None) -> None:
-        """Take the pages of `entry`, or of matrix `index` of a stack, out of this process; a view reads them again."""
-        start, stop = entry.start, entry.stop
-        if index is not None:
-            matrix_bytes = entry.num_bytes // entry.shape[0]
-            start += index * matrix_bytes
-            stop = start + matrix_bytes
+    def release(self, entry: TensorEntry, index: int | None = None, *, rows: slice = EVERYTHING) -> None:
+        """Take the pages of `entry`, or of `rows` of matrix `index` of a stack, out of this process.
+
+        A view reads them again.
+        """
+        start, stop = _byte_range(entry, index, rows)
         start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
         with self._lock:
             if self._mapping is not None and stop > start:
                 self._mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def read_ahead(
+        self, entry: TensorEntry, index: int | None = None, *, rows: slice = EVERYTHING, columns: slice = EVERYTHING
+    ) -> None:
+        """Have the kernel begin to read what `matrix` would return; returns before it is there."""
+        start, stop = _byte_range(entry, index, rows)
+        row_bytes = entry.shape[-1] * ITEM_BYTES[entry.dtype]
+        first, last, _ = columns.indices(entry.shape[-1])
+        begin, length = first * ITEM_BYTES[entry.dtype], (last - first) * ITEM_BYTES[entry.dtype]
+        if length == row_bytes:
+            begin, length, row_bytes = 0, stop - start, stop - start
+        self._map()
+        with self._lock:
+            for row in range(start, stop, row_bytes):
+                at = (row + begin) // mmap.PAGESIZE * mmap.PAGESIZE
+                if self._mapping is not None:
+                    self._mapping.madvise(mmap.MADV_WILLNEED, at, row + begin + length - at)
 
     def close(self) -> None:
         """Let go of the mapping; it stays until the last view of it is gone."""
@@ -85,3 +101,13 @@ class Shard:
                     self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
                 self._mapping = mapping
             return self._bytes
+
+
+def _byte_range(entry: TensorEntry, index: int | None, rows: slice) -> tuple[int, int]:
+    """Return where `rows` of a tensor, or of matrix `index` of a stack, begin and end in the file."""
+    shape = entry.shape if index is None else entry.shape[1:]
+    matrix_bytes = entry.num_bytes if index is None else entry.num_bytes // entry.shape[0]
+    start = entry.start + (index or 0) * matrix_bytes
+    first, last, _ = rows.indices(shape[0])
+    row_bytes = matrix_bytes // shape[0]
+    return start + first * row_bytes, start + last * row_bytes

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -25,6 +26,7 @@ from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.cpu.panels import is_native
 from llama4_dist.model.kv_cache import KVCache
+from llama4_dist.model.residency import check_residency
 from llama4_dist.model.weight_format import STORED, check_weight_format
 from llama4_dist.native import threads
 from llama4_dist.partition import WHOLE, Partition
@@ -121,13 +123,15 @@ def lead(
 
 
 @apart
-def build_single_process(  # noqa: PLR0913 - each is a user's choice
+def build_single_process(  # noqa: PLR0913 - the settings of an engine, all by name
     model_dir: Path,
     *,
     dtype: str = "auto",
     weights: str = STORED,
     device: str = "cpu",
     num_inproc_hosts: int = 1,
+    expert_slices: int = 1,
+    expert_memory_bytes: int | None = None,
     options: EngineOptions | None = None,
     num_threads: int | None = None,
     partition: Partition = WHOLE,
@@ -135,9 +139,11 @@ def build_single_process(  # noqa: PLR0913 - each is a user's choice
 ) -> LocalEngine:
     """Open a checkpoint and return an engine whose experts live in this process, behind inproc links.
 
-    On a CUDA device with one host the experts need no links: they are the model's own (`llama4_dist.gpu`). With a
-    `partition` of several stages or ranks each member is a thread with expert hosts of its own. Raises ConfigError for
-    a name or a value that cannot be computed here.
+    `expert_slices` cuts every expert as a cluster of so many would: tokens have its bits. `expert_memory_bytes` is how
+    much of the experts stays in memory (`model.residency`). On a CUDA device with one host and whole experts these need
+    no links: they are the model's own (`llama4_dist.gpu`). With a `partition` of several stages or ranks each member is
+    a thread with expert hosts of its own, and a part of that memory. Raises ConfigError for a name or a value that
+    cannot be computed here.
     """
     if num_threads is not None:
         threads.set_count(num_threads)
@@ -158,17 +164,32 @@ def build_single_process(  # noqa: PLR0913 - each is a user's choice
             )
             if is_native(torch_dtype, device):
                 threads.leave_to_native()
+            start_hosts = partial(
+                start_inproc_hosts,
+                checkpoint,
+                num_hosts=num_inproc_hosts,
+                dtype=torch_dtype,
+                device=device,
+                weights=weights,
+                resources=resources,
+                num_slices=expert_slices,
+                memory_bytes=None if expert_memory_bytes is None else expert_memory_bytes // partition.num_members,
+            )
             pipelined = start_inproc_members(
                 checkpoint,
                 plan,
-                num_hosts=num_inproc_hosts,
+                start_hosts,
                 device=device,
                 weights=weights,
                 resources=resources,
                 progress=progress,
             )
             engine = lead(checkpoint, pipelined, plan, options=options, device=device)
-        elif torch.device(device).type == "cuda" and num_inproc_hosts == 1:
+        elif torch.device(device).type == "cuda" and num_inproc_hosts == expert_slices == 1:
+            if expert_memory_bytes is not None:
+                check_residency(
+                    expert_memory_bytes, checkpoint.config, dtype=torch_dtype, device=device, weight_format=weights
+                )
             model, dispatcher = load_on_one_device(checkpoint, dtype=torch_dtype, device=device, progress=progress)
             resources.callback(dispatcher.close)
             engine = assemble(checkpoint, model, dispatcher, options=options, dtype=torch_dtype, device=device)
@@ -179,6 +200,8 @@ def build_single_process(  # noqa: PLR0913 - each is a user's choice
                 dtype=torch_dtype,
                 device=device,
                 weights=weights,
+                num_slices=expert_slices,
+                memory_bytes=expert_memory_bytes,
                 resources=resources,
             )
             engine = build_engine(

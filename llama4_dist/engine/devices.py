@@ -14,6 +14,7 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.engine.one_device import MeasuredModel
 from llama4_dist.model import load
 from llama4_dist.model.cpu.llama4 import CpuLlama4
+from llama4_dist.model.expert_cut import ExpertCut
 from llama4_dist.model.expert_store import ExpertStore
 from llama4_dist.model.llama4 import Llama4
 from llama4_dist.model.reduction import Reduction
@@ -95,11 +96,13 @@ def open_experts(
     dtype: torch.dtype,
     device: str,
     weight_format: str = STORED,
+    num_slices: int = 1,
     capacity_bytes: int | None = None,
+    residency_bytes: int | None = None,
 ) -> ExpertStore:
-    """Return a store, empty yet, of experts that are computed on `device`.
+    """Return a store, empty yet, of experts that are computed on `device`; see `ExpertStore`.
 
-    Raises ConfigError where `weight_format` cannot be computed.
+    Raises ConfigError where `weight_format`, the cut or the bound cannot be.
     """
     check_weight_format(weight_format, dtype=dtype, device=device)
     experts = None
@@ -107,10 +110,11 @@ def open_experts(
         from llama4_dist.gpu.experts import GpuExperts
 
         config = checkpoint.config
+        cut = ExpertCut.of(config, dtype=dtype, weight_format=weight_format, num_slices=num_slices)
         experts = GpuExperts(
             width=config.hidden_size,
-            expert_width=config.expert_width,
-            num_experts=config.num_experts,
+            expert_width=cut.most_columns,
+            num_experts=config.num_experts * num_slices,
             dtype=dtype,
             device=device,
         )
@@ -119,6 +123,8 @@ def open_experts(
         dtype=dtype,
         device=device,
         weight_format=weight_format,
+        num_slices=num_slices,
         capacity_bytes=capacity_bytes,
+        residency_bytes=residency_bytes,
         experts=experts,
     )
