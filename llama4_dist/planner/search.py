@@ -1,0 +1,157 @@
+"""Finds the best layouts of so many devices: enumerate, refuse, estimate all, compute the best exactly."""
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from llama4_dist.errors import ConfigError
+from llama4_dist.planner.layout import COLUMNS, Layout
+from llama4_dist.planner.memory import memory_of
+from llama4_dist.planner.plan import Plan, evaluate, refusals
+from llama4_dist.planner.request import Objective, PlanRequest
+from llama4_dist.planner.roofline import ESTIMATE
+
+MOST_SLICES = 16  # more would send a row sixteen times and more
+MOST_STAGES = 8
+MOST_BATCH = 4096  # sequences of one group
+SAFE = 0.99  # of the time asked for: an estimate is not exact
+EXACT = 12  # layouts whose figures are computed with all draws
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Plans, the best first; the whole cloud of estimates; and how many layouts were refused for what."""
+
+    plans: tuple[Plan, ...]
+    estimates: tuple[Plan, ...]
+    refused: tuple[tuple[str, int], ...]
+
+
+def search(request: PlanRequest, *, top: int = 5) -> Found:
+    """Return the `top` layouts by the objective; ConfigError with the reasons when none is possible."""
+    refused: Counter[str] = Counter()
+    estimates: list[Plan] = []
+    for shape in shapes(request):
+        reasons = refusals(request, shape)
+        if reasons:
+            refused[reasons[0]] += 1
+        else:
+            estimates += _estimates(request, shape)
+    if not estimates:
+        raise ConfigError(_nothing(request, refused))
+    in_time = [plan for plan in estimates if _in_time(request, plan)]
+    if not in_time:
+        raise ConfigError(_too_slow(request, estimates))
+    best = _best_of_each_shape(request, in_time)[: max(EXACT, top)]
+    plans = [evaluate(request, _fullest_in_time(request, plan)) for plan in best]
+    kept = sorted((plan for plan in plans if _in_time(request, plan)), key=lambda plan: rank(request, plan))
+    if not kept:
+        raise ConfigError(_too_slow(request, plans))
+    return Found(plans=tuple(kept[:top]), estimates=tuple(estimates), refused=tuple(refused.most_common()))
+
+
+def rank(request: PlanRequest, plan: Plan) -> tuple[float, ...]:
+    """Return what sorts plans; the smaller the better. Ties go to fewer devices, then to the simpler layout."""
+    simple = (plan.layout.num_gpus, plan.layout.stages, plan.layout.slices, plan.layout.microbatches)
+    match request.objective:
+        case Objective.THROUGHPUT:
+            return (-round(plan.tokens_per_s, 1), *simple)
+        case Objective.LATENCY:
+            return (round(plan.step.step_s, 7), -plan.tokens_per_s, *simple)
+        case Objective.COST:
+            return (round(plan.price_per_million_tokens, 4), plan.step.step_s, *simple)
+
+
+def shapes(request: PlanRequest) -> Iterator[Layout]:
+    """Yield layouts with a batch of one: every cut of a group, every number of slices, hosts that fill evenly."""
+    config, devices = request.geometry.config, request.num_gpus
+    replicas = request.defaults.replicas
+    for stages in _powers(min(MOST_STAGES, config.num_layers)):
+        for ranks in _powers(min(request.hardware.devices_per_node, config.num_heads)):
+            for slices in _powers(min(MOST_SLICES, max(1, config.expert_width // COLUMNS))):
+                for hosts in _divisors(config.num_experts * slices * replicas):
+                    for groups in _group_numbers((devices - hosts) // (stages * ranks), request.objective):
+                        yield request.with_layout(stages=stages, ranks=ranks, slices=slices, hosts=hosts, groups=groups)
+
+
+def _estimates(request: PlanRequest, shape: Layout) -> Iterator[Plan]:
+    most = memory_of(request.geometry, shape, request.traffic.context, request.bytes_per_gpu).most_sequences
+    for sequences in _batches(request, shape, min(most, MOST_BATCH)):
+        whole = evaluate(request, replace(shape, sequences=sequences), samples=ESTIMATE)
+        yield whole
+        # A second part can only hide what is exposed; and a part of one sequence is not cut again.
+        if sequences >= 2 * shape.stages and whole.step.terms.exposed_s(1) > 0:
+            yield evaluate(request, replace(shape, sequences=sequences, microbatches=2), samples=ESTIMATE)
+
+
+def _batches(request: PlanRequest, shape: Layout, most: int) -> list[int]:
+    if request.batch is not None:
+        wanted = -(-request.batch // shape.groups)
+        return [wanted] if wanted <= most else []
+    if request.objective is Objective.LATENCY:
+        return [1] if most else []
+    return sorted({*_powers(most)[::2], most // 2, most * 3 // 4, most} - {0})
+
+
+def _fullest_in_time(request: PlanRequest, plan: Plan) -> Layout:
+    """Return the layout with the largest batch that is still in time; as it is where nothing asks for a time."""
+    if request.slo_tpot_s is None or request.batch is not None or request.objective is Objective.LATENCY:
+        return plan.layout
+    limit_s = request.slo_tpot_s * SAFE
+    most = min(MOST_BATCH, plan.memory.most_sequences)
+
+    def step_s(sequences: int) -> float:
+        return evaluate(request, replace(plan.layout, sequences=sequences), samples=ESTIMATE).step.step_s
+
+    larger = range(plan.layout.sequences, most + 1)
+    number = bisect_right(larger, limit_s, key=step_s)
+    return replace(plan.layout, sequences=larger[max(0, number - 1)])
+
+
+def _best_of_each_shape(request: PlanRequest, plans: list[Plan]) -> list[Plan]:
+    best: dict[Layout, Plan] = {}
+    for plan in sorted(plans, key=lambda plan: rank(request, plan)):
+        best.setdefault(replace(plan.layout, sequences=1, microbatches=1), plan)
+    return list(best.values())
+
+
+def _in_time(request: PlanRequest, plan: Plan) -> bool:
+    return request.slo_tpot_s is None or plan.step.step_s <= request.slo_tpot_s
+
+
+def _nothing(request: PlanRequest, refused: Counter[str]) -> str:
+    reasons = "; ".join(reason for reason, _ in refused.most_common(2))
+    if not refused:
+        reasons = "there is no room for an attention group beside an expert host"
+    batch = f" with {request.batch} sequences" if request.batch else ""
+    return (
+        f"no layout of {request.num_gpus}x{request.hardware.name} serves {request.model} in {request.defaults.dtype} "
+        f"at context {request.traffic.context}{batch}: {reasons}"
+    )
+
+
+def _too_slow(request: PlanRequest, plans: list[Plan]) -> str:
+    assert request.slo_tpot_s is not None, "only an objective refuses what fits"
+    best = min(plans, key=lambda plan: plan.step.step_s)
+    return (
+        f"no layout takes at most {1e3 * request.slo_tpot_s:g} ms per token; the fastest, {best.layout.describe()}, "
+        f"takes {1e3 * best.step.step_s:.1f} ms: relax --slo-tpot or add devices"
+    )
+
+
+def _group_numbers(most: int, objective: Objective) -> list[int]:
+    """All that fit for throughput; fewer too where idle devices cost nothing."""
+    if most < 1:
+        return [1]  # refused with the number of devices it needs
+    if objective is Objective.LATENCY:
+        return [1]
+    return [most] if objective is Objective.THROUGHPUT else sorted({most, -(-most // 2), -(-most // 4), 1})
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << power for power in range(most.bit_length()) if 1 << power <= most]
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
