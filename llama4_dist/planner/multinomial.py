@@ -75,8 +75,7 @@ class Slowest:
 def slowest_host(
     num_rows: int,
     popularity: tuple[float, ...],
-    num_slices: int,
-    num_hosts: int,
+    placed: Spread,
     *,
     read_s: float,
     row_s: float,
@@ -86,9 +85,9 @@ def slowest_host(
     import numpy as np
 
     counts = _draws(num_rows, popularity, samples)
-    hosts = np.zeros((len(popularity), num_hosts))
-    for unit, host in enumerate(spread(popularity, num_slices, num_hosts).hosts_of):
-        hosts[unit // num_slices, host] += 1.0
+    hosts = np.zeros((len(popularity), placed.num_hosts))
+    for unit, host in enumerate(placed.hosts_of):
+        hosts[unit // placed.num_slices, host] += 1.0
     seconds = np.where(counts > 0, np.maximum(read_s, counts * row_s), 0.0) @ hosts
     # Of an expert with several slices on one host the rows come once.
     rows = counts @ np.minimum(hosts, 1.0)

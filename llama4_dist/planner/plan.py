@@ -57,7 +57,8 @@ def _memory_refusals(layout: Layout, memory: Memory) -> list[str]:
     elif not memory.attention_fits:
         found.append(
             f"{layout.sequences} sequences take {memory.kv / GB:.1f} GB of KV beside "
-            f"{memory.attention_weights / GB:.1f} GB of weights and there are {room}: at most {memory.most_sequences} fit"
+            f"{memory.attention_weights / GB:.1f} GB of weights and there are {room}: "
+            f"at most {memory.most_sequences} fit"
         )
     return found
 

@@ -10,7 +10,14 @@ from llama4_dist.planner import formats
 from llama4_dist.planner.geometry import Geometry
 from llama4_dist.planner.hardware import Rates
 from llama4_dist.planner.layout import Layout
-from llama4_dist.planner.multinomial import SAMPLES, Slowest, estimate_fullest, estimated_slowest, slowest_host
+from llama4_dist.planner.multinomial import (
+    SAMPLES,
+    Slowest,
+    estimate_fullest,
+    estimated_slowest,
+    slowest_host,
+    spread,
+)
 
 ESTIMATE = 0  # samples: none
 ACTIVATION_BYTES = 2  # of a number in a reduction and between stages: bf16
@@ -23,6 +30,36 @@ class Traffic:
     context: int
     popularity: tuple[float, ...]
     pooled: bool = True  # groups reach a layer together, so that an expert reads its weights once for all of them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a step computes in one group. Of a decode B rows at context ctx: B rows, B ctx_eff keys read and scored.
+
+    Tokens of a prompt share the keys they read; `logit_rows` of the rows get logits.
+    """
+
+    rows: int
+    keys_read: float
+    keys_scored: float
+    logit_rows: int
+
+    def part(self, number: int) -> "Work":
+        """Return the largest of `number` parts of nearly equal size."""
+        rows = -(-self.rows // number)
+        share = rows / self.rows
+        return Work(
+            rows=rows,
+            keys_read=share * self.keys_read,
+            keys_scored=share * self.keys_scored,
+            logit_rows=min(rows, self.logit_rows),
+        )
+
+
+def decode_work(geometry: Geometry, rows: int, context: float) -> Work:
+    """Return a token for each of so many sequences of that many cached positions."""
+    keys = rows * geometry.keys_seen(context)
+    return Work(rows=rows, keys_read=keys, keys_scored=keys, logit_rows=rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,46 +113,51 @@ def reduce_s(ranks: int, rows: float, width: int, rates: Rates) -> float:
     return rates.reduce_alpha_s + moved / rates.reduce_link
 
 
-def attention_s(geometry: Geometry, layout: Layout, rates: Rates, rows: float, context: float) -> float:
+def attention_s(geometry: Geometry, layout: Layout, rates: Rates, work: Work) -> float:
     """T_attn = max((P_a b_w + B ctx_eff 2 n_kv d b_kv)/(T BW), (2 B P_a + 4 B ctx_eff n_q d)/(T FL)) + T_allreduce.
 
     Beyond one rank a KV head, each rank still reads a whole head: keys are divided by min(T, n_kv) only.
     """
-    config, ranks = geometry.config, layout.ranks
-    keys, parameters = geometry.keys_seen(context), geometry.attention_parameters
-    kv_read = rows * keys * 2 * config.num_kv_heads * config.head_dim * formats.kv_bytes(layout.kv_dtype)
+    config, ranks, parameters = geometry.config, layout.ranks, geometry.attention_parameters
+    kv_read = work.keys_read * 2 * config.num_kv_heads * config.head_dim * formats.kv_bytes(layout.kv_dtype)
     read = parameters * formats.weight_bytes(layout.dtype) / ranks + kv_read / min(ranks, config.num_kv_heads)
-    flops = 2 * rows * parameters + 4 * rows * keys * config.num_heads * config.head_dim
+    flops = 2 * work.rows * parameters + 4 * work.keys_scored * config.num_heads * config.head_dim
     roof = max(read / rates.memory, flops / (ranks * rates.flops))
-    return roof + reduce_s(ranks, rows, config.hidden_size, rates)
+    return roof + reduce_s(ranks, work.rows, config.hidden_size, rates)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceCost:
+    """Seconds that a slice of an expert takes on its host: max(read_s, rows x row_s)."""
+
+    read_s: float
+    row_s: float
+
+
+def slice_cost(geometry: Geometry, layout: Layout, rates: Rates, *, reads: int = 1) -> SliceCost:
+    """P_e b_w / (S g_e BW) to read the weights, and 2 P_e / (S g_e FL) for each row."""
+    piece, gpus = geometry.expert_parameters / layout.slices, layout.gpus_per_host
+    return SliceCost(
+        read_s=reads * piece * formats.weight_bytes(layout.dtype) / (gpus * rates.memory),
+        row_s=2 * piece / (gpus * rates.flops),
+    )
 
 
 def expert_load(
     geometry: Geometry, layout: Layout, rates: Rates, rows: int, traffic: Traffic, *, samples: int = SAMPLES
 ) -> Slowest:
-    """T_E = E[max over hosts of the sum over its experts with rows of max(P_e b_w / (g BW), 2 c P_e / (g FL))].
+    """T_E = E[max over hosts of the sum over its slices with rows of max(P_e b_w / (S g BW), 2 c P_e / (S g FL))].
 
-    A slice has 1/S of P_e; `rows` are those of all groups. Unpooled, the read is paid once per group. With `samples`
-    ESTIMATE nothing is drawn.
+    `rows` are those of all groups. Unpooled, the read is paid once per group. With `samples` ESTIMATE nothing is
+    drawn.
     """
-    piece = geometry.expert_parameters / layout.slices
-    reads = 1 if traffic.pooled else layout.groups
-    gpus = layout.gpus_per_host
-    read_s = reads * piece * formats.weight_bytes(layout.dtype) / (gpus * rates.memory)
-    row_s = 2 * piece / (gpus * rates.flops)
+    cost = slice_cost(geometry, layout, rates, reads=1 if traffic.pooled else layout.groups)
     copies = rows * geometry.config.experts_per_token
     if samples == ESTIMATE:
         fullest = estimate_fullest(copies, traffic.popularity, layout.slices, layout.hosts)
-        return estimated_slowest(fullest, read_s=read_s, row_s=row_s)
-    return slowest_host(
-        copies,
-        traffic.popularity,
-        layout.slices,
-        layout.hosts,
-        read_s=read_s,
-        row_s=row_s,
-        samples=samples,
-    )
+        return estimated_slowest(fullest, read_s=cost.read_s, row_s=cost.row_s)
+    placed = spread(traffic.popularity, layout.slices, layout.hosts)
+    return slowest_host(copies, traffic.popularity, placed, read_s=cost.read_s, row_s=cost.row_s, samples=samples)
 
 
 def transfer_s(row_bytes: float, sent: float, received: float, layout: Layout, rates: Rates) -> float:
@@ -127,33 +169,30 @@ def transfer_s(row_bytes: float, sent: float, received: float, layout: Layout, r
     return rates.alpha_s + slowest / rates.link
 
 
-def moe_terms(
-    geometry: Geometry, layout: Layout, rates: Rates, rows: int, traffic: Traffic, *, samples: int = SAMPLES
-) -> Terms:
-    """Return the terms of a layer for `rows` sequences of each group."""
-    config = geometry.config
-    load = expert_load(geometry, layout, rates, rows * layout.groups, traffic, samples=samples)
-    copies = rows * config.experts_per_token * layout.slices
+def moe_terms(geometry: Geometry, layout: Layout, rates: Rates, work: Work, load: Slowest) -> Terms:
+    """Return the terms of a layer for one group's work, with what its rows and the others' make of the hosts."""
+    config, weight_bytes = geometry.config, formats.weight_bytes(layout.dtype)
+    copies = work.rows * config.experts_per_token * layout.slices
+    out_bytes = formats.dispatch_bytes(config.hidden_size, layout.wire)
+    back_bytes = formats.combine_bytes(config.hidden_size, layout.wire)
     return Terms(
-        attention_s=attention_s(geometry, layout, rates, rows, traffic.context),
-        shared_s=product_s(geometry.expert_parameters, rows, formats.weight_bytes(layout.dtype), layout.ranks, rates),
+        attention_s=attention_s(geometry, layout, rates, work),
+        shared_s=product_s(geometry.expert_parameters, work.rows, weight_bytes, layout.ranks, rates),
         expert_s=load.seconds,
         expert_mean_s=load.mean_seconds,
-        dispatch_s=transfer_s(
-            formats.dispatch_bytes(config.hidden_size, layout.wire), copies, load.rows, layout, rates
-        ),
-        combine_s=transfer_s(formats.combine_bytes(config.hidden_size, layout.wire), copies, load.rows, layout, rates),
+        dispatch_s=transfer_s(out_bytes, copies, load.rows, layout, rates),
+        combine_s=transfer_s(back_bytes, copies, load.rows, layout, rates),
     )
 
 
-def dense_layer_s(geometry: Geometry, layout: Layout, rates: Rates, rows: int, context: float) -> float:
-    """T_dense_layer: m T_attn of a part, and a dense network for the batch whole, since nothing is away meanwhile.
+def dense_layer_s(geometry: Geometry, layout: Layout, rates: Rates, work: Work) -> float:
+    """T_dense_layer: m T_attn of a part, and a dense network for all rows, since nothing is away meanwhile.
 
-    `rows` are those of all m parts. An engine that cuts this network too reads its weights m times.
+    An engine that cuts this network too reads its weights m times.
     """
-    own = product_s(geometry.dense_parameters, rows, formats.weight_bytes(layout.dtype), layout.ranks, rates)
-    part = -(-rows // layout.microbatches)
-    return layout.microbatches * attention_s(geometry, layout, rates, part, context) + own
+    weight_bytes, parts = formats.weight_bytes(layout.dtype), layout.microbatches
+    own_s = product_s(geometry.dense_parameters, work.rows, weight_bytes, layout.ranks, rates)
+    return parts * attention_s(geometry, layout, rates, work.part(parts)) + own_s
 
 
 def head_s(geometry: Geometry, layout: Layout, rates: Rates, rows: float) -> float:

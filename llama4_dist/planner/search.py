@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from llama4_dist.errors import ConfigError
 from llama4_dist.planner.layout import COLUMNS, Layout
 from llama4_dist.planner.memory import memory_of
+from llama4_dist.planner.parse import MOST_GPUS
 from llama4_dist.planner.plan import Plan, evaluate, refusals
 from llama4_dist.planner.request import Objective, PlanRequest
 from llama4_dist.planner.roofline import ESTIMATE
@@ -36,8 +37,10 @@ def search(request: PlanRequest, *, top: int = 5) -> Found:
         reasons = refusals(request, shape)
         if reasons:
             refused[reasons[0]] += 1
+        elif judged := list(_estimates(request, shape)):
+            estimates += judged
         else:
-            estimates += _estimates(request, shape)
+            refused[_too_many(request, shape)] += 1
     if not estimates:
         raise ConfigError(_nothing(request, refused))
     in_time = [plan for plan in estimates if _in_time(request, plan)]
@@ -85,6 +88,12 @@ def _estimates(request: PlanRequest, shape: Layout) -> Iterator[Plan]:
             yield evaluate(request, replace(shape, sequences=sequences, microbatches=2), samples=ESTIMATE)
 
 
+def _too_many(request: PlanRequest, shape: Layout) -> str:
+    memory = memory_of(request.geometry, shape, request.traffic.context, request.bytes_per_gpu)
+    number = memory.most_sequences * shape.groups
+    return f"the KV memory of {shape.groups} groups of {shape.gpus_per_group} GPUs holds {number} sequences at most"
+
+
 def _batches(request: PlanRequest, shape: Layout, most: int) -> list[int]:
     if request.batch is not None:
         wanted = -(-request.batch // shape.groups)
@@ -121,14 +130,23 @@ def _in_time(request: PlanRequest, plan: Plan) -> bool:
 
 
 def _nothing(request: PlanRequest, refused: Counter[str]) -> str:
-    reasons = "; ".join(reason for reason, _ in refused.most_common(2))
-    if not refused:
-        reasons = "there is no room for an attention group beside an expert host"
+    """Say what stands in the way: the devices that would be enough, else the reasons met most often."""
     batch = f" with {request.batch} sequences" if request.batch else ""
-    return (
-        f"no layout of {request.num_gpus}x{request.hardware.name} serves {request.model} in {request.defaults.dtype} "
-        f"at context {request.traffic.context}{batch}: {reasons}"
-    )
+    asked = f"{request.num_gpus}x{request.hardware.name}"
+    model = f"{request.model} in {request.defaults.dtype} at context {request.traffic.context}{batch}"
+    fleet = smallest_fleet(request)
+    if fleet is not None and fleet.num_gpus > request.num_gpus:
+        return f"no layout of {asked} serves {model}: the smallest needs {fleet.num_gpus} devices ({fleet.describe()})"
+    telling = [reason for reason, _ in refused.most_common() if not reason.startswith("it needs")]
+    reasons = "; ".join(telling[-2:] if request.batch else telling[:2]) or "there is no legal layout"
+    return f"no layout of {asked} serves {model}: {reasons}"
+
+
+def smallest_fleet(request: PlanRequest) -> Layout | None:
+    """Return the layout with the fewest devices that holds the model and one sequence; None if there is none."""
+    unbounded = replace(request, num_gpus=MOST_GPUS)
+    fits = [shape for shape in shapes(replace(request, num_gpus=1)) if not refusals(unbounded, shape)]
+    return min(fits, key=lambda shape: (shape.num_gpus, shape.stages, shape.slices), default=None)
 
 
 def _too_slow(request: PlanRequest, plans: list[Plan]) -> str:

@@ -1,12 +1,23 @@
 """Puts the terms of layers together to a decode step of a layout, stages and microbatches included."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llama4_dist.planner.geometry import Geometry
 from llama4_dist.planner.hardware import Rates
 from llama4_dist.planner.layout import Layout
-from llama4_dist.planner.multinomial import SAMPLES
-from llama4_dist.planner.roofline import Terms, Traffic, dense_layer_s, head_s, hop_s, moe_terms
+from llama4_dist.planner.multinomial import SAMPLES, Slowest
+from llama4_dist.planner.roofline import (
+    Terms,
+    Traffic,
+    Work,
+    decode_work,
+    dense_layer_s,
+    expert_load,
+    head_s,
+    hop_s,
+    moe_terms,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,33 +42,44 @@ class StepTimes:
 def step_times(
     geometry: Geometry, layout: Layout, rates: Rates, traffic: Traffic, *, samples: int = SAMPLES
 ) -> StepTimes:
-    """TPOT = n_moe layer + n_dense T_dense_layer + T_lmhead + T_sched.
+    """Return a decode step in which every group has its batch at the traffic's context, and all are in step."""
 
-    With P stages the batch is cut into P parts and a step takes P + (P - 1) turns of a stage, n/P layers each: the
-    leader plans the next step when it has all tokens of this one, so the pipeline fills and drains every step.
+    def load(rows: int) -> Slowest:
+        return expert_load(geometry, layout, rates, rows * layout.groups, traffic, samples=samples)
+
+    return step_of(geometry, layout, rates, decode_work(geometry, layout.sequences, traffic.context), load)
+
+
+def step_of(geometry: Geometry, layout: Layout, rates: Rates, work: Work, load: Callable[[int], Slowest]) -> StepTimes:
+    """TPOT = n_moe layer + n_dense T_dense_layer + T_lmhead + T_sched, of any work of one group.
+
+    `load` says what expert hosts take while each group's microbatch has so many rows. With P stages the work is cut
+    into P parts and a step takes P + (P - 1) turns of a stage, n/P layers each: the leader plans the next step when
+    it has all tokens of this one, so the pipeline fills and drains every step.
     """
-    stages, batch = layout.stages, layout.sequences
-    part = -(-batch // stages)  # sequences of a stage's turn
-    rows = -(-part // layout.microbatches)
-    parts = -(-batch // part)
-    terms = moe_terms(geometry, layout, rates, rows, traffic, samples=samples)
-    layer_s = terms.layer_s(layout.microbatches)
-    dense_s = dense_layer_s(geometry, layout, rates, part, traffic.context) if geometry.num_dense_layers else 0.0
-    through_s = geometry.num_moe_layers * layer_s + geometry.num_dense_layers * dense_s
-    last_s = head_s(geometry, layout, rates, batch)
-    hops_s = 0.0 if stages == 1 else (parts + stages - 2) * hop_s(geometry, layout, rates, part)
-    turns = parts + stages - 1
-    total_s = turns * through_s / stages + hops_s + last_s + rates.step_s
-    own_s = parts * (geometry.num_moe_layers * layout.microbatches * terms.own_s + geometry.num_dense_layers * dense_s)
-    busy_s = parts * geometry.num_moe_layers * layout.microbatches * terms.expert_mean_s
+    stages = layout.stages
+    part = work.part(stages)
+    num_parts = -(-work.rows // part.rows)
+    microbatches = min(layout.microbatches, part.rows)
+    micro = part.part(microbatches)
+    terms = moe_terms(geometry, layout, rates, micro, load(micro.rows))
+    layer_s = terms.layer_s(microbatches)
+    dense_s = dense_layer_s(geometry, layout, rates, part) if geometry.num_dense_layers else 0.0
+    stage_s = (geometry.num_moe_layers * layer_s + geometry.num_dense_layers * dense_s) / stages
+    last_s = head_s(geometry, layout, rates, work.logit_rows)
+    turns = num_parts + stages - 1
+    hops_s = 0.0 if stages == 1 else (turns - 1) * hop_s(geometry, layout, rates, part.rows)
+    total_s = turns * stage_s + hops_s + last_s + rates.step_s
+    own_s = geometry.num_moe_layers * microbatches * terms.own_s + geometry.num_dense_layers * dense_s
+    expert_s = num_parts * geometry.num_moe_layers * microbatches * terms.expert_mean_s
     return StepTimes(
         terms=terms,
-        microbatches=layout.microbatches,
+        microbatches=microbatches,
         layer_s=layer_s,
         dense_layer_s=dense_s,
         head_s=last_s,
-        pipeline_s=(turns - parts) * through_s / stages + hops_s,
+        pipeline_s=(stages - 1) * stage_s + hops_s,
         step_s=total_s,
-        attention_busy=min(1.0, (own_s / stages + last_s / stages) / total_s),
-        expert_busy=min(1.0, busy_s / total_s),
+        attention_busy=min(1.0, (num_parts * own_s + last_s) / stages / total_s),
+        expert_busy=min(1.0, expert_s / total_s),
     )

@@ -38,7 +38,7 @@ def test_draws_agree_with_the_exact_sum(exponent: float, num_hosts: int) -> None
             rows[hosts[expert]] += count
         exact_s += probability * max(seconds)
         exact_rows += probability * max(rows)
-    found = slowest_host(6, popularity, 1, num_hosts, read_s=1.0, row_s=0.4)
+    found = slowest_host(6, popularity, spread(popularity, 1, num_hosts), read_s=1.0, row_s=0.4)
     assert found.seconds == pytest.approx(exact_s, rel=0.02)
     assert found.rows == pytest.approx(exact_rows, rel=0.02)
 
@@ -62,14 +62,14 @@ def test_slices_lie_evenly_and_those_of_an_expert_apart(experts: int, slices: in
 
 
 def test_more_slices_shorten_the_slowest_host_in_proportion() -> None:
-    whole = slowest_host(1, zipf(16, 0.0), 1, 16, read_s=1.0, row_s=0.0)
-    cut = slowest_host(1, zipf(16, 0.0), 4, 64, read_s=0.25, row_s=0.0)
+    whole = slowest_host(1, zipf(16, 0.0), spread(zipf(16, 0.0), 1, 16), read_s=1.0, row_s=0.0)
+    cut = slowest_host(1, zipf(16, 0.0), spread(zipf(16, 0.0), 4, 64), read_s=0.25, row_s=0.0)
     assert (whole.seconds, cut.seconds) == (1.0, 0.25)
 
 
 def test_popular_experts_make_the_slowest_host_slower() -> None:
-    even = slowest_host(4096, zipf(16, 0.0), 1, 16, read_s=1e-6, row_s=1e-6)
-    skewed = slowest_host(4096, zipf(16, 1.0), 1, 16, read_s=1e-6, row_s=1e-6)
+    even = slowest_host(4096, zipf(16, 0.0), spread(zipf(16, 0.0), 1, 16), read_s=1e-6, row_s=1e-6)
+    skewed = slowest_host(4096, zipf(16, 1.0), spread(zipf(16, 1.0), 1, 16), read_s=1e-6, row_s=1e-6)
     assert skewed.rows > 3 * even.rows
     assert skewed.seconds > 3 * even.seconds
 
@@ -78,6 +78,6 @@ def test_popular_experts_make_the_slowest_host_slower() -> None:
 @pytest.mark.parametrize(("experts", "slices", "hosts"), [(16, 1, 16), (16, 2, 8), (128, 1, 8), (128, 1, 64)])
 def test_the_estimate_that_ranks_layouts_is_near_the_draws(rows: int, experts: int, slices: int, hosts: int) -> None:
     popularity = zipf(experts, 0.0)
-    drawn = slowest_host(rows, popularity, slices, hosts, read_s=1.0, row_s=0.01)
+    drawn = slowest_host(rows, popularity, spread(popularity, slices, hosts), read_s=1.0, row_s=0.01)
     estimate = estimated_slowest(estimate_fullest(rows, popularity, slices, hosts), read_s=1.0, row_s=0.01)
     assert estimate.seconds == pytest.approx(drawn.seconds, rel=0.25)
