@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from dataclasses import dataclass
 
+from llama4_dist.model.kv_layout import page_bytes
 from llama4_dist.planner import formats
 from llama4_dist.planner.geometry import KV_BLOCK, Geometry
 from llama4_dist.planner.layout import Layout
@@ -71,17 +72,11 @@ def longest_context(geometry: Geometry, layout: Layout, memory: Memory) -> int:
     return bisect_right(positions, room, key=lambda context: _kv_per_sequence(geometry, layout, context))
 
 
-def num_kv_blocks(geometry: Geometry, layout: Layout, memory: Memory) -> int:
-    """Return how many pages of `KV_BLOCK` positions the memory beside the weights holds, as engines count them."""
-    page = _page_bytes(geometry, layout)
+def num_kv_blocks(geometry: Geometry, layout: Layout, memory: Memory, *, block_size: int = KV_BLOCK) -> int:
+    """Return how many pages of `block_size` positions the memory beside the weights holds, as engines count them."""
+    whole = page_bytes(geometry.config, block_size=block_size, dtype_bytes=formats.kv_bytes(layout.kv_dtype))
+    page = whole / _kv_share(geometry, layout)
     return max(0, int((memory.per_gpu - memory.attention_weights) // page))
-
-
-def _page_bytes(geometry: Geometry, layout: Layout) -> float:
-    from llama4_dist.model.kv_layout import page_bytes
-
-    whole = page_bytes(geometry.config, block_size=KV_BLOCK, dtype_bytes=formats.kv_bytes(layout.kv_dtype))
-    return whole / _kv_share(geometry, layout)
 
 
 def _kv_share(geometry: Geometry, layout: Layout) -> int:

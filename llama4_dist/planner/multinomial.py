@@ -79,16 +79,17 @@ def slowest_host(
     *,
     read_s: float,
     row_s: float,
+    extra_s: float = 0.0,
     samples: int = SAMPLES,
 ) -> Slowest:
-    """Return T_E and B_e: an expert's slice takes max(read_s, rows x row_s) if it has rows, and a host's add up."""
+    """Return T_E and B_e: a slice that has rows takes max(read_s, rows x row_s) + extra_s, and a host's add up."""
     import numpy as np
 
     counts = _draws(num_rows, popularity, samples)
     hosts = np.zeros((len(popularity), placed.num_hosts))
     for unit, host in enumerate(placed.hosts_of):
         hosts[unit // placed.num_slices, host] += 1.0
-    seconds = np.where(counts > 0, np.maximum(read_s, counts * row_s), 0.0) @ hosts
+    seconds = np.where(counts > 0, np.maximum(read_s, counts * row_s) + extra_s, 0.0) @ hosts
     # Of an expert with several slices on one host the rows come once.
     rows = counts @ np.minimum(hosts, 1.0)
     return Slowest(

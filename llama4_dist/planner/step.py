@@ -1,7 +1,7 @@
 """Puts the terms of layers together to a decode step of a layout, stages and microbatches included."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama4_dist.planner.geometry import Geometry
 from llama4_dist.planner.hardware import Rates
@@ -61,6 +61,7 @@ def step_of(geometry: Geometry, layout: Layout, rates: Rates, work: Work, load: 
     part = work.part(stages)
     num_parts = -(-work.rows // part.rows)
     microbatches = min(layout.microbatches, part.rows)
+    layout = replace(layout, microbatches=microbatches)
     micro = part.part(microbatches)
     terms = moe_terms(geometry, layout, rates, micro, load(micro.rows))
     layer_s = terms.layer_s(microbatches)
