@@ -30,10 +30,11 @@ class Fleet:
         """Place everything on so many hosts; return how many slices move to a host that had none of them."""
         before = list(self.copies_of)
         primary = spread(self.popularity, self.num_slices, num_hosts).hosts_of
-        stride = max(1, num_hosts // self.num_replicas)
-        self.copies_of = [
-            tuple((host + stride * copy) % num_hosts for copy in range(self.num_replicas)) for host in primary
-        ]
+        seen = [0] * num_hosts
+        self.copies_of = []
+        for host in primary:
+            self.copies_of.append(_copies(host, seen[host], self.num_replicas, num_hosts))
+            seen[host] += 1
         self.num_hosts = num_hosts
         self.dead = {host for host in self.dead if host < num_hosts}
         self.adopted.clear()
@@ -106,6 +107,15 @@ class Fleet:
     def _server(self, unit: int) -> int | None:
         living = (host for host in self.copies_of[unit] if host not in self.dead)
         return next(living, self.adopted.get(unit))
+
+
+def _copies(host: int, place: int, num_replicas: int, num_hosts: int) -> tuple[int, ...]:
+    """Return the hosts of the slice that is number `place` on its first host; further copies spread over all others.
+
+    So what a dead host served is shared out evenly, as the cluster's own planner has it.
+    """
+    others = (1 + (place + copy) % (num_hosts - 1) for copy in range(num_replicas - 1))
+    return (host, *((host + other) % num_hosts for other in others))
 
 
 def _grid(rows: int, *, up: bool = False) -> int:
