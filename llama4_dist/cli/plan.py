@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from llama4_dist.cli.output import console, print_json, reporting
+from llama4_dist.config import ModelConfig
 from llama4_dist.errors import ConfigError
 from llama4_dist.planner import formats
 from llama4_dist.planner.chart import check_chart, draw
@@ -21,6 +22,7 @@ from llama4_dist.planner.model_source import find_model
 from llama4_dist.planner.multinomial import zipf
 from llama4_dist.planner.parse import parse_hardware, parse_layout
 from llama4_dist.planner.plan import Plan, evaluate, refusals
+from llama4_dist.planner.popularity import read_popularity
 from llama4_dist.planner.request import Objective, PlanRequest
 from llama4_dist.planner.roofline import Traffic
 from llama4_dist.planner.search import Found, search
@@ -48,6 +50,8 @@ class PlanFlags:
     replicas: int
     price: float | None
     skew: float
+    loads: Path | None
+    pooled: bool
     measured_rates: bool
     alpha_us: float
     memory_share: float
@@ -104,7 +108,7 @@ def request_of(flags: PlanFlags) -> PlanRequest:
         geometry=Geometry(config=source.config),
         hardware=hardware,
         num_gpus=count,
-        traffic=Traffic(context=flags.context, popularity=zipf(max(1, source.config.num_experts), flags.skew)),
+        traffic=Traffic(context=flags.context, popularity=_popularity(flags, source.config), pooled=flags.pooled),
         defaults=defaults,
         efficiency=Efficiency(alpha_s=flags.alpha_us * 1e-6),
         measured_rates=flags.measured_rates,
@@ -114,6 +118,14 @@ def request_of(flags: PlanFlags) -> PlanRequest:
         price_per_hour=flags.price,
         memory_share=flags.memory_share,
     )
+
+
+def _popularity(flags: PlanFlags, config: ModelConfig) -> tuple[float, ...]:
+    if flags.loads is None:
+        return zipf(max(1, config.num_experts), flags.skew)
+    if flags.skew:
+        raise ConfigError(f"skew={flags.skew} and measured loads exclude each other: leave one out")
+    return read_popularity(flags.loads, config.num_experts)
 
 
 def find_plans(request: PlanRequest, layout: str | None, top: int) -> Found:

@@ -25,6 +25,8 @@ LayoutFlag = Annotated[
 Replicas = Annotated[int, typer.Option(help="Copies of every expert slice; one serves, others stand by.")]
 Price = Annotated[float | None, typer.Option(help="Of a device and hour; default: an example figure.")]
 Skew = Annotated[float, typer.Option(help="Zipf exponent of experts' popularity; 0 is uniform.")]
+Loads = Annotated[Path | None, typer.Option(help="JSON array of measured loads, one for each expert.")]
+Pooled = Annotated[bool, typer.Option("--pooled/--loose", help="Whether groups reach a layer together at the hosts.")]
 Measured = Annotated[bool, typer.Option("--measured", help="Memory and products as measured on such a device.")]
 Alpha = Annotated[float, typer.Option("--alpha-us", help="Fixed cost of a message one way, in microseconds.")]
 MemoryShare = Annotated[float, typer.Option(help="Share of a device's memory that a plan may use.")]
@@ -45,6 +47,8 @@ def plan(
     replicas: Replicas = 1,
     price: Price = None,
     skew: Skew = 0.0,
+    loads: Loads = None,
+    pooled: Pooled = True,
     measured: Measured = False,
     alpha_us: Alpha = 10.0,
     memory_share: MemoryShare = 0.95,
@@ -74,6 +78,8 @@ def plan(
         replicas=replicas,
         price=price,
         skew=skew,
+        loads=loads,
+        pooled=pooled,
         measured_rates=measured,
         alpha_us=alpha_us,
         memory_share=memory_share,
@@ -116,6 +122,8 @@ def simulate(
     layout: LayoutFlag = None,
     replicas: Replicas = 1,
     skew: Skew = 0.0,
+    loads: Loads = None,
+    pooled: Pooled = True,
     measured: Measured = False,
     alpha_us: Alpha = 10.0,
     memory_share: MemoryShare = 0.95,
@@ -144,6 +152,8 @@ def simulate(
         replicas=replicas,
         price=None,
         skew=skew,
+        loads=loads,
+        pooled=pooled,
         measured_rates=measured,
         alpha_us=alpha_us,
         memory_share=memory_share,

@@ -38,6 +38,7 @@ def plan_document(request: PlanRequest, plan: Plan, alternatives: Sequence[Plan]
             "objective": request.objective.value,
             "slo_tpot_s": request.slo_tpot_s,
             "expert_popularity": list(request.traffic.popularity),
+            "pooled": request.traffic.pooled,
         },
         "layout": layout_document(plan.layout),
         "engine": _engine(request, plan),

@@ -42,7 +42,7 @@ def _experts(request: PlanRequest, plan: Plan) -> Iterator[str]:
     ridge = ridge_rows(request.rates(layout), formats.weight_bytes(layout.dtype))
     side = "reading weights" if per_expert < ridge else "arithmetic"
     yield f"an expert gets {per_expert:.1f} rows on average and the ridge lies at {ridge:.0f}: {side} is its limit"
-    if layout.groups > 1:
+    if layout.groups > 1 and request.traffic.pooled:
         yield (
             f"experts read weights once for all {layout.groups} groups; groups out of step would read them up to "
             f"{layout.groups} times"

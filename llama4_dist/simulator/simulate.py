@@ -74,7 +74,7 @@ class _Run:
             request.traffic.popularity,
             plan.layout.slices,
             plan.layout.replicas,
-            slice_cost(request.geometry, plan.layout, self._rates),
+            slice_cost(request.geometry, plan.layout, self._rates, reads=_reads(request, plan.layout)),
             plan.layout.hosts,
             self._slices_that_fit(),
         )
@@ -202,8 +202,12 @@ class _Run:
     def _scale(self, num_hosts: int) -> None:
         """Start processes if there are to be more; switch when they have read what moves. Serving goes on."""
         units = len(self._request.traffic.popularity) * self._layout.slices * self._layout.replicas
-        if not self._layout.slices * self._layout.replicas <= num_hosts <= units:
-            self._tell(f"{num_hosts} hosts are refused: slices need from {self._layout.slices} to {units}")
+        least = self._layout.slices * self._layout.replicas
+        if not least <= num_hosts <= units:
+            self._tell(f"{num_hosts} hosts are refused: there must be from {least} to {units}")
+            return
+        if -(-units // num_hosts) > self._slices_that_fit():
+            self._tell(f"{num_hosts} hosts are refused: their memory does not hold all slices")
             return
         start_s = self._scenario.respawn_s if num_hosts > self._fleet.num_hosts else 0.0
         moved = -(-units // num_hosts)
@@ -231,6 +235,11 @@ class _Run:
     def _tell(self, text: str) -> None:
         self._result.happened.append((self._now_s, text))
         self._result.timeline.at(self._now_s).hosts = self._fleet.num_alive
+
+
+def _reads(request: PlanRequest, layout: Layout) -> int:
+    """How often a host reads an expert for one step of all groups."""
+    return 1 if request.traffic.pooled else layout.groups
 
 
 def _record(done: Running) -> RequestRecord:

@@ -75,6 +75,30 @@ def test_skew_makes_the_slowest_host_slower() -> None:
     assert skewed["expert_s"] > 1.8 * even["expert_s"]
 
 
+def test_measured_loads_are_what_a_skew_of_the_same_shape_is(tmp_path: Path) -> None:
+    file, layout = tmp_path / "loads.json", ("--layout", "T=8,groups=4,hosts=16,batch=512,m=2")
+    file.write_text(json.dumps([1000.0 / (expert + 1) for expert in range(16)]))
+    measured = document(*FLEET, *layout, "--loads", str(file))["figures"]
+    assert measured["tpot_s"] == pytest.approx(document(*FLEET, *layout, "--skew", "1")["figures"]["tpot_s"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "loads", ["{}", "[1, 2]", "[NaN" + ", 1" * 15 + "]", "[-1" + ", 1" * 15 + "]", str([0] * 16), "["]
+)
+def test_wrong_loads_are_refused(tmp_path: Path, loads: str) -> None:
+    file = tmp_path / "loads.json"
+    file.write_text(loads)
+    result = here(*FLEET, "--loads", str(file), "--json")
+    assert result.exit_code == EXIT_USAGE
+    assert "loads" in json.loads(result.stdout)["error"]["message"]
+
+
+def test_loose_groups_read_experts_once_each() -> None:
+    layout = ("--layout", "T=8,groups=8,hosts=16,batch=32")
+    pooled, loose = (document(*FLEET, *layout, how)["figures"]["terms"]["expert_s"] for how in ("--pooled", "--loose"))
+    assert loose == pytest.approx(8 * pooled, rel=0.02)
+
+
 def test_a_price_replaces_the_example() -> None:
     assert "example, no quote" in here(*FLEET).output
     output = here(*FLEET, "--price", "7").output
