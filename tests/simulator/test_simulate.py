@@ -93,6 +93,19 @@ def test_a_full_batch_decodes_in_the_planners_time() -> None:
     assert plan.step.step_s > expected  # at context 8192
 
 
+def test_groups_meet_at_the_hosts() -> None:
+    """Two hosts read more experts, and compute more rows, for four groups than for one: the pooled step."""
+    layout = replace(LAYOUT, groups=4, hosts=2, sequences=8)
+    asked, _ = planned(layout)
+    alone = run(together(8), layout=replace(layout, groups=1)).summary(60)["median_tpot_ms"]
+    four = run(together(32), layout=layout).summary(60)["median_tpot_ms"]
+    fleet = Fleet(asked.traffic.popularity, 1, 1, slice_cost(asked.geometry, layout, asked.rates(layout)), 2, 99)
+    work = decode_work(asked.geometry, 8, 164)
+    pooled = step_of(asked.geometry, layout, asked.rates(layout), work, lambda rows: fleet.load(4 * rows)).step_s
+    assert four == pytest.approx(1e3 * pooled, rel=0.03)
+    assert four > 1.3 * alone  # type: ignore[operator]
+
+
 def test_littles_law_holds() -> None:
     """The mean number in the system is the rate times the mean time in it."""
     arrivals = draw(rate=15, duration_s=40, prompt_len=100, output_len=50, seed=1)
