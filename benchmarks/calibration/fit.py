@@ -10,7 +10,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 
@@ -123,8 +123,6 @@ def terms_of(machine: CoreMachine, case: Case) -> CoreTerms:
 
 def geometry(model: str) -> Geometry:
     """Return the geometry of a measured model: Scout's constants with small widths."""
-    from dataclasses import replace
-
     sizes = BASE | MODELS[model]
     num_layers = sizes["num_hidden_layers"]
     config = preset("scout")

@@ -1,6 +1,6 @@
 """`llama4-dist simulate`: a load on a planned cluster in simulated time; nothing is started, nothing is measured."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,6 @@ def _scenario(load: LoadFlags, plan: Plan) -> Scenario:
 
 def _longest(request: PlanRequest, plan: Plan) -> int:
     """Return the longest request that a group alone can hold: its pages for one sequence, and the model's positions."""
-    from dataclasses import replace
-
     alone = replace(plan, layout=replace(plan.layout, sequences=1))
     return context_limit(request, alone)
 

@@ -12,12 +12,10 @@ from itertools import count
 from llama4_dist.bench.records import RequestRecord
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.model.kv_layout import layout_of
-from llama4_dist.planner import formats
 from llama4_dist.planner.layout import Layout
 from llama4_dist.planner.memory import num_kv_blocks
 from llama4_dist.planner.multinomial import Slowest
 from llama4_dist.planner.plan import Plan
-from llama4_dist.planner.recovery import reload_s
 from llama4_dist.planner.request import PlanRequest
 from llama4_dist.planner.roofline import Work, slice_cost
 from llama4_dist.planner.step import StepTimes, step_of
@@ -26,6 +24,7 @@ from llama4_dist.simulator.group import Group, Running, Step
 from llama4_dist.simulator.load import Arrival
 from llama4_dist.simulator.result import SimulationResult, Timeline
 from llama4_dist.simulator.scenario import Event, Scenario
+from llama4_dist.simulator.weights import read_s, slices_that_fit
 
 BLOCK_SIZE = 128  # positions of a page: only counts matter here, so pages are larger than an engine's
 NUM_BINS = 120
@@ -76,7 +75,7 @@ class _Run:
             plan.layout.replicas,
             slice_cost(request.geometry, plan.layout, self._rates, reads=_reads(request, plan.layout)),
             plan.layout.hosts,
-            self._slices_that_fit(),
+            slices_that_fit(self._request, self._layout),
         )
         self._held_until_s = 0.0  # nobody steps before: an expert has no holder
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -206,7 +205,7 @@ class _Run:
         if not least <= num_hosts <= units:
             self._tell(f"{num_hosts} hosts are refused: there must be from {least} to {units}")
             return
-        if -(-units // num_hosts) > self._slices_that_fit():
+        if -(-units // num_hosts) > slices_that_fit(self._request, self._layout):
             self._tell(f"{num_hosts} hosts are refused: their memory does not hold all slices")
             return
         start_s = self._scenario.respawn_s if num_hosts > self._fleet.num_hosts else 0.0
@@ -218,19 +217,8 @@ class _Run:
         moved = self._fleet.resize(num_hosts)
         self._tell(f"{num_hosts} hosts serve; {moved} slices of a layer moved")
 
-    def _slices_that_fit(self) -> int:
-        """Return how many slices of a layer fit a host's memory beside those of all other layers."""
-        geometry, layout = self._request.geometry, self._layout
-        piece = geometry.expert_parameters * formats.weight_bytes(layout.dtype) / layout.slices
-        return int(self._request.bytes_per_gpu * layout.gpus_per_host // (geometry.num_moe_layers * piece))
-
     def _reload_s(self, slices: int) -> float:
-        """Return how long a host reads so many slices of every layer."""
-        geometry, layout = self._request.geometry, self._layout
-        piece = geometry.expert_parameters * formats.weight_bytes(layout.dtype) / layout.slices
-        per_gpu = slices * geometry.num_moe_layers * piece / layout.gpus_per_host
-        network = self._request.efficiency.network
-        return reload_s(per_gpu, self._request.hardware, self._scenario.source, efficiency=network)
+        return read_s(self._request, self._layout, slices, self._scenario.source)
 
     def _tell(self, text: str) -> None:
         self._result.happened.append((self._now_s, text))

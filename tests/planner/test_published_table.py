@@ -1,10 +1,14 @@
 """Every entry of the published decode table, within 3 % or half a unit of its last printed digit."""
 
+from dataclasses import replace
+
 import pytest
 
+from llama4_dist.planner.hardware import HARDWARE, Efficiency, rates
 from llama4_dist.planner.layout import Layout
+from llama4_dist.planner.roofline import expert_load
 from llama4_dist.planner.step import StepTimes
-from tests.planner.cases import step
+from tests.planner.cases import geometry, step, uniform
 from tests.planner.published import ROWS, Row
 
 
@@ -84,12 +88,6 @@ def test_longer_contexts_hide_more(context: int, needed: float) -> None:
 
 def test_experts_that_are_not_pooled_read_once_per_group() -> None:
     """Printed: 8 groups x 308 us = 2.5 ms of a layer instead of 0.3."""
-    from dataclasses import replace
-
-    from llama4_dist.planner.hardware import HARDWARE, Efficiency, rates
-    from llama4_dist.planner.roofline import expert_load
-    from tests.planner.cases import geometry, uniform
-
     layout = Layout(groups=8, ranks=8, hosts=16, sequences=32)
     h200 = rates(HARDWARE["H200"], Efficiency(), dtype="fp8", link="nic")
     loose = expert_load(geometry("behemoth"), layout, h200, 256, replace(uniform("behemoth"), pooled=False))
