@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from llama4_dist.errors import ConfigError
+from llama4_dist.planner import formats
 from llama4_dist.planner.layout import COLUMNS, Layout
 from llama4_dist.planner.memory import memory_of
 from llama4_dist.planner.parse import MOST_GPUS
@@ -16,6 +17,7 @@ from llama4_dist.planner.roofline import ESTIMATE
 MOST_SLICES = 16  # more would send a row sixteen times and more
 MOST_STAGES = 8
 MOST_BATCH = 4096  # sequences of one group
+CROWDED = 0.25  # share of a device that weights take before a group is cut into twice as many stages
 SAFE = 0.99  # of the time asked for: an estimate is not exact
 EXACT = 12  # layouts whose figures are computed with all draws
 
@@ -69,13 +71,21 @@ def rank(request: PlanRequest, plan: Plan) -> tuple[float, ...]:
 def shapes(request: PlanRequest) -> Iterator[Layout]:
     """Yield layouts with a batch of one: every cut of a group, every number of slices, hosts that fill evenly."""
     config, devices = request.geometry.config, request.num_gpus
-    replicas = request.defaults.replicas
+    for stages, ranks in _cuts(request):
+        for slices in _powers(min(MOST_SLICES, max(1, config.expert_width // COLUMNS))):
+            for hosts in _divisors(config.num_experts * slices * request.defaults.replicas):
+                for groups in _group_numbers((devices - hosts) // (stages * ranks), request.objective):
+                    yield request.with_layout(stages=stages, ranks=ranks, slices=slices, hosts=hosts, groups=groups)
+
+
+def _cuts(request: PlanRequest) -> Iterator[tuple[int, int]]:
+    """Yield stages and ranks of a group; stages only while weights crowd the memory, since they fill and drain."""
+    config = request.geometry.config
+    weights = request.geometry.trunk_parameters * formats.weight_bytes(request.defaults.dtype)
     for stages in _powers(min(MOST_STAGES, config.num_layers)):
         for ranks in _powers(min(request.hardware.devices_per_node, config.num_heads)):
-            for slices in _powers(min(MOST_SLICES, max(1, config.expert_width // COLUMNS))):
-                for hosts in _divisors(config.num_experts * slices * replicas):
-                    for groups in _group_numbers((devices - hosts) // (stages * ranks), request.objective):
-                        yield request.with_layout(stages=stages, ranks=ranks, slices=slices, hosts=hosts, groups=groups)
+            if stages == 1 or weights / (stages // 2 * ranks) > CROWDED * request.bytes_per_gpu:
+                yield stages, ranks
 
 
 def _estimates(request: PlanRequest, shape: Layout) -> Iterator[Plan]:
