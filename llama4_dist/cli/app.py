@@ -12,6 +12,7 @@ from llama4_dist.cli.bench import bench_app
 from llama4_dist.cli.cluster import cluster_app
 from llama4_dist.cli.experts import experts_app
 from llama4_dist.cli.flags import DtypeChoice, ExpertMemory, JsonFlag, TlsCa, Token, WeightsChoice, parse_seconds
+from llama4_dist.cli.planning import plan, simulate
 from llama4_dist.cli.serving import serve, serve_gateway
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ app.add_typer(cluster_app)
 app.add_typer(experts_app)
 app.command()(serve)
 app.command("gateway")(serve_gateway)
+app.command()(plan)
+app.command()(simulate)
 
 
 Model = Annotated[Path | None, typer.Option("--model", "-m", help="Checkpoint folder; runs in this process.")]
