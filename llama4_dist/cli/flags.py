@@ -10,6 +10,10 @@ import typer
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
+BYTES = {"": 1, "B": 1} | {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}
+BYTES |= {f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", start=1)}
+
+
 class DtypeChoice(StrEnum):
     """Compute dtype; auto is the checkpoint's own."""
 
@@ -31,6 +35,14 @@ def parse_seconds(given: str) -> float:
     if found is None:
         raise typer.BadParameter(f"{given!r} is no time: give e.g. 1s, 500ms, 5m or 2.5")
     return float(found[1]) * SECONDS[found[2] or "s"]
+
+
+def parse_bytes(given: str) -> int:
+    """Read `10GB`, `512MiB` or a number of bytes."""
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,3})?)\s*([KMGT]?i?B)?", str(given).strip())
+    if found is None or (found[2] or "") not in BYTES or float(found[1]) <= 0:
+        raise typer.BadParameter(f"{given!r} is no size: give e.g. 10GB, 512MiB or 1000000")
+    return int(float(found[1]) * BYTES[found[2] or ""])
 
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document (streams: one per line).")]
