@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama4_dist.checkpoint.blocks import matrix_block
 from llama4_dist.checkpoint.config_file import read_config
 from llama4_dist.checkpoint.expert_blocks import PROJECTIONS, ExpertRun, expert_blocks
 from llama4_dist.checkpoint.fault import fault
@@ -98,9 +99,7 @@ class _Stored:
         self._checkpoint, self._original = checkpoint, original
 
     def tensor(self, name: str, shape: Shape) -> StoredMatrix:
-        whole = self._original.whole(self._checkpoint.entries[name]).moves[0].source
-        assert isinstance(whole, StoredMatrix)
-        return whole
+        return self._original.matrix(self._checkpoint.entries[name], matrix_block(shape))
 
     def expert(self, layer: int, expert: int, projection: str) -> ExpertMatrix:
         config = self._checkpoint.config

@@ -9,7 +9,6 @@ from llama4_dist.checkpoint.directory import allocated_bytes, has_file, open_fil
 from llama4_dist.checkpoint.generation_file import GENERATION_CONFIG
 from llama4_dist.checkpoint.header import TensorEntry
 from llama4_dist.checkpoint.index import read_index
-from llama4_dist.checkpoint.names import Shape
 from llama4_dist.checkpoint.writing.moves import Move
 from llama4_dist.checkpoint.writing.shard_plan import NewTensor
 from llama4_dist.checkpoint.writing.stored import StoredMatrix
@@ -43,11 +42,11 @@ class Original:
         """Return a block of a tensor as the source of a move."""
         return StoredMatrix(self.path, entry, self._index.shards[entry.file], block)
 
-    def whole(self, entry: TensorEntry, shape: Shape | None = None) -> NewTensor:
+    def whole(self, entry: TensorEntry) -> NewTensor:
         """Return the tensor as it is, to be copied byte by byte."""
         block = matrix_block(entry.shape)
         move = Move(source=self.matrix(entry, block), target=block)
-        return NewTensor(name=entry.name, dtype=entry.dtype, shape=shape or entry.shape, moves=(move,))
+        return NewTensor(name=entry.name, dtype=entry.dtype, shape=entry.shape, moves=(move,))
 
     def beside(self) -> dict[str, Path]:
         """Return the config, tokenizer and template files there are; a link may lead where `open_file` lets it."""

@@ -35,7 +35,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         try:
-            assert process.wait(10) == 130  # all of the 8.5 GB would take longer
+            assert process.wait(15) == 130  # all of the 8.5 GB would take longer
         finally:
             process.kill()
     assert list(tmp_path.iterdir()) == []
