@@ -49,10 +49,14 @@ class Shard:
             raw = raw.clone(memory_format=torch.contiguous_format)
         return raw.view(TORCH_DTYPES[entry.dtype])
 
-    def release(self, entry: TensorEntry, block: Block) -> None:
-        """Take the pages from the first to the last element of `block` out of this process; views read them again."""
+    def release(self, entry: TensorEntry, block: Block, *, around: int = 0) -> None:
+        """Take the pages from the first to the last element of `block` out of this process; views read them again.
+
+        Those of `around` bytes on either side go too: the kernel maps more than what is touched.
+        """
         item_bytes = ITEM_BYTES[entry.dtype]
         start, stop = entry.start + block.start * item_bytes, entry.start + block.stop * item_bytes
+        start, stop = max(0, start - around), min(self._identity.num_bytes, stop + around)
         start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
         with self._lock:
             if self._mapping is not None and stop > start:
