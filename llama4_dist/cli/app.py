@@ -12,7 +12,7 @@ from llama4_dist.cli.bench import bench_app
 from llama4_dist.cli.checkpoint import checkpoint_app, inspect
 from llama4_dist.cli.cluster import cluster_app
 from llama4_dist.cli.experts import experts_app
-from llama4_dist.cli.flags import DtypeChoice, JsonFlag, TlsCa, Token, WeightsChoice, parse_seconds
+from llama4_dist.cli.flags import DtypeChoice, ExpertMemory, JsonFlag, TlsCa, Token, WeightsChoice, parse_seconds
 from llama4_dist.cli.serving import serve, serve_gateway
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ Weights = Annotated[WeightsChoice, typer.Option(help="Format of linear weights; 
 Device = Annotated[str, typer.Option(help="cpu or cuda (with --model).")]
 Period = Annotated[float | None, typer.Option(parser=parse_seconds, metavar="TIME")]
 Experts = Annotated[int, typer.Option(help="Expert host processes (with --model); 0 = this process only.")]
+ExpertSlices = Annotated[int, typer.Option(help="Slices every expert is cut into (with --model).")]
 
 
 @app.command()
@@ -71,6 +72,8 @@ def generate(
     weights: Weights = WeightsChoice.STORED,
     device: Device = "cpu",
     experts: Experts = 0,
+    expert_slices: ExpertSlices = 1,
+    expert_memory_bytes: ExpertMemory = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Continue prompts; the text streams to the terminal."""
@@ -98,6 +101,8 @@ def chat(
     weights: Weights = WeightsChoice.STORED,
     device: Device = "cpu",
     experts: Experts = 0,
+    expert_slices: ExpertSlices = 1,
+    expert_memory_bytes: ExpertMemory = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Chat with a checkpoint or a running gateway."""

@@ -54,9 +54,11 @@ def _units(config: ModelConfig, flags: ShapeFlags) -> dict[str, tuple[Unit, ...]
     widest = max(map(len, slice_bounds(config.expert_width, num_slices)))
     geometry = ExpertGeometry(
         moe_layers=config.moe_layer_ids,
-        num_experts=config.num_experts * num_slices,
-        expert_width=widest,
-        expert_bytes=expert_bytes(config) * widest // config.expert_width,
+        num_experts=config.num_experts,
+        expert_width=config.expert_width,
+        expert_bytes=expert_bytes(config),
+        num_slices=num_slices,
+        slice_bytes=expert_bytes(config) * widest // config.expert_width,
     )
     hosts = [f"expert-{number}" for number in range(flags.hosts or 0)]
     placement = place(geometry, [HostSlot(host=host, node=host) for host in hosts], num_replicas=flags.replicas)

@@ -10,10 +10,6 @@ import typer
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-BYTES = {"": 1, "B": 1} | {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}
-BYTES |= {f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", start=1)}
-
-
 class DtypeChoice(StrEnum):
     """Compute dtype; auto is the checkpoint's own."""
 
@@ -38,16 +34,26 @@ def parse_seconds(given: str) -> float:
 
 
 def parse_bytes(given: str) -> int:
-    """Read `10GB`, `512MiB` or a number of bytes."""
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,3})?)\s*([KMGT]?i?B)?", str(given).strip())
-    if found is None or (found[2] or "") not in BYTES or float(found[1]) <= 0:
-        raise typer.BadParameter(f"{given!r} is no size: give e.g. 10GB, 512MiB or 1000000")
-    return int(float(found[1]) * BYTES[found[2] or ""])
+    """Read `2GB`, `512MiB` or a number of bytes; a ValueError becomes the flag's own error."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kMGT])(i?)B?|B)?", str(given).strip(), re.IGNORECASE)
+    if found is None:
+        raise typer.BadParameter(f"{given!r} is no size: give e.g. 2GB, 512MiB or 1000000000")
+    power = " KMGT".index((found[2] or " ").upper())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document (streams: one per line).")]
 Token = Annotated[str | None, typer.Option("--token", envvar="LLAMA4_DIST_TOKEN", help="Bearer token of the server.")]
 TlsCa = Annotated[Path | None, typer.Option("--tls-ca", help="CA file; switches TLS on.")]
+ExpertMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--expert-memory",
+        parser=parse_bytes,
+        metavar="SIZE",
+        help="Expert weights that stay in memory, of each host; others are read on demand. E.g. 2GB.",
+    ),
+]
 AdminAddress = Annotated[str, typer.Option("--server", "-s", help="host:port of the cluster's admin server.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan and check; change nothing.")]
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Return as soon as the operation has begun.")]

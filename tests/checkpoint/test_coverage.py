@@ -30,7 +30,12 @@ SHAPES = [(16, 1, 1, 1, 1), (32, 2, 1, 1, 1), (64, 4, 1, 1, 1), (16, 1, 2, 1, 1)
 
 def shape_of(config: ModelConfig, hosts: int, slices: int, replicas: int, stages: int, ranks: int) -> ClusterShape:
     geometry = ExpertGeometry(
-        moe_layers=config.moe_layer_ids, num_experts=config.num_experts * slices, expert_width=1, expert_bytes=1
+        moe_layers=config.moe_layer_ids,
+        num_experts=config.num_experts,
+        expert_width=config.expert_width,
+        expert_bytes=slices,
+        num_slices=slices,
+        slice_bytes=1,
     )
     slots = [HostSlot(host=f"expert-{number}", node=str(number)) for number in range(hosts)]
     placement = place(geometry, slots, num_replicas=replicas)
