@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llama4_dist.cli.bench import bench_app
+from llama4_dist.cli.checkpoint import checkpoint_app, inspect
 from llama4_dist.cli.cluster import cluster_app
 from llama4_dist.cli.experts import experts_app
 from llama4_dist.cli.flags import DtypeChoice, ExpertMemory, JsonFlag, TlsCa, Token, WeightsChoice, parse_seconds
@@ -30,6 +31,8 @@ app = typer.Typer(
 app.add_typer(bench_app)
 app.add_typer(cluster_app)
 app.add_typer(experts_app)
+app.add_typer(checkpoint_app)
+app.command()(inspect)
 app.command()(serve)
 app.command("gateway")(serve_gateway)
 app.command()(plan)
@@ -126,18 +129,6 @@ def tokenize(
     from llama4_dist.cli.tokenize import run_tokenize
 
     run_tokenize(*_split(options))
-
-
-@app.command()
-def inspect(
-    directory: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
-    verify: Annotated[bool, typer.Option(help="Read every byte: manifest hashes, NaN and Inf.")] = False,
-    as_json: JsonFlag = False,
-) -> None:
-    """Describe a checkpoint without loading it."""
-    from llama4_dist.cli.inspect import run_inspect
-
-    run_inspect(directory, verify, as_json)
 
 
 @app.command()
