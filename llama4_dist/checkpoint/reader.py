@@ -89,14 +89,17 @@ class Checkpoint:
             down_FD=self._matrix(names.expert_linear_name(layer, expert, "down"), columns=cut).T,
         )
 
-    def release_expert(self, layer: int, expert: int, start: int = 0, stop: int | None = None) -> None:
+    def release_expert(
+        self, layer: int, expert: int, start: int = 0, stop: int | None = None, *, around: int = 0
+    ) -> None:
         """Give the memory of columns [start, stop) of a routed expert back; views read the file again when touched.
 
-        Of a matrix that is cut across its rows all goes: the kernel maps more around each touched page than its row.
+        So does what lies `around` bytes beside. Of a matrix that is cut across its rows all goes: the kernel maps more
+        around each touched page than its row.
         """
         for name, index, rows, _ in self._expert_parts(layer, expert, start, stop):
             entry = self.entries[name]
-            self._shards[entry.file].release(entry, index, rows=rows)
+            self._shards[entry.file].release(entry, index, rows=rows, around=around)
 
     def read_ahead_expert(self, layer: int, expert: int, start: int = 0, stop: int | None = None) -> None:
         """Have the kernel begin to read columns [start, stop) of a routed expert; returns before they are there."""

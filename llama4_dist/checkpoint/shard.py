@@ -54,12 +54,16 @@ class Shard:
             raw = raw.clone(memory_format=torch.contiguous_format)
         return raw.view(TORCH_DTYPES[entry.dtype])
 
-    def release(self, entry: TensorEntry, index: int | None = None, *, rows: slice = EVERYTHING) -> None:
+    def release(
+        self, entry: TensorEntry, index: int | None = None, *, rows: slice = EVERYTHING, around: int = 0
+    ) -> None:
         """Take the pages of `entry`, or of `rows` of matrix `index` of a stack, out of this process.
 
-        A view reads them again.
+        Those of `around` bytes on either side go too: the kernel maps more than what is touched. A view reads them
+        again.
         """
         start, stop = _byte_range(entry, index, rows)
+        start, stop = max(0, start - around), min(self._identity.num_bytes, stop + around)
         start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
         with self._lock:
             if self._mapping is not None and stop > start:
