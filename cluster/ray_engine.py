@@ -153,6 +153,14 @@ class RayEngine:
         """Return the sum over the attention workers."""
         return self._group.stats()
 
+    def stats_by_worker(self) -> Mapping[str, EngineStats | None]:
+        """Return each attention worker's counters; None for one that does not answer."""
+        return self._group.stats_by_worker()
+
+    def replays(self) -> Mapping[str, int]:
+        """Return how many requests went on elsewhere, by the attention worker that was lost."""
+        return self._group.replays()
+
     def status(self) -> tuple[WorkerStatus, ...]:
         """Describe the controller and every worker; UnavailableError when the controller is gone."""
         return self.control.view().workers

@@ -159,12 +159,14 @@ class EngineCore:
         now_s = self.clock()
         if not held:
             if self.held_since_s is not None:
+                self.counters.held_s += now_s - self.held_since_s
                 log.warning("step_resumed after_s=%.3f", now_s - self.held_since_s)
             self.held_since_s = None
             return []
         if self.held_since_s is None:
             log.warning("step_held sequences=%d cause=%s", len(held), next(iter(held.values())))
             self.held_since_s = now_s
+            self.counters.holds += 1
         if now_s - self.held_since_s < self.options.expert_timeout_s:
             return []
         log.error("step_unavailable sequences=%d", len(held))
@@ -186,5 +188,6 @@ class EngineCore:
     def _forget(self, sequence: SequenceState, *, finish: FinishReason | None) -> None:
         self.scheduler.remove(sequence)
         self.counters.count_end(finish)
-        if not self.has_work:
+        if not self.has_work and self.held_since_s is not None:
+            self.counters.held_s += self.clock() - self.held_since_s
             self.held_since_s = None  # nobody waits any more; whoever comes next waits from then on

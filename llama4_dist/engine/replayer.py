@@ -6,6 +6,7 @@ Knows no membership: it is told which engines there are. A thread of its own pla
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
@@ -41,7 +42,7 @@ class Replayer:
         placed: Callable[[EngineRequest, Member], None],
         timeout_s: float,
     ) -> None:
-        self.num_replayed = 0
+        self.replayed: Counter[str] = Counter()  # by the name of the engine that was lost
         self._requests = requests
         self._members = members
         self._order = order
@@ -118,7 +119,7 @@ class Replayer:
     def _placed(self, live: LiveRequest, member: Member, left: Member | None) -> None:
         with self._requests.lock:
             if left is not None:
-                self.num_replayed += 1
+                self.replayed[left.name] += 1
                 live.left = None if live.left is left else live.left
                 log.info("request_replayed id=%s from=%s to=%s", live.request_id, left.name, member.name)
             cancelled = live.cancelled

@@ -27,7 +27,7 @@ from llama4_dist.gateway.leaving import Leaving
 from llama4_dist.gateway.metrics import Metrics
 from llama4_dist.gateway.prompt import tokenise
 from llama4_dist.gateway.running import RunningRequest
-from llama4_dist.request import TokenOutput
+from llama4_dist.request import FinishReason, TokenOutput
 from llama4_dist.rpc.wire import GenerationCall, invalid
 from llama4_dist.text.output_sequence import Delta, Finished
 from llama4_dist.text.request_state import RequestState
@@ -185,7 +185,7 @@ class Generations:
             self._observe(running, sum([len(event.token_ids) for event in events if isinstance(event, Delta)]), now_s)
         for event in events:
             if isinstance(event, Finished):
-                self._end(output, event)
+                self._end(running, output, event, now_s)
         if running.error is not None:
             self._note(running.error)
             self._sequences.pop(output.request_id, None)
@@ -197,9 +197,11 @@ class Generations:
         if isinstance(error, UnavailableError):
             self.last_unavailable_s = self._loop.time()
 
-    def _end(self, output: TokenOutput, end: Finished) -> None:
+    def _end(self, running: RunningRequest, output: TokenOutput, end: Finished, now_s: float) -> None:
         del self._sequences[output.request_id]
         self._metrics.requests.labels(end.finish_reason.value).inc()
+        if running.state.done and not running.attached and end.finish_reason is not FinishReason.CANCELLED:
+            self._metrics.request_seconds.observe(now_s - running.started_s)
         if not is_last(output):
             self._abort(output.request_id)  # a stop string ended it; the engine knows no strings
 
