@@ -197,6 +197,7 @@ class AttentionWorker:
             addresses=(self._service.address,) if self._service is not None else (),
             epoch=self._epoch,
             memory_bytes=psutil.Process().memory_info().rss,
+            cpu_s=sum(psutil.Process().cpu_times()[:2]),
         )
 
     def close(self) -> None:

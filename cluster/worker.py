@@ -116,7 +116,10 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
-    """A worker or the controller now. `memory_bytes` is resident memory, shared pages of the checkpoint included."""
+    """A worker or the controller now. `memory_bytes` is resident memory, shared pages of the checkpoint included.
+
+    `cpu_s` is the processor time it has taken, in user and system mode.
+    """
 
     worker: str
     role: Role
@@ -128,3 +131,4 @@ class WorkerStatus:
     epoch: int = 0
     experts: tuple[Pair, ...] = ()
     memory_bytes: int = 0
+    cpu_s: float = 0.0
