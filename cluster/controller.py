@@ -217,6 +217,10 @@ class Controller:
         return self._planner.pays(kind, plan)
 
     @property
+    def epoch(self) -> int:
+        return self.topology.epoch
+
+    @property
     def autoscale(self) -> AutoscalePolicy | None:
         return self._plan.autoscale
 

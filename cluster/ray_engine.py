@@ -29,6 +29,7 @@ from llama4_dist.request import EngineLimits, EngineRequest
 from llama4_dist.rpc.cluster_secret import cluster_secret
 from llama4_dist.rpc.directory import DirectoryServer
 from llama4_dist.rpc.remote_group import RemoteGroup
+from llama4_dist.telemetry.settings import DEFAULT, Telemetry
 
 
 class RayEngine:
@@ -39,6 +40,7 @@ class RayEngine:
     bounds the expert weights of one host; `pool_window_s` is how long it lets rows wait for other attention workers'
     rows; `wire` is how rows travel, see `dispatch/links/wire.py`; `weights` is "stored" or "int8". `num_threads` are an
     attention worker's, `expert_threads` a host's. Tests strike the hosts of an `armable` cluster.
+    `telemetry` is how its processes log and trace.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a cluster
@@ -67,6 +69,7 @@ class RayEngine:
         armable: bool = False,
         secret: bytes | None = None,
         directory: DirectoryServer | None = None,
+        telemetry: Telemetry = DEFAULT,
     ) -> None:
         model_dir = Path(model_dir).resolve()
         check_weight_format_name(weights, device)  # whether there is a compiler each worker says for its own node
@@ -92,6 +95,7 @@ class RayEngine:
                     wire=wire,
                     resume_ttl_s=resume_ttl_s,
                     armable=armable,
+                    telemetry=telemetry,
                 )
                 for index in range(count)
             )
@@ -106,6 +110,7 @@ class RayEngine:
             num_replicas=num_replicas,
             host_capacity_bytes=host_capacity_bytes,
             autoscale=autoscale,
+            telemetry=telemetry,
         )
         self._directory = directory
         with ExitStack() as resources:

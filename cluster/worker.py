@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster.placement import Pair, Placement
 from llama4_dist.engine.options import EngineOptions
+from llama4_dist.telemetry.settings import DEFAULT, Telemetry
 
 
 def url_host(address: str) -> str:
@@ -41,7 +42,7 @@ class WorkerConfig:
     dispatch (0 = never), and keeps requests for `resume_ttl_s` when their gateway is gone. `capacity_bytes` bounds the
     weights an expert host holds (None = no bound); there rows wait for other attention workers' rows of their layer for
     at most `pool_window_s`. `wire` is how rows travel, the same for all workers. Tests strike an `armable` one at a
-    moment of their choice.
+    moment of their choice. `telemetry` is how it logs and traces.
     """
 
     worker: str
@@ -60,6 +61,7 @@ class WorkerConfig:
     cross_check_every: int = 256
     resume_ttl_s: float = 10.0
     armable: bool = False
+    telemetry: Telemetry = DEFAULT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

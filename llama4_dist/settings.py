@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llama4_dist.errors import ConfigError
+from llama4_dist.telemetry.settings import Telemetry
 
 ENV_PREFIX = "LLAMA4_DIST_"
 # Read by other parts of the program, not by this file's model.
@@ -105,6 +106,22 @@ class ServeSettings(BaseModel):
     )
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    trace_endpoint: str = Field(
+        default="", pattern=r"^(https?://\S+)?$", description="URL of an OTLP collector; default: no traces"
+    )
+    trace_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="share of requests traced, of those whose caller did not decide"
+    )
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """How every process of the deployment logs and traces."""
+        return Telemetry(
+            log_level=self.log_level,
+            log_format=self.log_format,
+            trace_endpoint=self.trace_endpoint,
+            trace_ratio=self.trace_ratio,
+        )
 
     @model_validator(mode="after")
     def _check_together(self) -> "ServeSettings":

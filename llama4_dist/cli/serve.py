@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llama4_dist.checkpoint.describe import CheckpointSummary
 from llama4_dist.cli.inspect import summary_rows
 from llama4_dist.cli.local import open_text
-from llama4_dist.cli.logs import configure_logging
 from llama4_dist.cli.output import human_bytes, print_json, print_pairs, print_rows, reporting
 from llama4_dist.cli.parts import Parts, open_parts
 from llama4_dist.engine.port import Engine
@@ -24,12 +24,17 @@ from llama4_dist.gateway.run import Gateway, serve
 from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.request import Sampling
 from llama4_dist.settings import ServeSettings, load_settings
+from llama4_dist.telemetry import tracing
+from llama4_dist.telemetry.logs import configure_logging
+from llama4_dist.telemetry.tracing import configure_tracing
 from llama4_dist.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from cluster.admin.settings import AdminSettings
 
 log = logging.getLogger(__name__)
+
+ROLE = "gateway"  # of this process in logs and traces
 
 
 class Ports(NamedTuple):
@@ -49,7 +54,9 @@ def run_serve(flags: Mapping[str, Any], file: Path | None, as_json: bool) -> Non
     """Serve until SIGTERM or SIGINT. With `as_json` one line tells the addresses once everything answers."""
     with reporting(as_json), ExitStack() as resources:
         settings = load_settings(flags, file=file)
-        configure_logging(settings.log_level, settings.log_format)
+        configure_logging(settings.log_level, settings.log_format, of_process=lambda: {"role": ROLE})
+        configure_tracing(settings.telemetry, instance=f"{ROLE}-{os.getpid()}", role=ROLE)
+        resources.callback(tracing.flush)
         text = open_text(settings.model)
         parts = open_parts(settings, resources, show_progress=not as_json)
         gateway_settings = settings_of_gateway(settings, text.sampling, parts.secret)

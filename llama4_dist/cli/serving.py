@@ -19,6 +19,8 @@ MetricsTokenFile = Annotated[Path | None, typer.Option(help="Tokens of those who
 MaxWaiting = Annotated[int | None, typer.Option(help="Requests that may wait.")]
 LogFormat = Annotated[str | None, typer.Option(help="text or json.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.")]
+TraceEndpoint = Annotated[str | None, typer.Option(help="URL of an OTLP collector, e.g. http://127.0.0.1:4317.")]
+TraceRatio = Annotated[float | None, typer.Option(help="Share of requests traced, where the caller did not decide.")]
 MaxQueue = Annotated[
     float | None, typer.Option(help="Refuse a request that would wait longer for its first token, in seconds.")
 ]
@@ -66,6 +68,8 @@ def serve(
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory of the KV cache, in bytes.")] = None,
     log_format: LogFormat = None,
     log_level: LogLevel = None,
+    trace_endpoint: TraceEndpoint = None,
+    trace_ratio: TraceRatio = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Serve a checkpoint over gRPC, in one process or with expert hosts on Ray."""
@@ -93,6 +97,8 @@ def serve_gateway(
     reuse_port: ReusePort = None,
     log_format: LogFormat = None,
     log_level: LogLevel = None,
+    trace_endpoint: TraceEndpoint = None,
+    trace_ratio: TraceRatio = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Be one more gateway of a cluster that another process serves; clients may change between gateways."""
