@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, disable_created_metrics
 from prometheus_client.registry import Collector
 
 from llama4_dist.gateway.observe.family import counter, gauge, histogram
@@ -38,6 +38,7 @@ class Metrics:
     """The gateway's own counters; `collectors` add what others count, at every scrape."""
 
     def __init__(self, collectors: Iterable[Collector] = ()) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asks for
         self.registry = registry = CollectorRegistry()
         for collector in collectors:
             registry.register(collector)

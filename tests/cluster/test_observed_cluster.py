@@ -25,6 +25,7 @@ from llama4_dist.telemetry import tracing
 from llama4_dist.telemetry.settings import Telemetry
 from llama4_dist.v1 import inference_pb2, inference_pb2_grpc
 from tests.checkpoints import make_checkpoint
+from tests.exported import differences
 from tests.gateway.serving import Served, serving
 from tests.scraping import Scrape, scrape
 from tests.telemetry.collector import Collected, collecting
@@ -150,6 +151,7 @@ def test_every_worker_and_what_it_did_is_seen(served: Served, stub: inference_pb
     rows_sent, rows_computed = sum(found.all("dispatch_rows_total")), sum(found.all("expert_worker_tokens_total"))
     assert rows_sent <= rows_computed <= rows_sent + 32 * sum(found.all("dispatch_checked_frames_total"))
     assert sum(found.all("expert_tokens_total")) == rows_computed
+    assert not differences(found)
 
 
 def test_a_request_is_one_trace_from_the_caller_to_the_hosts(
