@@ -37,6 +37,11 @@ def quantile(share: float, family: Family, *by: str, where: str = "") -> str:
     return f"histogram_quantile({share}, {rate(family, 'le', *by, where=where, suffix='_bucket')})"
 
 
+def percentiles(family: Family, *by: str, where: str = "") -> dict[str, str]:
+    """Return the usual three quantiles by their names."""
+    return {f"p{round(100 * one)}": quantile(one, family, *by, where=where) for one in (0.5, 0.95, 0.99)}
+
+
 def mean(family: Family, *by: str, where: str = "") -> str:
     """Return the mean of a histogram's values."""
     parts = (rate(family, *by, where=where, suffix=suffix) for suffix in ("_sum", "_count"))
