@@ -39,6 +39,7 @@ from llama4_dist.engine.local import LocalEngine
 from llama4_dist.errors import PreconditionError
 from llama4_dist.native import threads
 from llama4_dist.rpc.engine_service import EngineServer
+from llama4_dist.telemetry import tracing
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -62,6 +63,11 @@ class AttentionWorker:
         self._starting = threading.Lock()
         self._publishing = threading.Lock()
         self._resources = ExitStack()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in use."""
+        return self._epoch
 
     def location(self) -> Location:
         """Say where this worker runs."""
@@ -202,11 +208,13 @@ class AttentionWorker:
             addresses=(self._service.address,) if self._service is not None else (),
             epoch=self._epoch,
             memory_bytes=psutil.Process().memory_info().rss,
+            cpu_s=sum(psutil.Process().cpu_times()[:2]),
         )
 
     def close(self) -> None:
-        """Stop the service, the engine and the links, in that order."""
+        """Stop the service, the engine and the links, in that order; what was traced is sent."""
         self._resources.close()
+        tracing.flush()
 
     def _report(self, done: int, total: int) -> None:
         self._loaded = (done, total)

@@ -30,6 +30,7 @@ from llama4_dist.request import EngineLimits, EngineRequest
 from llama4_dist.rpc.cluster_secret import cluster_secret
 from llama4_dist.rpc.directory import DirectoryServer
 from llama4_dist.rpc.remote_group import RemoteGroup
+from llama4_dist.telemetry.settings import DEFAULT, Telemetry
 
 
 class RayEngine:
@@ -41,7 +42,8 @@ class RayEngine:
     `host_capacity_bytes` bounds the expert weights of one host, `expert_memory_bytes` those of them that stay in
     memory; `pool_window_s` is how long it lets rows wait for other attention workers' rows; `wire` is how rows travel,
     see `dispatch/links/wire.py`; `weights` is "stored" or "int8". `num_threads` are an attention worker's,
-    `expert_threads` a host's. Tests strike the hosts of an `armable` cluster.
+    `expert_threads` a host's. Tests strike the hosts of an `armable` cluster. `telemetry` is how its
+    processes log and trace.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a cluster
@@ -72,6 +74,7 @@ class RayEngine:
         armable: bool = False,
         secret: bytes | None = None,
         directory: DirectoryServer | None = None,
+        telemetry: Telemetry = DEFAULT,
     ) -> None:
         model_dir = Path(model_dir).resolve()
         check_weight_format_name(weights, device)  # whether there is a compiler each worker says for its own node
@@ -99,6 +102,7 @@ class RayEngine:
                     wire=wire,
                     resume_ttl_s=resume_ttl_s,
                     armable=armable,
+                    telemetry=telemetry,
                 )
                 for index in range(count)
             )
@@ -113,6 +117,7 @@ class RayEngine:
             num_replicas=num_replicas,
             host_capacity_bytes=host_capacity_bytes,
             autoscale=autoscale,
+            telemetry=telemetry,
         )
         self._directory = directory
         with ExitStack() as resources:
@@ -159,6 +164,14 @@ class RayEngine:
     def stats(self) -> EngineStats:
         """Return the sum over the attention workers."""
         return self._group.stats()
+
+    def stats_by_worker(self) -> Mapping[str, EngineStats | None]:
+        """Return each attention worker's counters; None for one that does not answer."""
+        return self._group.stats_by_worker()
+
+    def replays(self) -> Mapping[str, int]:
+        """Return how many requests went on elsewhere, by the attention worker that was lost."""
+        return self._group.replays()
 
     def status(self) -> tuple[WorkerStatus, ...]:
         """Describe the controller and every worker; UnavailableError when the controller is gone."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster.placement import Pair, Placement
 from llama4_dist.engine.options import EngineOptions
+from llama4_dist.telemetry.settings import DEFAULT, Telemetry
 
 
 def url_host(address: str) -> str:
@@ -42,7 +43,7 @@ class WorkerConfig:
     gateway is gone. `capacity_bytes` bounds the weights an expert host holds, `expert_memory_bytes` those of them it
     keeps in memory (None = no bound); there rows wait for other attention workers' rows of their layer for at most
     `pool_window_s`. `wire` is how rows travel, the same for all workers. Tests strike an `armable` one at a moment of
-    their choice.
+    their choice. `telemetry` is how it logs and traces.
     """
 
     worker: str
@@ -63,6 +64,7 @@ class WorkerConfig:
     cross_check_every: int = 256
     resume_ttl_s: float = 10.0
     armable: bool = False
+    telemetry: Telemetry = DEFAULT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +121,10 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
-    """A worker or the controller now. `memory_bytes` is resident memory, shared pages of the checkpoint included."""
+    """A worker or the controller now. `memory_bytes` is resident memory, shared pages of the checkpoint included.
+
+    `cpu_s` is the processor time it has taken, in user and system mode.
+    """
 
     worker: str
     role: Role
@@ -131,3 +136,4 @@ class WorkerStatus:
     epoch: int = 0
     experts: tuple[Pair, ...] = ()
     memory_bytes: int = 0
+    cpu_s: float = 0.0
