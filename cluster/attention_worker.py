@@ -39,6 +39,7 @@ from llama4_dist.engine.local import LocalEngine
 from llama4_dist.errors import PreconditionError
 from llama4_dist.native import threads
 from llama4_dist.rpc.engine_service import EngineServer
+from llama4_dist.telemetry import tracing
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -63,6 +64,11 @@ class AttentionWorker:
         self._publishing = threading.Lock()
         self._resources = ExitStack()
 
+    @property
+    def epoch(self) -> int:
+        """The epoch in use."""
+        return self._epoch
+
     def location(self) -> Location:
         """Say where this worker runs."""
         return self._location
@@ -86,7 +92,12 @@ class AttentionWorker:
             checks=CrossCheck(
                 every=config.cross_check_every,
                 referee=Referee(
-                    checkpoint, dtype=self._dtype, device=config.device, weights=config.weights, wire=config.wire
+                    checkpoint,
+                    dtype=self._dtype,
+                    device=config.device,
+                    weights=config.weights,
+                    num_slices=config.expert_slices,
+                    wire=config.wire,
                 ),
             ),
             on_lost=lambda *loss: self._links.lost(*loss),
@@ -145,7 +156,7 @@ class AttentionWorker:
                 topology.placement,
                 epoch=topology.epoch,
                 incarnations=incarnations,
-                expert_width=self._checkpoint.config.expert_width,
+                num_slices=self._config.expert_slices,
             )
             in_use = dict(self._dispatcher.links)
             taken = self._links.take(topology.hosts, in_use)
@@ -197,11 +208,13 @@ class AttentionWorker:
             addresses=(self._service.address,) if self._service is not None else (),
             epoch=self._epoch,
             memory_bytes=psutil.Process().memory_info().rss,
+            cpu_s=sum(psutil.Process().cpu_times()[:2]),
         )
 
     def close(self) -> None:
-        """Stop the service, the engine and the links, in that order."""
+        """Stop the service, the engine and the links, in that order; what was traced is sent."""
         self._resources.close()
+        tracing.flush()
 
     def _report(self, done: int, total: int) -> None:
         self._loaded = (done, total)
@@ -237,6 +250,7 @@ class AttentionWorker:
             model_hash=self._checkpoint.model_hash,
             num_layers=config.num_layers,
             num_experts=config.num_experts,
+            num_slices=self._config.expert_slices,
             width=config.hidden_size,
             dtype=dtype_name(self._dtype),
             wire=self._config.wire,

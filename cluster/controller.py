@@ -25,6 +25,7 @@ from cluster.placement import Placement
 from cluster.plan import ClusterPlan
 from cluster.planner import Planner
 from cluster.provisioning import Provisioning
+from cluster.reading import ClusterReading, read_cluster
 from cluster.standing import Engines, Orders
 from cluster.takeover import strangers, take_stock
 from cluster.watch import Watch
@@ -128,11 +129,7 @@ class Controller:
     def status(self) -> tuple[WorkerStatus, ...]:
         """Describe the controller and every worker; one that does not answer is LOST."""
         own = own_status(self._location, incarnation=self.incarnation, state=self.state, epoch=self.topology.epoch)
-        missing = [
-            *((Role.EXPERT, host) for host in self.missing_hosts),
-            *((Role.ATTENTION, worker) for worker in self.missing_attention),
-        ]
-        return (own, *in_order(self.members.statuses(), missing))
+        return (own, *in_order(self.members.statuses(), self.missing))
 
     def view(self) -> ClusterView:
         """Describe the cluster."""
@@ -142,6 +139,7 @@ class Controller:
             num_replicas=self._plan.num_replicas,
             workers=self.status(),
             operation=self.ledger.running,
+            num_slices=self.num_slices,
         )
 
     def placement(self) -> PlacementView:
@@ -152,6 +150,10 @@ class Controller:
         """Read every live host's counters."""
         answers, _ = self.members.try_each(self.members.of(Role.EXPERT), "load_now")
         return tuple(answers[worker] for worker in sorted(answers, key=order))
+
+    def reading(self) -> ClusterReading:
+        """Say what is measured, without waiting for a worker that is silent."""
+        return read_cluster(self, self._watch)
 
     def scale(self, num_hosts: int, options: ChangeOptions) -> Operation:
         """Begin to bring the pool to `num_hosts`."""
@@ -216,6 +218,14 @@ class Controller:
         return self._planner.pays(kind, plan)
 
     @property
+    def epoch(self) -> int:
+        return self.topology.epoch
+
+    @property
+    def num_slices(self) -> int:
+        return self._plan.geometry.num_slices
+
+    @property
     def autoscale(self) -> AutoscalePolicy | None:
         return self._plan.autoscale
 
@@ -228,6 +238,12 @@ class Controller:
     @property
     def missing_attention(self) -> tuple[str, ...]:
         return tuple(one.worker for one in self._plan.attention if one.worker not in self.members)
+
+    @property
+    def missing(self) -> list[tuple[Role, str]]:
+        """Workers that there should be and that have no process."""
+        hosts = [(Role.EXPERT, host) for host in self.missing_hosts]
+        return [*hosts, *((Role.ATTENTION, worker) for worker in self.missing_attention)]
 
     @property
     def is_complete(self) -> bool:

@@ -23,6 +23,7 @@ def own_status(location: Location, *, incarnation: int, state: State, epoch: int
         node=location.node,
         epoch=epoch,
         memory_bytes=psutil.Process().memory_info().rss,
+        cpu_s=sum(psutil.Process().cpu_times()[:2]),
     )
 
 
@@ -40,4 +41,6 @@ def placement_view(geometry: ExpertGeometry, topology: Topology) -> PlacementVie
         moe_layers=geometry.moe_layers,
         expert_bytes=geometry.expert_bytes,
         hosts_of=topology.placement.hosts_of,
+        num_slices=geometry.num_slices,
+        slice_bytes=geometry.slice_bytes,
     )

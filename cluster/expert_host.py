@@ -11,6 +11,7 @@ import psutil
 
 from cluster.operation import HostLoad
 from cluster.placement import Pair
+from cluster.reading import HostReading
 from cluster.unhurried import unhurried
 from cluster.worker import HostAddress, LoadProgress, Location, Role, State, WorkerConfig, WorkerStatus, url_host
 from llama4_dist.checkpoint.reader import Checkpoint
@@ -70,7 +71,9 @@ class ExpertHost:
             dtype=dtype,
             device=config.device,
             weight_format=config.weights,
+            num_slices=config.expert_slices,
             capacity_bytes=config.capacity_bytes,
+            residency_bytes=config.expert_memory_bytes,
         )
         if is_native(dtype, config.device):
             threads.leave_to_native()
@@ -82,6 +85,7 @@ class ExpertHost:
                 model_hash=checkpoint.model_hash,
                 num_layers=geometry.num_layers,
                 num_experts=geometry.num_experts,
+                num_slices=config.expert_slices,
                 arithmetic=arithmetic(dtype, config.device, config.weights),
             ),
             compute=self._store,
@@ -156,7 +160,8 @@ class ExpertHost:
 
     def load_now(self) -> HostLoad:
         """Return what a planner and an operator want to know of this host's work."""
-        stats = self.stats()
+        stats, store = self.stats(), self._store
+        residency = store.residency if store is not None else None
         return HostLoad(
             host=self._config.worker,
             incarnation=self.incarnation,
@@ -164,7 +169,24 @@ class ExpertHost:
             rows=dict(stats.rows_by_expert),
             compute_s=stats.compute_seconds,
             queue_depth=stats.queue_depth,
-            bytes_held=self._store.bytes_held if self._store is not None else 0,
+            bytes_held=store.bytes_held if store is not None else 0,
+            num_resident=residency.num_resident if residency is not None else 0,
+            num_mapped=len(store.holds) - residency.num_resident if store is not None and residency is not None else 0,
+            residency_hits=residency.hits if residency is not None else 0,
+            residency_misses=residency.misses if residency is not None else 0,
+        )
+
+    def reading(self) -> HostReading:
+        """Return what is measured of this host."""
+        stats = self.stats()
+        return HostReading(
+            load=self.load_now(),
+            frames=stats.frames_in,
+            pooled_frames=stats.pooled_frames,
+            links=stats.links,
+            adopted=stats.adopted,
+            refusals=dict(stats.refusals),
+            closed_links=dict(stats.closed_links),
         )
 
     def status(self) -> WorkerStatus:
@@ -180,6 +202,7 @@ class ExpertHost:
             addresses=(address.unix, address.tcp) if address is not None else (),
             experts=tuple(sorted(self._store.holds)) if self._store is not None else (),
             memory_bytes=psutil.Process().memory_info().rss,
+            cpu_s=sum(psutil.Process().cpu_times()[:2]),
         )
 
     def close(self) -> None:

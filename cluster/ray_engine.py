@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -24,21 +25,26 @@ from llama4_dist.engine.build import resolve_dtype
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.port import EngineStats, OnOutputs
 from llama4_dist.errors import ConfigError
-from llama4_dist.model.weight_format import STORED, check_weight_format_name, expert_bytes
+from llama4_dist.model.expert_cut import ExpertCut
+from llama4_dist.model.weight_format import STORED, check_weight_format_name
 from llama4_dist.request import EngineLimits, EngineRequest
 from llama4_dist.rpc.cluster_secret import cluster_secret
 from llama4_dist.rpc.directory import DirectoryServer
 from llama4_dist.rpc.remote_group import RemoteGroup
+from llama4_dist.telemetry.settings import DEFAULT, Telemetry
 
 
 class RayEngine:
     """An `Engine`. The constructor returns when the cluster serves; `close` leaves no process, actor or file behind.
 
     `ray_address` None starts a Ray on this machine; else the cluster there is joined, and the checkpoint must lie at
-    the same path on every node. `labels` maps a role to the node labels its workers demand. `host_capacity_bytes`
-    bounds the expert weights of one host; `pool_window_s` is how long it lets rows wait for other attention workers'
-    rows; `wire` is how rows travel, see `dispatch/links/wire.py`; `weights` is "stored" or "int8". `num_threads` are an
-    attention worker's, `expert_threads` a host's. Tests strike the hosts of an `armable` cluster.
+    the same path on every node. `labels` maps a role to the node labels its workers demand. Every expert is cut into
+    `expert_slices`, which hosts hold one by one; tokens have the bits of a single process of so many.
+    `host_capacity_bytes` bounds the expert weights of one host, `expert_memory_bytes` those of them that stay in
+    memory; `pool_window_s` is how long it lets rows wait for other attention workers' rows; `wire` is how rows travel,
+    see `dispatch/links/wire.py`; `weights` is "stored" or "int8". `num_threads` are an attention worker's,
+    `expert_threads` a host's. Tests strike the hosts of an `armable` cluster. `telemetry` is how its
+    processes log and trace.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a cluster
@@ -49,6 +55,7 @@ class RayEngine:
         num_attention_workers: int = 1,
         dtype: str = "auto",
         weights: str = STORED,
+        expert_slices: int = 1,
         device: str = "cpu",
         options: EngineOptions | None = None,
         ray_address: str | None = None,
@@ -56,6 +63,7 @@ class RayEngine:
         num_threads: int | None = None,
         expert_threads: int = 1,
         host_capacity_bytes: int | None = None,
+        expert_memory_bytes: int | None = None,
         pool_window_s: float = 0.0,
         wire: str = "",
         labels: Mapping[Role, Mapping[str, str]] | None = None,
@@ -67,10 +75,11 @@ class RayEngine:
         armable: bool = False,
         secret: bytes | None = None,
         directory: DirectoryServer | None = None,
+        telemetry: Telemetry = DEFAULT,
     ) -> None:
         model_dir = Path(model_dir).resolve()
         check_weight_format_name(weights, device)  # whether there is a compiler each worker says for its own node
-        geometry = read_geometry(model_dir, dtype, weights)
+        geometry = read_geometry(model_dir, dtype, weights, expert_slices, device)
         secret, run_id = secret or cluster_secret(), f"llama4-{secrets.token_hex(4)}"
         run_dir = Path(tempfile.gettempdir()) / run_id
 
@@ -82,16 +91,19 @@ class RayEngine:
                     model_dir=model_dir,
                     dtype=dtype,
                     weights=weights,
+                    expert_slices=expert_slices,
                     device=device,
                     num_threads=threads,
                     run_dir=run_dir,
                     secret=secret,
                     options=options or EngineOptions(model_name=model_dir.name),
                     capacity_bytes=host_capacity_bytes,
+                    expert_memory_bytes=expert_memory_bytes,
                     pool_window_s=pool_window_s,
                     wire=wire,
                     resume_ttl_s=resume_ttl_s,
                     armable=armable,
+                    telemetry=telemetry,
                 )
                 for index in range(count)
             )
@@ -106,6 +118,7 @@ class RayEngine:
             num_replicas=num_replicas,
             host_capacity_bytes=host_capacity_bytes,
             autoscale=autoscale,
+            telemetry=telemetry,
         )
         self._directory = directory
         with ExitStack() as resources:
@@ -153,6 +166,14 @@ class RayEngine:
         """Return the sum over the attention workers."""
         return self._group.stats()
 
+    def stats_by_worker(self) -> Mapping[str, EngineStats | None]:
+        """Return each attention worker's counters; None for one that does not answer."""
+        return self._group.stats_by_worker()
+
+    def replays(self) -> Mapping[str, int]:
+        """Return how many requests went on elsewhere, by the attention worker that was lost."""
+        return self._group.replays()
+
     def status(self) -> tuple[WorkerStatus, ...]:
         """Describe the controller and every worker; UnavailableError when the controller is gone."""
         return self.control.view().workers
@@ -178,16 +199,27 @@ def default_threads(num_workers: int) -> int:
     return max(1, min(8, os.cpu_count() or 1) // max(1, num_workers))
 
 
-def read_geometry(model_dir: Path, dtype: str, weights: str = STORED) -> ExpertGeometry:
-    """Read what is to be placed from the checkpoint's headers."""
+def read_geometry(
+    model_dir: Path, dtype: str, weights: str = STORED, expert_slices: int = 1, device: str = "cpu"
+) -> ExpertGeometry:
+    """Read what is to be placed from the checkpoint's headers; ConfigError for a cut that does not fit."""
     checkpoint = Checkpoint.open(model_dir)
     try:
         config = checkpoint.config
+        cut_into = partial(
+            ExpertCut.of,
+            checkpoint,
+            dtype=resolve_dtype(dtype, config.dtype),
+            device=device,
+            weight_format=weights,
+        )
         return ExpertGeometry(
             moe_layers=config.moe_layer_ids,
             num_experts=config.num_experts,
             expert_width=config.expert_width,
-            expert_bytes=expert_bytes(config, dtype=resolve_dtype(dtype, config.dtype), weight_format=weights),
+            expert_bytes=cut_into(num_slices=1).most_bytes,
+            num_slices=expert_slices,
+            slice_bytes=cut_into(num_slices=expert_slices).most_bytes,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

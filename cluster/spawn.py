@@ -25,6 +25,9 @@ from cluster.standing import CONTROLLER
 from cluster.unhurried import unhurried
 from cluster.worker import Location, Role, WorkerConfig
 from llama4_dist.errors import UnavailableError
+from llama4_dist.telemetry.logs import configure_logging
+from llama4_dist.telemetry.settings import Telemetry
+from llama4_dist.telemetry.tracing import configure_tracing
 
 log = logging.getLogger(__name__)
 
@@ -225,11 +228,6 @@ def this_node() -> Location:
     return Location(node=ray.get_runtime_context().get_node_id(), address=ray.util.get_node_ip_address())
 
 
-def log_to_stderr() -> None:
-    """Log a worker's events to its stderr, which Ray keeps in a file of the session, one per process."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-
-
 class Actor:
     """A plain class in a process of its own.
 
@@ -237,7 +235,17 @@ class Actor:
     plain class would come torch: the controller's process does without.
     """
 
-    plain: Any
+    plain: Any = None
+
+    def be_observed(self, telemetry: Telemetry, worker: str, role: Role) -> None:
+        """Log to stderr, which Ray keeps in a file of the session, one per process; trace where that is asked for."""
+
+        def fields() -> dict[str, object]:
+            epoch = getattr(self.plain, "epoch", None)  # a host has none
+            return {"worker": worker, "role": str(role)} | ({} if epoch is None else {"epoch": epoch})
+
+        configure_logging(telemetry.log_level, telemetry.log_format, of_process=fields)
+        configure_tracing(telemetry, instance=worker, role=role)
 
     def call(self, method: str, *arguments: object) -> Any:
         """Call a method of the plain class."""
@@ -257,7 +265,7 @@ class ExpertHostActor(Actor):
         from cluster.expert_host import ExpertHost
         from llama4_dist.dispatch.fault_points import FaultPoints
 
-        log_to_stderr()
+        self.be_observed(config.telemetry, config.worker, config.role)
         self.plain = ExpertHost(config, this_node(), faults=FaultPoints() if config.armable else None)
 
 
@@ -268,7 +276,7 @@ class AttentionWorkerActor(Actor):
     def __init__(self, config: WorkerConfig) -> None:
         from cluster.attention_worker import AttentionWorker
 
-        log_to_stderr()
+        self.be_observed(config.telemetry, config.worker, config.role)
         self.plain = AttentionWorker(config, this_node())
 
 
@@ -277,7 +285,7 @@ class ControllerActor(Actor):
     """The controller in a Ray actor."""
 
     def __init__(self, plan: ClusterPlan, workers: Sequence[Handle]) -> None:
-        log_to_stderr()
+        self.be_observed(plan.telemetry, CONTROLLER, Role.CONTROLLER)
         self.plain = Controller(plan, workers, this_node())
 
 

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llama4_dist.errors import ConfigError
+from llama4_dist.telemetry.settings import Telemetry
 
 ENV_PREFIX = "LLAMA4_DIST_"
 # Read by other parts of the program, not by this file's model.
@@ -37,8 +38,14 @@ class ServeSettings(BaseModel):
     )
     autoscale_min: int = Field(default=1, ge=1, le=4096, description="fewest expert hosts, with autoscale_max")
     replicas: int = Field(default=2, ge=1, le=64, description="copies of every expert, where memory allows")
+    expert_slices: int = Field(
+        default=1, ge=1, le=1024, description="slices every expert is cut into, each held by hosts of its own"
+    )
     host_capacity_bytes: int | None = Field(
         default=None, ge=1, description="expert weights one host may hold, in bytes"
+    )
+    expert_memory_bytes: int | None = Field(
+        default=None, ge=1, description="expert weights that stay in memory, of each host; others are read on demand"
     )
     pool_window_s: float = Field(
         default=0.0,
@@ -79,7 +86,11 @@ class ServeSettings(BaseModel):
     tls_client_ca: Path | None = Field(default=None, description="require client certificates of this CA")
     reuse_port: bool = Field(default=False, description="share the port with other gateways of this machine")
     reflection: bool = True
-    metrics_address: str | None = Field(default=None, description="host:port for Prometheus; loopback only")
+    metrics_address: str | None = Field(default=None, description="host:port for Prometheus; port 0 picks one")
+    metrics_token_file: Path | None = Field(
+        default=None, description="bearer tokens of those who scrape, one a line; needed beyond loopback"
+    )
+    expert_metrics: bool = Field(default=False, description="export a series for each expert of each layer")
     max_message_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=256 * 1024 * 1024)
     drain_timeout_s: float = Field(default=30.0, gt=0, le=3600, allow_inf_nan=False)
     max_request_s: float = Field(default=600.0, gt=0, le=86400, allow_inf_nan=False)
@@ -101,6 +112,22 @@ class ServeSettings(BaseModel):
     )
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    trace_endpoint: str = Field(
+        default="", pattern=r"^(https?://\S+)?$", description="URL of an OTLP collector; default: no traces"
+    )
+    trace_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="share of requests traced, of those whose caller did not decide"
+    )
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """How every process of the deployment logs and traces."""
+        return Telemetry(
+            log_level=self.log_level,
+            log_format=self.log_format,
+            trace_endpoint=self.trace_endpoint,
+            trace_ratio=self.trace_ratio,
+        )
 
     @model_validator(mode="after")
     def _check_together(self) -> "ServeSettings":

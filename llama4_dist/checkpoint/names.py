@@ -13,7 +13,6 @@ from llama4_dist.config import ModelConfig
 Shape = tuple[int, ...]
 NESTED = "language_model."
 VISION = ("vision_model.", "multi_modal_projector.")
-EXPERT_PARTS = ("gate", "up", "down")
 LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -39,6 +38,11 @@ def gate_up_name(layer: int) -> str:
 
 def down_name(layer: int) -> str:
     return f"model.layers.{layer}.feed_forward.experts.down_proj"
+
+
+def is_routed(name: str) -> bool:
+    """Whether a canonical name is that of routed experts' weights, in either layout."""
+    return ".feed_forward.experts." in name
 
 
 def expert_linear_name(layer: int, expert: int, projection: str) -> str:

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from llama4_dist.checkpoint.blocks import matrix_block
 from llama4_dist.checkpoint.fault import fault, shown
 from llama4_dist.checkpoint.header import TensorEntry
 from llama4_dist.checkpoint.quantised import QuantisedLinear
+from llama4_dist.checkpoint.quantised_blocks import Place, quantised_blocks
 from llama4_dist.checkpoint.quantised_tensors import QuantisedEntry
 from llama4_dist.checkpoint.scheme import Scheme
-from llama4_dist.checkpoint.shard import EVERYTHING, Shard
+from llama4_dist.checkpoint.shard import Shard
 
 
 def read_quantised(
@@ -18,48 +20,38 @@ def read_quantised(
     entry: QuantisedEntry,
     scheme: Scheme,
     *,
-    rows: slice = EVERYTHING,
-    columns: slice = EVERYTHING,
+    rows: range | None = None,
+    columns: range | None = None,
 ) -> QuantisedLinear:
-    """Return outputs `rows` and inputs `columns` of a linear as views, but for scales that were cut.
+    """Return outputs `rows` and inputs `columns` of a linear as views of what is stored.
 
     Raise CheckpointError for a scale that is not a positive finite number, ValueError for columns that cut a group.
     """
-    first, last, _ = columns.indices(entry.shape[1])
-    _check_cut(first, last, entry.shape[1], scheme)
+    blocks = quantised_blocks(entry, scheme, rows=rows, columns=columns)
     if entry.stated_shape is not None:
         _check_stated_shape(shards, entry.stated_shape, entry.shape)
-    if scheme.is_packed:
-        bits = scheme.number.bits
-        end = None if last == entry.shape[1] else last * bits // 8  # the last bytes may be padding
-        stored = shards[entry.stored.file].bytes_of(entry.stored, rows=rows, columns=slice(first * bits // 8, end))
-    else:
-        stored = shards[entry.stored.file].matrix(entry.stored, rows=rows, columns=slice(first, last))
-    scales_FG = read_scales(shards, entry)[rows]
-    if scheme.group_size is not None:
-        scales_FG = scales_FG[:, first // scheme.group_size : last // scheme.group_size]
-    return QuantisedLinear(scheme=scheme, width=last - first, stored=stored, scales_FG=scales_FG)
+    tensor, block = blocks.stored
+    stored = shards[tensor.file].matrix(tensor, block)
+    return QuantisedLinear(
+        scheme=scheme, width=blocks.width, stored=stored, scales_FG=read_scales(shards, blocks.scales)
+    )
 
 
-def read_scales(shards: Mapping[str, Shard], entry: QuantisedEntry) -> Tensor:
-    """Return all scales of a linear [F, G], checked."""
-    scales = shards[entry.scale.file].matrix(entry.scale)
-    wrong = ~(scales.isfinite() & (scales > 0))
+def read_scales(shards: Mapping[str, Shard], place: Place) -> Tensor:
+    """Return scales [F, G], checked."""
+    entry, block = place
+    scales_FG = shards[entry.file].matrix(entry, block)
+    wrong = ~(scales_FG.isfinite() & (scales_FG > 0))
     if wrong.any():
-        at = [int(index) for index in wrong.nonzero()[0]]
-        value = float(scales[tuple(at)])
+        row, group = wrong.nonzero()[0].tolist()
+        first_row, first_group = divmod(block.start, entry.shape[1])
+        value, at = float(scales_FG[row, group]), [first_row + row, first_group + group]
         cause = f"holds the scale {value:g} at {at}; scales are positive and finite: download the file again"
-        raise fault(entry.scale.file, cause, tensor=entry.scale.name)
-    return scales.view(entry.shape[0], -1)
-
-
-def _check_cut(first: int, last: int, width: int, scheme: Scheme) -> None:
-    unit = scheme.group_size or (2 if scheme.number.bits == 4 else 1)
-    if first % unit or (last % unit and last != width):
-        raise ValueError(f"inputs [{first}, {last}) cut a group: give multiples of {unit}, or the end, {width}")
+        raise fault(entry.file, cause, tensor=entry.name)
+    return scales_FG
 
 
 def _check_stated_shape(shards: Mapping[str, Shard], entry: TensorEntry, shape: tuple[int, int]) -> None:
-    stated = shards[entry.file].matrix(entry).to(torch.int64).tolist()
+    stated = shards[entry.file].matrix(entry, matrix_block(entry.shape)).to(torch.int64).flatten().tolist()
     if stated != list(shape):
         raise fault(entry.file, f"says {shown(stated)}; {list(shape)} is expected", tensor=entry.name)

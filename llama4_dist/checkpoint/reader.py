@@ -7,7 +7,7 @@ of devices and never casts.
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -15,17 +15,22 @@ from pathlib import Path
 from torch import Tensor
 
 from llama4_dist.checkpoint import names
+from llama4_dist.checkpoint.blocks import matrix_block
 from llama4_dist.checkpoint.config_file import CONFIG, parse_config
 from llama4_dist.checkpoint.directory import has_file, read_small_file
+from llama4_dist.checkpoint.expert_blocks import ExpertRun, Stored
+from llama4_dist.checkpoint.expert_format import expert_formats
+from llama4_dist.checkpoint.expert_places import ExpertPlaces
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.checkpoint.generation_file import GenerationDefaults, read_generation_defaults
-from llama4_dist.checkpoint.header import TensorEntry
+from llama4_dist.checkpoint.header import ITEM_BYTES, TensorEntry
 from llama4_dist.checkpoint.index import Index, read_index
-from llama4_dist.checkpoint.names import ExpertLayout
+from llama4_dist.checkpoint.part import read_part
 from llama4_dist.checkpoint.quantised import QuantisedExpertWeights, QuantisedLinear
+from llama4_dist.checkpoint.quantised_blocks import Place, quantised_blocks
 from llama4_dist.checkpoint.quantised_reader import read_quantised, read_scales
 from llama4_dist.checkpoint.scheme import Scheme, parse_scheme
-from llama4_dist.checkpoint.shard import EVERYTHING, Shard
+from llama4_dist.checkpoint.shard import Shard
 from llama4_dist.checkpoint.text_tensors import select_text_tensors
 from llama4_dist.checkpoint.verify import check_digest, check_finite, read_manifest
 from llama4_dist.config import ModelConfig
@@ -42,18 +47,21 @@ class Checkpoint:
         index: Index,
         scheme: Scheme | None = None,
     ) -> None:
-        selected = select_text_tensors(config, index, scheme)
+        self.part = read_part(path, config)  # None = the whole checkpoint, as published
+        selected = select_text_tensors(config, index, self.part, scheme)
         self.path = path
         self.config = config
         self.scheme = scheme  # of the linears in `quantised`
         self.quantised = selected.quantised
+        self.expert_formats = expert_formats(selected.entries, selected.quantised, scheme)
         self.generation = generation
         self.layout = selected.layout
         self.entries: Mapping[str, TensorEntry] = selected.entries  # by canonical name
         self.unused = selected.unused
         self.unused_bytes = sum(index.entries[name].num_bytes for name in selected.unused)
-        self.model_hash = _model_hash(config, selected.entries)
+        self.model_hash = self.part.model_hash if self.part else _model_hash(config, selected.entries)
         self.bytes_mapped = 0  # of all views handed out; says nothing of pages really read
+        self._places = ExpertPlaces(path, config, selected, scheme, self.part)
         self._lock = threading.Lock()
         self._shards = {name: Shard(path, name, identity) for name, identity in index.shards.items()}
 
@@ -83,16 +91,31 @@ class Checkpoint:
     def num_shards(self) -> int:
         return len(self._shards)
 
-    def tensor(self, name: str) -> Tensor:
-        """Return a text tensor by canonical name in its stored dtype; ValueError if this geometry has none such.
+    @property
+    def shard_names(self) -> tuple[str, ...]:
+        """The files, in order."""
+        return tuple(self._shards)
 
-        A quantised linear is returned as the float32 weight that it stands for, which is a copy.
+    def tensor(self, name: str, *, rows: range | None = None, columns: range | None = None) -> Tensor:
+        """Return a text tensor by canonical name in its stored dtype, or rows and columns of a matrix.
+
+        A quantised linear is returned as the float32 weight that it stands for, which is a copy. ValueError if this
+        geometry has none such, and for columns that cut a group of a quantised one.
         """
         if name == names.LM_HEAD and self.config.tie_word_embeddings:
             name = names.EMBEDDING
         if name in self.quantised:
-            return self._quantised(name).dequantise()
-        return self._matrix(name)
+            return self._quantised(name, rows, columns).dequantise()
+        if name not in self.entries:
+            raise self._places.absent(name)
+        entry = self.entries[name]
+        view = self._view((entry, matrix_block(entry.shape, rows=rows, columns=columns)))
+        return view.view(entry.shape) if rows is None and columns is None else view
+
+    def check_cut(self, name: str, *, columns: range | None) -> None:
+        """Raise ValueError where `columns` of a linear could not be read alone; reads nothing."""
+        if name in self.quantised and self.scheme is not None:
+            quantised_blocks(self.quantised[name], self.scheme, columns=columns)
 
     def expert(
         self, layer: int, expert: int, start: int = 0, stop: int | None = None
@@ -107,47 +130,36 @@ class Checkpoint:
             raise ValueError(f"slice [{start}, {stop}) does not lie in the expert width {width}")
         if layer not in self.config.moe_layer_ids or not 0 <= expert < self.config.num_experts:
             raise ValueError(f"there is no routed expert {expert} in layer {layer}")
-        if self.layout is ExpertLayout.FUSED:
-            return self._fused_expert(layer, expert, start, stop)
-        cut = slice(start, stop)
-        gate, up, down = (names.expert_linear_name(layer, expert, part) for part in names.EXPERT_PARTS)
-        if gate in self.quantised:
-            return QuantisedExpertWeights(
-                gate_FD=self._quantised(gate, rows=cut),
-                up_FD=self._quantised(up, rows=cut),
-                down_DF=self._quantised(down, columns=cut),
-            )
-        return ExpertWeights(
-            gate_DF=self._matrix(gate, rows=cut).T,
-            up_DF=self._matrix(up, rows=cut).T,
-            down_FD=self._matrix(down, columns=cut).T,
-        )
+        run = ExpertRun(layer, expert, start, stop)
+        linears = self._places.quantised_linears(run)
+        if linears is not None:
+            gate_FD, up_FD, down_DF = (self._quantised(*linear) for linear in linears)
+            return QuantisedExpertWeights(gate_FD=gate_FD, up_FD=up_FD, down_DF=down_DF)
+        blocks = self._places.blocks(run)
+        if blocks.gate_up is not None:
+            gate_up_D2F = self._input_major(blocks.gate_up)
+            gate_DF, up_DF = gate_up_D2F[:, : stop - start], gate_up_D2F[:, stop - start :]
+        else:
+            gate_up_D2F = None
+            gate_DF, up_DF = self._input_major(blocks.gate), self._input_major(blocks.up)
+        down_FD = self._input_major(blocks.down)
+        return ExpertWeights(gate_DF=gate_DF, up_DF=up_DF, down_FD=down_FD, gate_up_D2F=gate_up_D2F)
 
-    def expert_bytes(self, layer: int, expert: int) -> int:
-        """Return the bytes that the stored tensors of a routed expert take."""
-        if self.layout is ExpertLayout.FUSED:
-            names_of = (names.gate_up_name(layer), names.down_name(layer))
-            return sum(self.entries[name].num_bytes for name in names_of) // self.config.num_experts
-        return sum(entry.num_bytes for entry in self._expert_entries(layer, expert))
+    def release_expert(
+        self, layer: int, expert: int, start: int = 0, stop: int | None = None, *, around: int = 0
+    ) -> None:
+        """Give the memory of columns [start, stop) of a routed expert back; views read the file again when touched.
 
-    def release_expert(self, layer: int, expert: int) -> None:
-        """Give the memory of a routed expert back; views of it stay valid and read the file again when touched."""
-        if self.layout is ExpertLayout.FUSED:
-            for name in (names.gate_up_name(layer), names.down_name(layer)):
-                entry = self.entries[name]
-                self._shards[entry.file].release(entry, expert)
-            return
-        for entry in self._expert_entries(layer, expert):
-            self._shards[entry.file].release(entry)
+        So does what lies `around` bytes beside. Of a matrix that is cut across its rows all goes: the kernel maps more
+        around each touched page than its row.
+        """
+        for entry, block in self._places.stored(layer, expert, start, stop):
+            self._shards[entry.file].release(entry, block, around=around)
 
-    def _expert_entries(self, layer: int, expert: int) -> Iterator[TensorEntry]:
-        """Yield the stored tensors of an expert that is stored by itself."""
-        for part in names.EXPERT_PARTS:
-            name = names.expert_linear_name(layer, expert, part)
-            if name in self.quantised:
-                yield from self.quantised[name].tensors()
-            else:
-                yield self.entries[name]
+    def read_ahead_expert(self, layer: int, expert: int, start: int = 0, stop: int | None = None) -> None:
+        """Have the kernel begin to read columns [start, stop) of a routed expert; returns before they are there."""
+        for entry, block in self._places.stored(layer, expert, start, stop):
+            self._shards[entry.file].read_ahead(entry, block)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read every byte: manifest.sha256 if there is one, then NaN and infinities. `progress` gets bytes done, total.
@@ -168,51 +180,32 @@ class Checkpoint:
         for name, digest in digests.items():
             check_digest(self.path, name, digest, advance)
         for linear in self.quantised.values():
-            read_scales(self._shards, linear)
-        check_finite(((entry, self._view(entry)) for entry in self.entries.values()), advance)
+            assert self.scheme is not None, "quantised tensors were found without a scheme"
+            read_scales(self._shards, quantised_blocks(linear, self.scheme).scales)
+        stored = self.entries.values()
+        check_finite(((e, self._shards[e.file].matrix(e, matrix_block(e.shape))) for e in stored), advance)
 
     def close(self) -> None:
         """Let go of the memory maps; views handed out stay valid."""
         for shard in self._shards.values():
             shard.close()
 
-    def _fused_expert(self, layer: int, expert: int, start: int, stop: int) -> ExpertWeights:
-        width = self.config.expert_width
-        name = names.gate_up_name(layer)
-        down_FD = self._matrix(names.down_name(layer), expert, rows=slice(start, stop))
-        if stop - start == width:
-            gate_up_D2F = self._matrix(name, expert)
-            return ExpertWeights(
-                gate_DF=gate_up_D2F[:, :width],
-                up_DF=gate_up_D2F[:, width:],
-                down_FD=down_FD,
-                gate_up_D2F=gate_up_D2F,
-            )
-        gate_DF = self._matrix(name, expert, columns=slice(start, stop))
-        up_DF = self._matrix(name, expert, columns=slice(width + start, width + stop))
-        return ExpertWeights(gate_DF=gate_DF, up_DF=up_DF, down_FD=down_FD)
+    def _input_major(self, stored: Stored) -> Tensor:
+        matrix = self._view((self.entries[stored.name], stored.block))
+        return matrix.T if stored.is_transposed else matrix
 
-    def _matrix(
-        self, name: str, index: int | None = None, *, rows: slice = EVERYTHING, columns: slice = EVERYTHING
-    ) -> Tensor:
-        if name not in self.entries:
-            raise ValueError(f"the checkpoint has no text tensor {name!r}")
-        view = self._view(self.entries[name], index, rows=rows, columns=columns)
+    def _view(self, place: Place) -> Tensor:
+        entry, block = place
         with self._lock:
-            self.bytes_mapped += view.numel() * view.element_size()
-        return view
+            self.bytes_mapped += block.num_elements * ITEM_BYTES[entry.dtype]
+        return self._shards[entry.file].matrix(entry, block)
 
-    def _quantised(self, name: str, *, rows: slice = EVERYTHING, columns: slice = EVERYTHING) -> QuantisedLinear:
+    def _quantised(self, name: str, rows: range | None = None, columns: range | None = None) -> QuantisedLinear:
         assert self.scheme is not None, "quantised tensors were found without a scheme"
         linear = read_quantised(self._shards, self.quantised[name], self.scheme, rows=rows, columns=columns)
         with self._lock:
             self.bytes_mapped += linear.num_bytes
         return linear
-
-    def _view(
-        self, entry: TensorEntry, index: int | None = None, *, rows: slice = EVERYTHING, columns: slice = EVERYTHING
-    ) -> Tensor:
-        return self._shards[entry.file].matrix(entry, index, rows=rows, columns=columns)
 
 
 def _model_hash(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> str:

@@ -54,6 +54,11 @@ class Scheme:
         return width // self.group_size
 
     @property
+    def cut_unit(self) -> int:
+        """Inputs that stay together in any cut: those that share a scale, or a byte."""
+        return self.group_size or 8 // self.number.bits
+
+    @property
     def title(self) -> str:
         """Name it for people."""
         by = "output" if self.group_size is None else f"{self.group_size} inputs"

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from llama4_dist.checkpoint.expert_blocks import PROJECTIONS
 from llama4_dist.checkpoint.fault import fault, shown
 from llama4_dist.checkpoint.header import TensorEntry
 from llama4_dist.checkpoint.index import INDEX, SINGLE, Index
 from llama4_dist.checkpoint.names import (
-    EXPERT_PARTS,
     ExpertLayout,
     Shape,
     expected_tensors,
@@ -17,13 +17,16 @@ from llama4_dist.checkpoint.names import (
     is_vision,
     stored_prefix,
 )
+from llama4_dist.checkpoint.part import Part
 from llama4_dist.checkpoint.quantised_tensors import QuantisedEntry, find_quantised
 from llama4_dist.checkpoint.scheme import Scheme
 from llama4_dist.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
-_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# What only a checkpoint in Meta's layout has (`writing.meta_layout`).
+META_EMBEDDING = "tok_embeddings.weight"
+STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,14 +42,20 @@ class TextTensors:
     unused: tuple[str, ...]
 
 
-def select_text_tensors(config: ModelConfig, index: Index, scheme: Scheme | None = None) -> TextTensors:
-    """Raise CheckpointError for the first tensor that is missing or of another shape or dtype; log unknown ones."""
+def select_text_tensors(
+    config: ModelConfig, index: Index, part: Part | None = None, scheme: Scheme | None = None
+) -> TextTensors:
+    """Pick what the config, or a part's manifest, calls for; linears may be quantised as `scheme` says.
+
+    Raise CheckpointError for the first tensor that is missing or of another shape or dtype; log unknown ones.
+    """
     prefix = stored_prefix(config)
-    layout = _layout(config, index, prefix)
+    layout = part.layout if part else _layout(config, index, prefix)
+    expected = part.shapes(config) if part else expected_tensors(config, layout)
     listed = {name: entry for name, entry in index.entries.items() if name not in index.unlisted}
     entries: dict[str, TensorEntry] = {}
     quantised: dict[str, QuantisedEntry] = {}
-    for name, shape in expected_tensors(config, layout).items():
+    for name, shape in expected.items():
         found = find_quantised(prefix + name, shape, scheme, listed)
         if found is not None:
             quantised[name] = found
@@ -55,10 +64,14 @@ def select_text_tensors(config: ModelConfig, index: Index, scheme: Scheme | None
         entry = listed.get(prefix + name)
         if entry is None:
             file = SINGLE if SINGLE in index.shards else INDEX
+            if META_EMBEDDING in index.entries:
+                raise fault(
+                    file, "is in Meta's layout: run `llama4-dist checkpoint convert --to hf` and open the result"
+                )
             raise fault(file, "is missing, though config.json calls for it", tensor=prefix + name)
-        _check(entry, shape, _STORED[config.dtype])
+        check_entry(entry, shape, STORED_DTYPES[config.dtype])
         entries[name] = entry
-    if layout is ExpertLayout.PER_EXPERT:
+    if layout is ExpertLayout.PER_EXPERT and part is None:
         _check_experts_whole(config, entries, quantised)
     used = {entry.name for entry in entries.values()}
     unused = tuple(sorted(index.entries.keys() - used))
@@ -74,7 +87,7 @@ def _check_experts_whole(
     """An expert is one function of one format: its three linears are quantised, or none is."""
     for layer in config.moe_layer_ids if quantised else ():
         for expert in range(config.num_experts):
-            names = [expert_linear_name(layer, expert, part) for part in EXPERT_PARTS]
+            names = [expert_linear_name(layer, expert, part) for part in PROJECTIONS]
             plain = [name for name in names if name not in quantised]
             if 0 < len(plain) < len(names):
                 entry = entries[plain[0]]
@@ -88,7 +101,8 @@ def _layout(config: ModelConfig, index: Index, prefix: str) -> ExpertLayout:
     return ExpertLayout.PER_EXPERT
 
 
-def _check(entry: TensorEntry, shape: Shape, dtype: str) -> None:
+def check_entry(entry: TensorEntry, shape: Shape, dtype: str) -> None:
+    """Raise CheckpointError unless a tensor has the shape and dtype (safetensors' name) that are called for."""
     if entry.shape != shape:
         cause = f"has shape {list(entry.shape)}; config.json calls for {list(shape)}"
         raise fault(entry.file, cause, tensor=entry.name)

@@ -39,6 +39,7 @@ def engine_of(settings: ServeSettings, *, show_progress: bool, **cluster: Any) -
             "wire": settings.wire,
             "resume_ttl_s": settings.resume_ttl_s,
             "replay_timeout_s": settings.replay_timeout_s,
+            "telemetry": settings.telemetry,
         }
     with shown(show_progress) as progress:
         return open_engine(
@@ -50,6 +51,8 @@ def engine_of(settings: ServeSettings, *, show_progress: bool, **cluster: Any) -
             progress=progress,
             dtype=settings.dtype,
             weights=settings.weights,
+            expert_slices=settings.expert_slices,
+            expert_memory_bytes=settings.expert_memory_bytes,
             device=settings.device,
             num_threads=settings.num_threads,
             cluster=cluster,

@@ -11,6 +11,7 @@ from llama4_dist.engine.intake import check_fits, make_sequence
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.page_allocator import PageAllocator
 from llama4_dist.engine.plan import StepPlan
+from llama4_dist.engine.request_traces import RequestTraces
 from llama4_dist.engine.sampler import Sampled
 from llama4_dist.engine.scheduler import Scheduler
 from llama4_dist.engine.sequence import SequenceState
@@ -20,7 +21,9 @@ from llama4_dist.engine.stopping import finish_reason
 from llama4_dist.errors import DeadlineExceededError, Llama4Error
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.request import EngineLimits, EngineRequest, FinishReason, TokenOutput
+from llama4_dist.stages.ports import worker_lost
 from llama4_dist.stations import SCHEDULE
+from llama4_dist.telemetry.tracing import active
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +54,16 @@ class EngineCore:
         )
         self.clock = clock
         self.times = StepTimes()
-        self.held_since_s: float | None = None  # since when steps wait for an expert that no host serves
+        self.held_since_s: float | None = None  # since when steps wait for what they cannot do without
+        self.lost: Llama4Error | None = None  # why no step can be computed until `renew`
         self._eos_token_ids = frozenset(eos_token_ids)
         self._num_arrived = 0
         self._num_wrong_answers = 0
+        self._traces: RequestTraces | None = None
+        if (tracing := active()) is not None:
+            self._traces = RequestTraces(
+                tracing, stations=self.counters.stations, traffic=dispatcher.stats(), clock=clock
+            )
 
     @property
     def has_work(self) -> bool:
@@ -88,10 +97,27 @@ class EngineCore:
         """End every live request with this error."""
         return [self._end(sequence, error=error) for sequence in self.scheduler.live()]
 
+    def lose(self, error: Llama4Error) -> list[TokenOutput]:
+        """End all that has keys in the cache, which is void: a member of the model's group is gone.
+
+        Requests that have none wait for `renew`, `expert_timeout_s` at most.
+        """
+        self.lost = error
+        self.scheduler.forget_prefixes()
+        return [self._end(sequence, error=error) for sequence in tuple(self.scheduler.running)]
+
+    def renew(self) -> list[TokenOutput]:
+        """Compute steps again: the model's group was formed anew, with an empty cache. What still runs ends."""
+        outputs = self.lose(worker_lost("the model's group was formed anew")) if self.lost is None else []
+        self.lost = None
+        return outputs
+
     def step(self) -> list[TokenOutput]:
         """Run one step and return what it produced, ends and errors included."""
         started_s = self.clock()
         outputs = self._expire(started_s)
+        if self.lost is not None:
+            return outputs + self._hold(dict.fromkeys(self.scheduler.waiting, self.lost))
         stations = self.counters.stations
         stations.begin()
         plan = self.scheduler.schedule(
@@ -105,8 +131,11 @@ class EngineCore:
                 self.counters.prompt_tokens += sequence.num_prompt_tokens
         stations.mark(SCHEDULE)
         if plan.spans:
+            before = None if self._traces is None else self._traces.begin_step(plan.spans)
             num_decodes = sum(span.sequence.num_pending == 1 for span in plan.spans)
             results = self.runner.run(plan.spans)
+            if self.runner.lost is not None:
+                return outputs + self.lose(self.runner.lost)
             if not self.runner.held:
                 self.times.note(
                     num_decodes=num_decodes,
@@ -117,6 +146,8 @@ class EngineCore:
             outputs += [self._commit(sequence, result) for sequence, result in results]
             outputs += self._hold(self.runner.held)
             stations.end_step()
+            if before is not None and self._traces is not None:
+                self._traces.end_step(before, self.counters.steps, plan.spans)
         if self.options.debug_invariants:
             self.scheduler.check()
         return outputs
@@ -136,6 +167,8 @@ class EngineCore:
             return self._end(sequence, error=result)
         sequence.append(result.token_id)
         self.counters.generated_tokens += 1
+        if sequence.first_output and self._traces is not None:
+            self._traces.note_first_token(sequence)
         reason = finish_reason(sequence)
         if reason is not None:
             self._forget(sequence, finish=reason)
@@ -152,19 +185,21 @@ class EngineCore:
         )
 
     def _hold(self, held: Mapping[SequenceState, Llama4Error]) -> list[TokenOutput]:
-        """Leave sequences as they are while an expert cannot be had; after the bound fail them as retriable.
+        """Leave sequences as they are while something cannot be had; after the bound fail them as retriable.
 
         A step changes nothing before its end, so the next one computes the same rows again.
         """
         now_s = self.clock()
         if not held:
             if self.held_since_s is not None:
+                self.counters.held_s += now_s - self.held_since_s
                 log.warning("step_resumed after_s=%.3f", now_s - self.held_since_s)
             self.held_since_s = None
             return []
         if self.held_since_s is None:
             log.warning("step_held sequences=%d cause=%s", len(held), next(iter(held.values())))
             self.held_since_s = now_s
+            self.counters.holds += 1
         if now_s - self.held_since_s < self.options.expert_timeout_s:
             return []
         log.error("step_unavailable sequences=%d", len(held))
@@ -180,11 +215,14 @@ class EngineCore:
     def _end(
         self, sequence: SequenceState, *, finish: FinishReason | None = None, error: Llama4Error | None = None
     ) -> TokenOutput:
-        self._forget(sequence, finish=finish)
+        self._forget(sequence, finish=finish, reason="" if error is None else error.reason)
         return TokenOutput(request_id=sequence.request_id, finish_reason=finish, error=error)
 
-    def _forget(self, sequence: SequenceState, *, finish: FinishReason | None) -> None:
+    def _forget(self, sequence: SequenceState, *, finish: FinishReason | None, reason: str = "") -> None:
         self.scheduler.remove(sequence)
+        if self._traces is not None:
+            self._traces.end(sequence, finish, reason)
         self.counters.count_end(finish)
-        if not self.has_work:
+        if not self.has_work and self.held_since_s is not None:
+            self.counters.held_s += self.clock() - self.held_since_s
             self.held_since_s = None  # nobody waits any more; whoever comes next waits from then on

@@ -7,13 +7,11 @@ stored. int8 has one float32 scale an output, activations stay as they are: `mod
 import torch
 
 from llama4_dist.checkpoint.scheme import Scheme
-from llama4_dist.config import ModelConfig
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.cpu.panels import is_native
 
 STORED, INT8 = "stored", "int8"
 WEIGHT_FORMATS = (STORED, INT8)
-_SCALE_BYTES = 4
 
 
 def check_weight_format(name: str, *, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -40,11 +38,3 @@ def check_stored_format(name: str, scheme: Scheme | None) -> None:
         raise ConfigError(
             f"weights={name!r} would round once more what the checkpoint stores as {scheme.title}: take 'stored'"
         )
-
-
-def expert_bytes(config: ModelConfig, *, dtype: torch.dtype, weight_format: str) -> int:
-    """Return the bytes of one routed expert's weights as they are multiplied."""
-    num_weights = 3 * config.hidden_size * config.expert_width
-    if weight_format == INT8:
-        return num_weights + _SCALE_BYTES * (2 * config.expert_width + config.hidden_size)
-    return num_weights * dtype.itemsize

@@ -52,9 +52,10 @@ def library() -> Path | None:
     try:
         folder = cache_folder()
         path = folder / f"{fingerprint(compiler)}.so"
-        with locked(folder):  # who comes second waits for the first one's library
-            if not path.exists():
-                compile_into(compiler, path, SOURCES, FLAGS)
+        if not path.exists():  # who has one waits for nobody: others may compile other sources here
+            with locked(folder):  # who comes second waits for the first one's library
+                if not path.exists():
+                    compile_into(compiler, path, SOURCES, FLAGS)
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("native_passes_off reason=%s", _first_line(error))
         return None

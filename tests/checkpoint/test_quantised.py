@@ -95,8 +95,9 @@ def test_what_is_quantised_is_told_tensor_by_tensor(tmp_path: Path) -> None:
     assert checkpoint.num_parameters == plain.num_parameters
     assert describe(checkpoint).quantisation == "float8, a scale for each output"
     assert describe(checkpoint).num_quantised == 2 * 16 * 3
-    assert checkpoint.expert_bytes(1, 3) == 3 * 64 * 96 + 4 * (96 + 96 + 64)
-    assert checkpoint.expert_bytes(0, 3) == 3 * 64 * 96 * 4
+    floats, numbers = checkpoint.expert_formats
+    assert floats.slice_bytes(64, 96) == 3 * 64 * 96 * 4
+    assert numbers.slice_bytes(64, 96) == 3 * 64 * 96 + 4 * (96 + 96 + 64)
     checkpoint.verify()
 
 

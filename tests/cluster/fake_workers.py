@@ -7,6 +7,7 @@ from typing import Protocol
 
 from cluster.operation import HostLoad
 from cluster.placement import ExpertGeometry, Pair
+from cluster.reading import HostReading
 from cluster.worker import (
     Adopted,
     HostAddress,
@@ -101,6 +102,9 @@ class FakeHost(FakeWorker):
 
     def load_now(self) -> HostLoad:
         return HostLoad(host=self.name, incarnation=self.incarnation, at_s=time.monotonic(), rows=dict(self.rows))
+
+    def reading(self) -> HostReading:
+        return HostReading(load=self.load_now(), adopted=len(self.adopted))
 
     def status(self) -> WorkerStatus:
         return WorkerStatus(

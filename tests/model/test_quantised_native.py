@@ -12,7 +12,7 @@ from llama4_dist.checkpoint.quantised import QuantisedExpertWeights, QuantisedLi
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.checkpoint.scheme import Number, Scheme
 from llama4_dist.model.cpu.expanded import ExpandedExperts
-from llama4_dist.model.cpu.feed_forward import run_networks
+from llama4_dist.model.cpu.feed_forward import Network, run_networks
 from llama4_dist.model.cpu.quantised import expanded_network, numbers_in_panels, stored_network
 from llama4_dist.model.expert import Experts
 from llama4_dist.model.quantised_expert import rounded_to_float8
@@ -119,24 +119,23 @@ def test_expanded_experts_stay_within_their_bound(tmp_path: Path) -> None:
         experts = held(path, expanded_bytes=capacity)
         for _ in range(2):
             assert torch.equal(answer(experts, groups), unbounded_RD)
-        assert experts._expanded.num_bytes == max(capacity, size)
+        assert experts.bytes_expanded == max(capacity, size)
     experts.drop([(1, 7), (1, 6)])
-    assert experts._expanded.num_bytes == 6 * size
+    assert experts.bytes_expanded == 6 * size
 
 
-def test_an_expanded_expert_is_made_once_while_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expanded_expert_is_made_once_while_it_stays(tmp_path: Path) -> None:
     made: list[QuantisedExpertWeights] = []
 
-    def note(weights: QuantisedExpertWeights) -> object:
+    def note(weights: QuantisedExpertWeights) -> Network:
         made.append(weights)
         return expanded_network(weights)
 
-    monkeypatch.setattr("llama4_dist.model.cpu.expanded.expanded_network", note)
     path = make_quantised(tmp_path, "int4")
     first, second, third = (quantised_expert(path, 1, expert) for expert in range(3))
     kept = ExpandedExperts(2 * expanded_network(first).num_bytes)
     for weights in (first, second, first, third, first, second):  # the third pushes the second out, not the first
-        kept(weights)
+        kept(weights, note)
     assert [id(weights) for weights in made] == [id(weights) for weights in (first, second, third, second)]
 
 

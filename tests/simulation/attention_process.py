@@ -49,7 +49,6 @@ class SimAttention(AttentionWorker):
 
     def load(self) -> None:
         plan = self.world.plan
-        self._checkpoint = SimpleNamespace(config=SimpleNamespace(expert_width=WIDTH))  # type: ignore[assignment]
         self._dispatcher = Dispatcher(
             worker=self.name,
             incarnation=self.incarnation,

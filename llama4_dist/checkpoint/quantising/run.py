@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama4_dist.checkpoint.blocks import matrix_block
 from llama4_dist.checkpoint.config_file import CONFIG
 from llama4_dist.checkpoint.directory import has_file, open_file, read_exactly, read_small_file
 from llama4_dist.checkpoint.fault import fault
@@ -41,7 +42,7 @@ from llama4_dist.checkpoint.quantising.plan import Copy, Plan, Quantise, ShardPl
 from llama4_dist.checkpoint.quantising.rounding import quantise_linear
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.checkpoint.scheme import KEY, Scheme, scheme_json
-from llama4_dist.checkpoint.shard import EVERYTHING, TORCH_DTYPES, Shard
+from llama4_dist.checkpoint.shard import TORCH_DTYPES, Shard
 from llama4_dist.checkpoint.strict_json import parse_object
 from llama4_dist.checkpoint.verify import MANIFEST
 from llama4_dist.errors import ConfigError
@@ -161,13 +162,14 @@ class _Run:
             raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
             assert raw.nbytes == output.num_bytes, "the plan and the tensor differ"
             write_at(descriptor, raw.data, offsets[output.name])
-        self._shards[part.source.file].release(part.source, part.index)
+        self._shards[part.source.file].release(part.source, matrix_block(part.source.shape, part.index))
         return TensorError(name=part.name, sqnr_db=error.sqnr_db, **asdict(error))
 
     def _weight(self, part: Quantise) -> Tensor:
         """Return the source's weight [F, D] in float32; CheckpointError for NaN or an infinity."""
-        columns = EVERYTHING if part.columns is None else slice(*part.columns)
-        matrix = self._shards[part.source.file].matrix(part.source, part.index, columns=columns)
+        columns = None if part.columns is None else range(*part.columns)
+        block = matrix_block(part.source.shape, part.index, columns=columns)
+        matrix = self._shards[part.source.file].matrix(part.source, block)
         weight_FD = (matrix if part.index is None else matrix.T).float().contiguous()
         if not weight_FD.isfinite().all():
             raise fault(part.source.file, "holds NaN or an infinity: the file is damaged", tensor=part.source.name)

@@ -2,10 +2,10 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 
 from llama4_dist.checkpoint.quantised import QuantisedExpertWeights
 from llama4_dist.model.cpu.feed_forward import Network
-from llama4_dist.model.cpu.quantised import expanded_network
 
 
 class ExpandedExperts:
@@ -17,28 +17,24 @@ class ExpandedExperts:
         self._networks: OrderedDict[int, tuple[QuantisedExpertWeights, Network]] = OrderedDict()
         self._changing = threading.Lock()
 
-    def __call__(self, weights: QuantisedExpertWeights) -> Network:
-        """Return the network of `weights`, expanded now or before."""
+    def __call__(self, weights: QuantisedExpertWeights, make: Callable[[QuantisedExpertWeights], Network]) -> Network:
+        """Return the network of `weights`, made now or before."""
         key = id(weights)  # the weights are kept beside their network, so that no others get that id
         with self._changing:
             if key in self._networks:
                 self._networks.move_to_end(key)
                 return self._networks[key][1]
-            network = expanded_network(weights)
+            network = make(weights)
             self._make_room(network.num_bytes)
             self._networks[key] = (weights, network)
             self.num_bytes += network.num_bytes
             return network
 
     def forget(self, weights: QuantisedExpertWeights) -> None:
-        """Give back the memory of an expert that is not held any more."""
+        """Give back the memory of an expert that is not held any more, or not in memory."""
         with self._changing:
             _, network = self._networks.pop(id(weights), (None, None))
             self.num_bytes -= network.num_bytes if network else 0
-
-    def num_together(self, network: Network) -> int:
-        """Return how many of this size stay here at once."""
-        return max(1, self.capacity_bytes // network.num_bytes)
 
     def _make_room(self, num_bytes: int) -> None:
         while self._networks and self.num_bytes + num_bytes > self.capacity_bytes:

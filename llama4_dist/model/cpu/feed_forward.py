@@ -5,7 +5,8 @@ from array import array
 from collections.abc import Sequence
 from ctypes import byref
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,25 +28,30 @@ class Network:
         """`strides` are those between rows of gate and up, and of down; 0 = packed."""
         self.dtype = gate.dtype
         self.shape = (width, hidden, *strides)
+        self.kind = (gate.dtype, *self.shape)  # what networks of one native pass have in common
         self.struct = FeedForwardShape(*self.shape)
         self.addresses = (gate.data_ptr(), up.data_ptr(), down.data_ptr())
         self._kept = (gate, up, down)
-
-    @property
-    def kind(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        """What networks that are run together have in common."""
-        return self.dtype, self.shape
 
     @property
     def num_bytes(self) -> int:
         """The memory of the weights, without scales."""
         return sum(part.numel() * part.element_size() for part in self._kept)
 
+    def reads(self, weight: Tensor) -> bool:
+        """Tell whether the network reads this gate where it lies, and not a copy."""
+        return self.addresses[0] == weight.data_ptr()
 
-def network_of(weights: ExpertWeights) -> Network:
-    """Return an expert's network; weights whose rows are not contiguous are copied, others stay where they are."""
+
+def network_of(weights: ExpertWeights, *, compact: bool = False) -> Network:
+    """Return an expert's network; weights whose rows are not contiguous are copied, others stay where they are.
+
+    With `compact` a slice that is cut across the rows of its expert is copied too: the kernel maps whole rows, other
+    slices among them.
+    """
     parts = (weights.gate_DF, weights.up_DF, weights.down_FD)
-    gate, up, down = parts if all(part.stride(1) == 1 for part in parts) else [part.contiguous() for part in parts]
+    stays = all(part.stride(1) == 1 for part in parts) and not (compact and weights.gate_up_D2F is None)
+    gate, up, down = parts if stays else [part.contiguous() for part in parts]
     assert gate.stride() == up.stride(), "gate and up differ in layout"
     strides = (gate.stride(0), down.stride(0))
     return Network(gate, up, down, width=gate.shape[0], hidden=gate.shape[1], strides=strides)
@@ -63,11 +69,28 @@ def quantised_network(weights: ExpertWeights, error: QuantisationError) -> Netwo
 
 
 def run_networks(networks: Sequence[Network], nums_rows: Sequence[int], x_RD: Tensor, out_RD: Tensor) -> None:
-    """Write down(silu(gate x) · up x); the rows of the networks stand one after the other. All have one shape."""
+    """Write down(silu(gate x) · up x); the rows of the networks stand one after the other.
+
+    Neighbours of one kind are one native pass: slices of an expert may differ in width, layers' experts in format.
+    """
+    assert x_RD.shape[0] == sum(nums_rows), "groups do not cover the rows"
+    kind = networks[0].kind
+    if all([network.kind == kind for network in networks]):  # noqa: C419 - a list is faster than a generator
+        _run_alike(networks, nums_rows, x_RD, out_RD)
+        return
+    first = start = 0
+    for _, alike in groupby(networks, key=attrgetter("kind")):
+        last = first + len(list(alike))
+        stop = start + sum(nums_rows[first:last])
+        _run_alike(networks[first:last], nums_rows[first:last], x_RD[start:stop], out_RD[start:stop])
+        first, start = last, stop
+
+
+def _run_alike(networks: Sequence[Network], nums_rows: Sequence[int], x_RD: Tensor, out_RD: Tensor) -> None:
+    """Do so for networks of one kind."""
     first_rows = [0, *accumulate(nums_rows)]
-    assert x_RD.shape[0] == first_rows.pop(), "groups do not cover the rows"
-    shape, num_networks = networks[0].shape, len(networks)
-    assert [network.shape for network in networks] == [shape] * num_networks, "networks differ in shape or layout"
+    first_rows.pop()
+    num_networks = len(networks)
     gates, ups, downs = zip(*[network.addresses for network in networks], strict=True)
     table = array("q", (*first_rows, *nums_rows, *gates, *ups, *downs))  # five ctypes arrays take three times as long
     address, step = table.buffer_info()[0], num_networks * table.itemsize
