@@ -31,11 +31,15 @@ def make_quantised(
     preset: str = "scout",
     *,
     ignored_layers: Collection[int] = (),
+    linears: bool = False,
     edit_scale: Callable[[Tensor], Tensor] = lambda scale: scale,
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
 ) -> Path:
-    """Write `preset` with its experts in the form `name`, those of `ignored_layers` in floats."""
+    """Write `preset` with its experts in the form `name`, those of `ignored_layers` in floats.
+
+    With `linears` those of attention and of shared and dense networks have the form too.
+    """
     make_checkpoint(path, preset, layout="per_expert", num_shards=1, dtype=dtype, **overrides)
     tensors = load_file(path / "model.safetensors")
     scheme, form = scheme_of(name)
@@ -43,7 +47,8 @@ def make_quantised(
     stored: dict[str, Tensor] = {}
     for full_name, tensor in tensors.items():
         module, is_weight, _ = full_name.rpartition(".weight")
-        if ".experts." in module and not any(f".layers.{layer}." in module for layer in ignored_layers):
+        is_linear = ".experts." in module or (linears and module.endswith("_proj"))
+        if is_linear and not any(f".layers.{layer}." in module for layer in ignored_layers):
             stored |= {f"{module}.{part}": value for part, value in compress(tensor, scheme, form, edit_scale).items()}
         else:
             stored[full_name] = tensor

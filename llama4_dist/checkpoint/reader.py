@@ -29,11 +29,13 @@ from llama4_dist.checkpoint.part import read_part
 from llama4_dist.checkpoint.quantised import QuantisedExpertWeights, QuantisedLinear
 from llama4_dist.checkpoint.quantised_blocks import Place, quantised_blocks
 from llama4_dist.checkpoint.quantised_reader import read_quantised, read_scales
+from llama4_dist.checkpoint.quantised_shares import check_shares
 from llama4_dist.checkpoint.scheme import Scheme, parse_scheme
 from llama4_dist.checkpoint.shard import Shard
 from llama4_dist.checkpoint.text_tensors import select_text_tensors
 from llama4_dist.checkpoint.verify import check_digest, check_finite, read_manifest
 from llama4_dist.config import ModelConfig
+from llama4_dist.partition import Partition, Share
 
 
 class Checkpoint:
@@ -112,10 +114,9 @@ class Checkpoint:
         view = self._view((entry, matrix_block(entry.shape, rows=rows, columns=columns)))
         return view.view(entry.shape) if rows is None and columns is None else view
 
-    def check_cut(self, name: str, *, columns: range | None) -> None:
-        """Raise ValueError where `columns` of a linear could not be read alone; reads nothing."""
-        if name in self.quantised and self.scheme is not None:
-            quantised_blocks(self.quantised[name], self.scheme, columns=columns)
+    def shares_of(self, partition: Partition) -> tuple[Share, ...]:
+        """Return what each member of an attention group would read; ValueError where it cannot be cut so."""
+        return check_shares(self.config, partition, self.quantised, self.scheme)
 
     def expert(
         self, layer: int, expert: int, start: int = 0, stop: int | None = None

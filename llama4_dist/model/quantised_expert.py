@@ -11,6 +11,7 @@ from torch import Tensor
 from llama4_dist.checkpoint.quantised import FLOAT8, QuantisedExpertWeights, QuantisedLinear
 from llama4_dist.checkpoint.scheme import Number
 from llama4_dist.model.activation import swiglu
+from llama4_dist.model.linear import linear
 
 FLOAT8_MAX = 448.0
 
@@ -26,11 +27,11 @@ def apply_quantised_expert(x_RD: Tensor, weights: QuantisedExpertWeights, out_RD
     out_RD.copy_(quantised_linear(inner_RF, weights.down_DF))
 
 
-def quantised_linear(x_RD: Tensor, linear: QuantisedLinear) -> Tensor:
-    """Return rows @ weightᵀ [R, F] in the rows' dtype, float32 or float64."""
-    if linear.scheme.number is Number.FLOAT8:
+def quantised_linear(x_RD: Tensor, weight_FD: QuantisedLinear) -> Tensor:
+    """Return rows @ weightᵀ [R, F] in the rows' dtype, float32 or float64, with bits that no other row has a part in."""
+    if weight_FD.scheme.number is Number.FLOAT8:
         x_RD = rounded_to_float8(x_RD)
-    return x_RD @ linear.dequantise(x_RD.dtype).T
+    return linear(x_RD, weight_FD.dequantise(x_RD.dtype))
 
 
 def rounded_to_float8(x_RD: Tensor) -> Tensor:

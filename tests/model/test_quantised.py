@@ -184,3 +184,12 @@ def test_weights_that_are_quantised_are_not_rounded_again(tmp_path: Path) -> Non
         all_experts(checkpoint, torch.float32, "int8")
     with pytest.raises(ConfigError, match=message):
         load_model(checkpoint, dtype=torch.float32, device="cpu", weight_format="int8")
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8", "int4"])
+def test_a_sequence_has_its_bits_in_any_chunks(arithmetic: str, form: str, tmp_path: Path) -> None:
+    runner = Runner.load(Checkpoint.open(make_quantised(tmp_path, form, "maverick")), num_sequences=2)
+    alone_TV = runner.in_chunks(TOKEN_IDS, [70])
+    for sizes in ([33, 1], [3, 50, 7], [11]):
+        runner.restart()
+        assert torch.equal(runner.in_chunks(TOKEN_IDS, sizes), alone_TV)

@@ -18,7 +18,6 @@ from llama4_dist.model.expert import Experts
 from llama4_dist.model.quantised_expert import rounded_to_float8
 from llama4_dist.native import threads
 from tests.checkpoints import make_checkpoint
-from tests.model.direct import Runner
 from tests.native.compiler import needs_compiler
 from tests.quantised_checkpoints import ALL, PLAIN, make_quantised
 
@@ -151,12 +150,3 @@ def test_experts_of_several_forms_are_held_side_by_side(tmp_path: Path) -> None:
         out_RD = torch.empty(part.stop - part.start, D)
         experts(1, [(expert, len(out_RD))], X_RD[part], out_RD)
         assert torch.equal(found_RD[part], out_RD)
-
-
-@pytest.mark.parametrize("form", ["fp8", "int8", "int4"])
-def test_a_sequence_has_its_bits_in_any_chunks(form: str, tmp_path: Path) -> None:
-    runner = Runner.load(Checkpoint.open(make_quantised(tmp_path, form, "maverick")), num_sequences=2)
-    alone_TV = runner.in_chunks(TOKEN_IDS, [70])
-    for sizes in ([33, 1], [3, 50, 7], [11]):
-        runner.restart()
-        assert torch.equal(runner.in_chunks(TOKEN_IDS, sizes), alone_TV)
