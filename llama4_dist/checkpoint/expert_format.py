@@ -72,11 +72,11 @@ def most_bytes(formats: Iterable[ExpertFormat], hidden_size: int, num_columns: i
 
 
 def shown_numbers(numbers: Sequence[int]) -> str:
-    """Show ascending numbers, runs of them by their ends: 1 to 4, 8."""
+    """Show ascending numbers, longer runs of them by their ends: 1 to 4, 8, 9."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:
             runs[-1].append(number)
         else:
             runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

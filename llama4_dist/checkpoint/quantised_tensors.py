@@ -13,7 +13,7 @@ from llama4_dist.checkpoint.scheme import KEY, Number, Scheme
 QUANTISABLE = "_proj.weight"  # attention and feed-forward networks; never a router, a norm, an embedding or the head
 SCALE_DTYPES = ("F32", "BF16", "F16")
 _STORED = {Number.FLOAT8: "F8_E4M3", Number.INT8: "I8", Number.INT4: "I32"}
-_MARKS = ("_scale", "_packed")  # behind the name of a weight
+SCALE, PACKED, STATED = "_scale", "_packed", "_shape"  # behind the name of a weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ def find_quantised(
 
     Raise CheckpointError naming the tensor that is missing or does not fit the scheme.
     """
-    marked = next((entries[name + mark] for mark in _MARKS if name + mark in entries), None)
+    marked = next((entries[name + mark] for mark in (SCALE, PACKED) if name + mark in entries), None)
     if marked is None and name in entries and entries[name].dtype in _STORED.values():
         marked = entries[name]  # quantised, and its scale is missing
     if marked is None or not name.endswith(QUANTISABLE):
@@ -48,15 +48,15 @@ def find_quantised(
         raise fault(marked.file, f"belongs to a quantised linear, but config.json has no {KEY}", tensor=marked.name)
     num_outputs, width = shape
     words = -(-width * scheme.number.bits // 32)
-    stored_name = name + "_packed" if scheme.is_packed else name
+    stored_name = name + PACKED if scheme.is_packed else name
     stored = _entry(entries, stored_name, marked)
-    scale = _entry(entries, name + "_scale", marked)
+    scale = _entry(entries, name + SCALE, marked)
     if scheme.is_packed:
         _check(stored, (num_outputs, words), "I32")
     else:
         _check(stored, (num_outputs, width), _STORED[scheme.number])
     _check_scale(scale, num_outputs, width, scheme)
-    stated = _entry(entries, name + "_shape", marked) if scheme.is_packed else None
+    stated = _entry(entries, name + STATED, marked) if scheme.is_packed else None
     if stated is not None and (stated.dtype not in ("I64", "I32") or stated.shape != (2,)):
         cause = f"is {stated.dtype} {list(stated.shape)}; two integers, I64 or I32, are expected"
         raise fault(stated.file, cause, tensor=stated.name)

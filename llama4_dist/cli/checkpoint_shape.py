@@ -7,6 +7,7 @@ from cluster.placement import ExpertGeometry, HostSlot, place
 from llama4_dist.checkpoint.cluster_shape import ClusterShape, Unit, check_shape, read_shape
 from llama4_dist.checkpoint.describe import expert_bytes
 from llama4_dist.checkpoint.expert_slices import slice_bounds
+from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.config import ModelConfig
 from llama4_dist.errors import ConfigError
 from llama4_dist.partition import Partition
@@ -27,8 +28,9 @@ class ShapeFlags:
     def is_given(self) -> bool:
         return self.plan is not None or self.hosts is not None
 
-    def shape(self, config: ModelConfig) -> ClusterShape:
-        """Return the plan; ConfigError where the flags contradict each other or the model."""
+    def shape(self, checkpoint: Checkpoint) -> ClusterShape:
+        """Return the plan; ConfigError where the flags contradict each other or the model, or cut a quantised group."""
+        config = checkpoint.config
         if self.plan is not None:
             if self.hosts is not None:
                 raise ConfigError("--plan and --hosts contradict each other: give one")
@@ -36,6 +38,12 @@ class ShapeFlags:
         else:
             shape = _placed(config, self)
         check_shape(config, shape)
+        try:
+            for one in checkpoint.expert_formats:
+                one.check_slices(config.expert_width, shape.num_slices)
+            checkpoint.shares_of(shape.partition)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         return shape
 
 

@@ -28,7 +28,7 @@ def apply_quantised_expert(x_RD: Tensor, weights: QuantisedExpertWeights, out_RD
 
 
 def quantised_linear(x_RD: Tensor, weight_FD: QuantisedLinear) -> Tensor:
-    """Return rows @ weightᵀ [R, F] in the rows' dtype, float32 or float64, with bits that no other row has a part in."""
+    """Return rows @ weightᵀ [R, F] in the rows' dtype, float32 or float64; no row changes another's bits."""
     if weight_FD.scheme.number is Number.FLOAT8:
         x_RD = rounded_to_float8(x_RD)
     return linear(x_RD, weight_FD.dequantise(x_RD.dtype))
