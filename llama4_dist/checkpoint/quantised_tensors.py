@@ -10,7 +10,9 @@ from llama4_dist.checkpoint.fault import fault
 from llama4_dist.checkpoint.header import TensorEntry
 from llama4_dist.checkpoint.scheme import KEY, Number, Scheme
 
-QUANTISABLE = "_proj.weight"  # attention and feed-forward networks; never a router, a norm, an embedding or the head
+# In the names of attention and feed-forward networks, never of a router, a norm, an embedding or the head. In a part
+# the columns that it holds stand behind.
+QUANTISABLE = "_proj.weight"
 SCALE_DTYPES = ("F32", "BF16", "F16")
 _STORED = {Number.FLOAT8: "F8_E4M3", Number.INT8: "I8", Number.INT4: "I32"}
 SCALE, PACKED, STATED = "_scale", "_packed", "_shape"  # behind the name of a weight
@@ -42,7 +44,7 @@ def find_quantised(
     marked = next((entries[name + mark] for mark in (SCALE, PACKED) if name + mark in entries), None)
     if marked is None and name in entries and entries[name].dtype in _STORED.values():
         marked = entries[name]  # quantised, and its scale is missing
-    if marked is None or not name.endswith(QUANTISABLE):
+    if marked is None or QUANTISABLE not in name:
         return None
     if scheme is None:
         raise fault(marked.file, f"belongs to a quantised linear, but config.json has no {KEY}", tensor=marked.name)

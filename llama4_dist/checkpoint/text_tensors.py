@@ -1,10 +1,10 @@
 """Picks the text tensors out of an index and holds them against what config.json promises; pure."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from llama4_dist.checkpoint.expert_blocks import PROJECTIONS
+from llama4_dist.checkpoint.expert_blocks import PROJECTIONS, part_names
 from llama4_dist.checkpoint.fault import fault, shown
 from llama4_dist.checkpoint.header import TensorEntry
 from llama4_dist.checkpoint.index import INDEX, SINGLE, Index
@@ -71,8 +71,8 @@ def select_text_tensors(
             raise fault(file, "is missing, though config.json calls for it", tensor=prefix + name)
         check_entry(entry, shape, STORED_DTYPES[config.dtype])
         entries[name] = entry
-    if layout is ExpertLayout.PER_EXPERT and part is None:
-        _check_experts_whole(config, entries, quantised)
+    if layout is ExpertLayout.PER_EXPERT and quantised:
+        _check_experts_whole(_experts(config, part), entries, quantised)
     used = {entry.name for entry in entries.values()}
     unused = tuple(sorted(index.entries.keys() - used))
     unknown = [name for name in unused if not is_vision(name)]
@@ -82,16 +82,24 @@ def select_text_tensors(
 
 
 def _check_experts_whole(
-    config: ModelConfig, entries: Mapping[str, TensorEntry], quantised: Mapping[str, QuantisedEntry]
+    experts: Iterable[Sequence[str]], entries: Mapping[str, TensorEntry], quantised: Mapping[str, QuantisedEntry]
 ) -> None:
     """An expert is one function of one format: its three linears are quantised, or none is."""
-    for layer in config.moe_layer_ids if quantised else ():
+    for names in experts:
+        plain = [name for name in names if name not in quantised]
+        if 0 < len(plain) < len(names):
+            entry = entries[plain[0]]
+            raise fault(entry.file, "is not quantised, but its expert's other linears are", tensor=entry.name)
+
+
+def _experts(config: ModelConfig, part: Part | None) -> Iterator[list[str]]:
+    """Yield the names of each expert's linears, or of what a part holds of it."""
+    if part is not None and part.tensors is not None:
+        yield from (part_names(ExpertLayout.PER_EXPERT, run) for run in part.experts)
+        return
+    for layer in config.moe_layer_ids:
         for expert in range(config.num_experts):
-            names = [expert_linear_name(layer, expert, part) for part in PROJECTIONS]
-            plain = [name for name in names if name not in quantised]
-            if 0 < len(plain) < len(names):
-                entry = entries[plain[0]]
-                raise fault(entry.file, "is not quantised, but its expert's other linears are", tensor=entry.name)
+            yield [expert_linear_name(layer, expert, one) for one in PROJECTIONS]
 
 
 def _layout(config: ModelConfig, index: Index, prefix: str) -> ExpertLayout:

@@ -39,7 +39,8 @@ def test_each_format_is_written_and_can_be_opened(
     assert code == 0
     assert title in shown
     assert "tensors that lost most" in shown
-    described = CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--verify", "--json"])
+    assert CliRunner().invoke(app, ["checkpoint", "verify", str(tmp_path / "out"), "--deep"]).exit_code == 0
+    described = CliRunner().invoke(app, ["checkpoint", "inspect", str(tmp_path / "out"), "--json"])
     assert json.loads(described.stdout)["quantisation"] == title
 
 

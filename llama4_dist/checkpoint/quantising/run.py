@@ -20,6 +20,7 @@ from llama4_dist.checkpoint.directory import has_file, open_file, read_exactly, 
 from llama4_dist.checkpoint.fault import fault
 from llama4_dist.checkpoint.header import TensorEntry
 from llama4_dist.checkpoint.index import INDEX, Index, read_index
+from llama4_dist.checkpoint.part import PART
 from llama4_dist.checkpoint.quantised import QuantisedLinear
 from llama4_dist.checkpoint.quantising.files import (
     CHUNK_BYTES,
@@ -49,7 +50,7 @@ from llama4_dist.errors import ConfigError
 
 Progress = Callable[[int, int], None]  # bytes of the source that are done, and in all
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
-_NOT_COPIED = {CONFIG, INDEX, MANIFEST, REPORT, PARTIAL_JOURNAL}
+_NOT_COPIED = {CONFIG, INDEX, MANIFEST, PART, REPORT, PARTIAL_JOURNAL}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,8 @@ def quantise_checkpoint(
         raise ConfigError(
             f"{source} is quantised already ({checkpoint.scheme.title}): take the checkpoint it came from"
         )
+    if checkpoint.part is not None and checkpoint.part.tensors is not None:
+        raise ConfigError(f"{source} is {checkpoint.part.label}, a part of a checkpoint: quantise the whole")
     index = read_index(source)
     plan = plan_quantisation(checkpoint.config, index, scheme, targets)
     if not any(isinstance(part, Quantise) for shard in plan.shards for part in shard.parts):
