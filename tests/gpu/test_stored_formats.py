@@ -16,7 +16,10 @@ from llama4_dist.gpu.model import GpuLlama4
 from llama4_dist.gpu.quantize import from_float8, from_int4, quantize_rows_reference
 from llama4_dist.gpu.stored_formats import kernel_of, pack_experts
 from llama4_dist.model.batch import Batch, PageRun, SequenceSpan
+from llama4_dist.model.expert_cut import ExpertCut
+from llama4_dist.model.expert_store import ExpertStore
 from llama4_dist.model.kv_cache import KVCache
+from llama4_dist.model.quantised_expert import apply_quantised_expert
 from tests.model.direct import Runner
 from tests.quantised_checkpoints import make_quantised
 
@@ -110,6 +113,30 @@ def test_an_expert_host_multiplies_the_values_stored(tmp_path: Path) -> None:
     weights = held.weights(1, 2)
     assert torch.equal(weights.gate_DF.T, experts[2].gate_FD.dequantise())
     assert torch.equal(weights.down_FD.T, experts[2].down_DF.dequantise())
+
+
+def test_a_narrower_slice_is_filled_up_on_an_expert_host(tmp_path: Path) -> None:
+    """Three slices of 160 columns: 64, 48 and 48. They add up to what the whole expert answers."""
+    checkpoint = Checkpoint.open(make_quantised(tmp_path, "int8", **(SMALL | {"intermediate_size": 160})))
+    store = open_experts_on(checkpoint, num_slices=3)
+    store.add([(1, unit) for unit in (6, 7, 8)])
+    x_RD = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    out_RD = torch.empty(12, 128)
+    store(1, [(unit, 4) for unit in (6, 7, 8)], x_RD.repeat(3, 1), out_RD)
+    whole_RD = torch.empty(4, 128)
+    weights = checkpoint.expert(1, 2)
+    assert isinstance(weights, QuantisedExpertWeights)
+    apply_quantised_expert(x_RD, weights, whole_RD)
+    torch.testing.assert_close(out_RD.view(3, 4, 128).sum(0), whole_RD, rtol=0, atol=1e-4)
+
+
+def open_experts_on(checkpoint: Checkpoint, *, num_slices: int) -> ExpertStore:
+    """Return a store of the device's experts, in the interpreter."""
+    cut = ExpertCut.of(checkpoint, dtype=torch.float32, device="cuda", weight_format="stored", num_slices=num_slices)
+    experts = GpuExperts(
+        width=128, expert_width=cut.most_columns, num_experts=4 * num_slices, dtype=torch.float32, device="cpu"
+    )
+    return ExpertStore(checkpoint, dtype=torch.float32, device="cpu", num_slices=num_slices, experts=experts)
 
 
 def test_quantised_experts_are_not_quantised_again(tmp_path: Path) -> None:
