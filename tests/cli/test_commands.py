@@ -111,6 +111,13 @@ def test_generate_is_reproducible_and_matches_its_token_ids(model: Path) -> None
     assert by_text["usage"]["completion_tokens"] == len(by_ids["outputs"][0]["token_ids"])
 
 
+def test_slices_and_a_bound_on_memory_change_no_token(model: Path) -> None:
+    flags = ("generate", "the user", "--model", str(model), "--max-tokens", "8", "--temperature", "0", "--json")
+    whole = json.loads(here(*flags).stdout)
+    cut = json.loads(here(*flags, "--expert-slices", "2", "--expert-memory", "200KiB").stdout)
+    assert cut["outputs"][0]["token_ids"] == whole["outputs"][0]["token_ids"]
+
+
 def test_tokenize_round_trips_and_keeps_special_tokens_plain(model: Path) -> None:
     shown = json.loads(here("tokenize", "--model", str(model), "--json", stdin="user <|eot|>").stdout)
     assert "".join(shown["tokens"]) == "user <|eot|>"
@@ -131,6 +138,9 @@ def test_tokenize_round_trips_and_keeps_special_tokens_plain(model: Path) -> Non
             2,
             "weights='int8' is for processors",
         ),
+        (["serve", "--model", "{model}", "--expert-slices", "0"], 2, "expert_slices"),
+        (["generate", "hello", "--model", "{model}", "--expert-slices", "999"], 2, "expert_slices=999 does not fit"),
+        (["generate", "hello", "--model", "{model}", "--expert-memory", "2XB"], 2, "'2XB' is no size"),
         (["generate", "hello"], 2, "--model"),
         (["generate", "hello", "--model", "{model}", "--server", "127.0.0.1:1"], 2, "--server"),
         (["generate", "hello", "--model", "{model}", "--temperature", "nan"], 2, "temperature"),
