@@ -191,6 +191,21 @@ def doctor(as_json: JsonFlag = False) -> None:
 
 
 @app.command()
+def health(
+    server: Annotated[str, typer.Option("--server", "-s", help="host:port of a gateway or an admin port.")],
+    condition: Annotated[str, typer.Option(help="liveness, readiness or startup.")] = "readiness",
+    tls_ca: TlsCa = None,
+    tls_server_name: Annotated[str | None, typer.Option(help="Name in the certificate, where not the host's.")] = None,
+    wait: Period = "0s",  # type: ignore[assignment]
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask a server for one of its health conditions, for up to `--wait`; exit with 4 when it is off. Needs no token."""
+    from llama4_dist.cli.health import run_health
+
+    run_health(server, condition, tls_ca=tls_ca, tls_server_name=tls_server_name, wait_s=wait or 0.0, as_json=as_json)
+
+
+@app.command()
 def version(as_json: JsonFlag = False) -> None:
     """Print the version."""
     from llama4_dist.cli.output import print_json
