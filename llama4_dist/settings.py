@@ -79,7 +79,10 @@ class ServeSettings(BaseModel):
     tls_client_ca: Path | None = Field(default=None, description="require client certificates of this CA")
     reuse_port: bool = Field(default=False, description="share the port with other gateways of this machine")
     reflection: bool = True
-    metrics_address: str | None = Field(default=None, description="host:port for Prometheus; loopback only")
+    metrics_address: str | None = Field(default=None, description="host:port for Prometheus")
+    metrics_token_file: Path | None = Field(
+        default=None, description="bearer tokens of scrapers, one a line; needed for a metrics_address beyond loopback"
+    )
     max_message_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=256 * 1024 * 1024)
     drain_timeout_s: float = Field(default=30.0, gt=0, le=3600, allow_inf_nan=False)
     max_request_s: float = Field(default=600.0, gt=0, le=86400, allow_inf_nan=False)

@@ -107,6 +107,7 @@ def settings_of_gateway(settings: ServeSettings, sampling: Sampling, secret: byt
         reuse_port=settings.reuse_port,
         reflection=settings.reflection,
         metrics_address=settings.metrics_address,
+        metrics_token_file=settings.metrics_token_file,
         max_message_bytes=settings.max_message_bytes,
         max_requests=settings.max_num_seqs + settings.max_waiting,
         max_queue_s=settings.max_queue_s,

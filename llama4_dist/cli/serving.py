@@ -14,7 +14,10 @@ TokenFile = Annotated[Path | None, typer.Option(help="Bearer tokens, one a line.
 TlsCertificate = Annotated[Path | None, typer.Option(help="PEM certificate chain.")]
 TlsKey = Annotated[Path | None, typer.Option(help="PEM private key.")]
 TlsClientCa = Annotated[Path | None, typer.Option(help="Require client certificates of this CA.")]
-MetricsAddress = Annotated[str | None, typer.Option(help="host:port for Prometheus; loopback only.")]
+MetricsAddress = Annotated[str | None, typer.Option(help="host:port for Prometheus.")]
+MetricsTokenFile = Annotated[
+    Path | None, typer.Option(help="Bearer tokens of scrapers; needed for a --metrics-address beyond loopback.")
+]
 MaxWaiting = Annotated[int | None, typer.Option(help="Requests that may wait.")]
 LogFormat = Annotated[str | None, typer.Option(help="text or json.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.")]
@@ -52,6 +55,7 @@ def serve(
     tls_key: TlsKey = None,
     tls_client_ca: TlsClientCa = None,
     metrics_address: MetricsAddress = None,
+    metrics_token_file: MetricsTokenFile = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences running at once.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
     max_waiting: MaxWaiting = None,
@@ -81,6 +85,7 @@ def serve_gateway(
     tls_key: TlsKey = None,
     tls_client_ca: TlsClientCa = None,
     metrics_address: MetricsAddress = None,
+    metrics_token_file: MetricsTokenFile = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Requests at once, with max_waiting.")] = None,
     max_waiting: MaxWaiting = None,
     max_queue_s: MaxQueue = None,

@@ -180,7 +180,7 @@ class Client:
             except (UnavailableError, DeadlineExceededError):
                 pass  # not listening yet
             time.sleep(POLL_S)
-        raise UnavailableError(f"{service} of the gateway is off after {timeout_s} s", reason="NOT_READY")
+        raise UnavailableError(f"the gateway is not ready: {service} is off after {timeout_s} s", reason="NOT_READY")
 
     def _call(self, service: str, method: str, request: Any, timeout_s: float | None) -> Any:
         attempts = Attempts(self._options, timeout_s, len(self._endpoints))

@@ -10,20 +10,20 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import grpc
-from prometheus_client import start_http_server
 
 from llama4_dist.engine.port import Engine
-from llama4_dist.errors import ConfigError, Llama4Error
+from llama4_dist.errors import Llama4Error
 from llama4_dist.gateway.admission import Admission
+from llama4_dist.gateway.auth import read_tokens
 from llama4_dist.gateway.engine_ids import EngineIds
 from llama4_dist.gateway.generations import Generations, shutting_down
 from llama4_dist.gateway.health import Health
 from llama4_dist.gateway.metrics import Metrics
+from llama4_dist.gateway.scrape import exporter
 from llama4_dist.gateway.server import NO_SERVICES, Services, build_server
 from llama4_dist.gateway.service import InferenceService
 from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.gateway.tokenizer_service import TokenizerService
-from llama4_dist.settings import host_and_port
 from llama4_dist.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,8 @@ async def running_gateway(
         admission=admission,
         extra_services=extra_services,
     )
-    with exporter(metrics, settings.metrics_address) as metrics_port:
+    tokens = read_tokens(settings.metrics_token_file) if settings.metrics_token_file is not None else None
+    with exporter(metrics.registry, settings.metrics_address, tokens) as metrics_port:
         generations.start()
         await server.start()
         health.set("startup", True)
@@ -135,25 +136,6 @@ def can_serve(engine: Engine, max_queue_age_s: float) -> bool:
     except Exception:  # the watch must outlive a defect, or readiness would freeze
         log.exception("engine_not_ready")
     return False
-
-
-@contextmanager
-def exporter(metrics: Metrics, address: str | None) -> Iterator[int | None]:
-    """Serve Prometheus text over HTTP while inside; yield the port."""
-    if address is None:
-        yield None
-        return
-    host, port = host_and_port(address)
-    try:
-        server, thread = start_http_server(port, addr=host, registry=metrics.registry)
-    except OSError as error:
-        raise ConfigError(f"metrics_address {address}: {error.strerror}") from None
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 async def serve(

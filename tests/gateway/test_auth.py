@@ -196,9 +196,11 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
         GatewaySettings(address=address)
 
 
-def test_metrics_stay_on_loopback() -> None:
-    with pytest.raises(ConfigError, match="loopback"):
-        GatewaySettings(metrics_address="0.0.0.0:9100")
+@pytest.mark.parametrize("address", ["0.0.0.0:9100", "192.0.2.7:9100", "[::]:9100"])
+def test_metrics_leave_loopback_only_for_holders_of_a_token(address: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="metrics_token_file"):
+        GatewaySettings(metrics_address=address)
+    GatewaySettings(metrics_address=address, metrics_token_file=tmp_path / "tokens")
 
 
 def test_a_taken_port_is_refused(served: Served) -> None:
