@@ -28,7 +28,7 @@ from llama4_dist.errors import UnavailableError
 
 log = logging.getLogger(__name__)
 
-PLACEMENT_TIMEOUT_S = 60.0
+PLACEMENT_TIMEOUT_S = 60.0  # for room on any node, unless another is given
 NODE_TIMEOUT_S = 5.0  # for room on the node we chose
 NODE_LABEL = "ray.io/node-id"
 CONCURRENT_CALLS = 8  # a worker answers progress and status while it loads, the controller while it starts them
@@ -54,7 +54,9 @@ class RaySpawner:
     """Creates workers, each in a placement group of its own, and a controller beside the driver.
 
     On nodes that offer the custom resource `llama4_expert` or `llama4_attention`, workers of that role go there only.
-    `labels` maps a role to the node labels it demands.
+    With `demand_roles` they wait for such a node where none has come yet, instead of going to any. `labels` maps a role
+    to the node labels it demands. For `placement_timeout_s` a worker waits for room: a node may have
+    to come first.
     """
 
     def __init__(
@@ -63,8 +65,12 @@ class RaySpawner:
         run_id: str,
         labels: Mapping[Role, Mapping[str, str]] | None = None,
         tell_autoscaler: bool = False,
+        placement_timeout_s: float | None = None,
+        demand_roles: bool = False,
     ) -> None:
+        self._demand_roles = demand_roles
         self._run_id = run_id
+        self._placement_timeout_s = PLACEMENT_TIMEOUT_S if placement_timeout_s is None else placement_timeout_s
         self._tell_autoscaler = tell_autoscaler
         self._labels = labels or {}
         self._lock = threading.Lock()
@@ -83,10 +89,10 @@ class RaySpawner:
             for config in late:  # somebody else's work is there: any node will do
                 self.end(config.worker)
                 self._reserve(config, choose_node=False)
-        if late := self._late(configs, PLACEMENT_TIMEOUT_S):
+        if late := self._late(configs, self._placement_timeout_s):
             for config in configs:
                 self.end(config.worker)
-            bundle, labels = worker_bundle(late[0], ray.cluster_resources()), dict(self._labels.get(late[0].role, {}))
+            bundle, labels = self._bundle(late[0]), dict(self._labels.get(late[0].role, {}))
             raise UnavailableError(
                 f"Ray has no room for {len(late)} of {len(configs)} {late[0].role} workers of {bundle} with labels "
                 f"{labels}: the nodes offer {ray.cluster_resources()}",
@@ -146,7 +152,7 @@ class RaySpawner:
     def _reserve(self, config: WorkerConfig, *, choose_node: bool) -> None:
         """Ask for room for one worker, on the node with the fewest of its role where there are several."""
         labels = dict(self._labels.get(config.role, {}))
-        bundle = worker_bundle(config, ray.cluster_resources())
+        bundle = self._bundle(config)
         node = emptiest(self._nodes(config.role), bundle, labels) if choose_node else None
         wanted = labels if node is None else labels | {NODE_LABEL: node}
         group = placement_group(
@@ -154,6 +160,9 @@ class RaySpawner:
         )
         with self._lock:
             self._homes[config.worker] = Home(config.role, bundle, node, group, None)
+
+    def _bundle(self, config: WorkerConfig) -> dict[str, float]:
+        return worker_bundle(config, ray.cluster_resources(), demand_role=self._demand_roles)
 
     def _late(self, configs: Sequence[WorkerConfig], timeout_s: float) -> list[WorkerConfig]:
         """Wait for the groups; return those of these workers that have no room yet."""
@@ -205,12 +214,14 @@ class RaySpawner:
         return handle
 
 
-def worker_bundle(config: WorkerConfig, cluster_resources: Mapping[str, float]) -> dict[str, float]:
+def worker_bundle(
+    config: WorkerConfig, cluster_resources: Mapping[str, float], *, demand_role: bool = False
+) -> dict[str, float]:
     """Return the Ray resources one worker holds: its threads, a GPU if it computes there, its role's own resource."""
     bundle: dict[str, float] = {"CPU": config.num_threads}
     if config.device.startswith("cuda"):
         bundle["GPU"] = 1
-    if (resource := f"llama4_{config.role}") in cluster_resources:
+    if (resource := f"llama4_{config.role}") in cluster_resources or demand_role:
         bundle[resource] = 1
     return bundle
 

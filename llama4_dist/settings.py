@@ -58,6 +58,21 @@ class ServeSettings(BaseModel):
     replay_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="how long a request waits for an attention worker when its own is lost"
     )
+    start_timeout_s: float = Field(
+        default=300.0, gt=0, le=86400, description="how long all workers together may take to start and load"
+    )
+    placement_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        le=86400,
+        description="how long a worker waits for room on a node of Ray; one may have to come",
+    )
+    demand_roles: bool = Field(
+        default=False, description="workers wait for nodes with their role's resource, where none has come yet"
+    )
+    directory_timeout_s: float = Field(
+        default=60.0, gt=0, le=86400, description="how long a gateway waits at its start for the cluster to serve"
+    )
     ray_address: str | None = Field(default=None, description="existing Ray cluster; default: start one here")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     weights: Literal["stored", "int8"] = Field(
