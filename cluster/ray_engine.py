@@ -39,7 +39,8 @@ class RayEngine:
     bounds the expert weights of one host; `pool_window_s` is how long it lets rows wait for other attention workers'
     rows; `wire` is how rows travel, see `dispatch/links/wire.py`; `weights` is "stored" or "int8". `num_threads` are an
     attention worker's, `expert_threads` a host's. A worker waits `placement_timeout_s` for room on a node, with
-    `demand_roles` on one that offers its role's resource; all of them together have `start_timeout_s` to load. Tests strike the hosts of an `armable` cluster.
+    `demand_roles` on one that offers its role's resource; all together have `start_timeout_s` to load. Tests strike the
+    hosts of an `armable` cluster.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a cluster

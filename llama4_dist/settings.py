@@ -65,7 +65,7 @@ class ServeSettings(BaseModel):
         default=60.0,
         gt=0,
         le=86400,
-        description="how long a worker waits for room on a node of Ray; one may have to come",
+        description="how long a worker waits for room on a node of Ray",
     )
     demand_roles: bool = Field(
         default=False, description="workers wait for nodes with their role's resource, where none has come yet"
