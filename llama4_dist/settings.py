@@ -16,7 +16,13 @@ from llama4_dist.errors import ConfigError
 ENV_PREFIX = "LLAMA4_DIST_"
 # Read by other parts of the program, not by this file's model.
 OTHER_VARIABLES = frozenset(
-    {"LLAMA4_DIST_CLUSTER_SECRET_FILE", "LLAMA4_DIST_LOG_LEVEL", "LLAMA4_DIST_NATIVE", "LLAMA4_DIST_TOKEN"}
+    {
+        "LLAMA4_DIST_CLUSTER_SECRET_FILE",
+        "LLAMA4_DIST_LOG_LEVEL",
+        "LLAMA4_DIST_NATIVE",
+        "LLAMA4_DIST_NATIVE_LIBRARY",
+        "LLAMA4_DIST_TOKEN",
+    }
 )
 MAX_FILE_BYTES = 1024 * 1024
 
