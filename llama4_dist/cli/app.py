@@ -10,6 +10,7 @@ import typer
 
 from llama4_dist.cli.bench import bench_app
 from llama4_dist.cli.cluster import cluster_app
+from llama4_dist.cli.deploy import deploy_app
 from llama4_dist.cli.experts import experts_app
 from llama4_dist.cli.flags import DtypeChoice, JsonFlag, TlsCa, Token, WeightsChoice, parse_seconds
 from llama4_dist.cli.serving import serve, serve_gateway
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app)
 app.add_typer(cluster_app)
+app.add_typer(deploy_app)
 app.add_typer(experts_app)
 app.command()(serve)
 app.command("gateway")(serve_gateway)
