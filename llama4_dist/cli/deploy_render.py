@@ -28,7 +28,7 @@ def run_render(overlay: Path, plan_file: Path | None, *, check: bool, as_json: b
         return
     print_pairs(f"{overlay}", table)
     for file in changed:
-        console.print(f"wrote {file}", markup=False, highlight=False)
+        console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
     if not changed:
         console.print("[dim]nothing to write: the overlay says what its plan says[/]")
 
