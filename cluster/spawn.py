@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 PLACEMENT_TIMEOUT_S = 60.0  # for room on any node, unless another is given
 NODE_TIMEOUT_S = 5.0  # for room on the node we chose
 NODE_LABEL = "ray.io/node-id"
+MACHINE_VARIABLE = "LLAMA4_DIST_MACHINE"
 CONCURRENT_CALLS = 8  # a worker answers progress and status while it loads, the controller while it starts them
 
 # Several workers share the cores of a node, so a thread that waits must soon sleep; but not at once, since the
@@ -232,8 +233,12 @@ def alive_nodes() -> list[dict[str, Any]]:
 
 
 def this_node() -> Location:
-    """Say where this process runs, in Ray's words."""
-    return Location(node=ray.get_runtime_context().get_node_id(), address=ray.util.get_node_ip_address())
+    """Say where this process runs, in Ray's words; a pod is told its machine by LLAMA4_DIST_MACHINE."""
+    return Location(
+        node=ray.get_runtime_context().get_node_id(),
+        address=ray.util.get_node_ip_address(),
+        machine=os.environ.get(MACHINE_VARIABLE, ""),
+    )
 
 
 def log_to_stderr() -> None:
