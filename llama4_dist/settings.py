@@ -101,9 +101,9 @@ class ServeSettings(BaseModel):
     tls_client_ca: Path | None = Field(default=None, description="require client certificates of this CA")
     reuse_port: bool = Field(default=False, description="share the port with other gateways of this machine")
     reflection: bool = True
-    metrics_address: str | None = Field(default=None, description="host:port for Prometheus")
+    metrics_address: str | None = Field(default=None, description="host:port for Prometheus; port 0 picks one")
     metrics_token_file: Path | None = Field(
-        default=None, description="bearer tokens of scrapers, one a line; needed for a metrics_address beyond loopback"
+        default=None, description="bearer tokens of those who scrape, one a line; needed beyond loopback"
     )
     max_message_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=256 * 1024 * 1024)
     drain_timeout_s: float = Field(default=30.0, gt=0, le=3600, allow_inf_nan=False)

@@ -18,6 +18,7 @@ from tools.manifests.network import check_network
 from tools.manifests.objects import Overlay, build
 from tools.manifests.probes import check_probes
 from tools.manifests.references import check_references
+from tools.manifests.rules import check_rules
 from tools.manifests.schemas import Crds, check_schemas, read_crds
 from tools.manifests.security import check_security
 from tools.manifests.sizes import check_sizes
@@ -30,6 +31,7 @@ CHECKS: Mapping[str, Callable[[Overlay], Iterator[str]]] = {
     "security": check_security,
     "network": check_network,
     "sizes": check_sizes,
+    "rules": check_rules,
 }
 
 

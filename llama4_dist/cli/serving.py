@@ -15,9 +15,7 @@ TlsCertificate = Annotated[Path | None, typer.Option(help="PEM certificate chain
 TlsKey = Annotated[Path | None, typer.Option(help="PEM private key.")]
 TlsClientCa = Annotated[Path | None, typer.Option(help="Require client certificates of this CA.")]
 MetricsAddress = Annotated[str | None, typer.Option(help="host:port for Prometheus.")]
-MetricsTokenFile = Annotated[
-    Path | None, typer.Option(help="Bearer tokens of scrapers; needed for a --metrics-address beyond loopback.")
-]
+MetricsTokenFile = Annotated[Path | None, typer.Option(help="Tokens of those who scrape; needed beyond loopback.")]
 MaxWaiting = Annotated[int | None, typer.Option(help="Requests that may wait.")]
 LogFormat = Annotated[str | None, typer.Option(help="text or json.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.")]

@@ -14,12 +14,11 @@ import grpc
 from llama4_dist.engine.port import Engine
 from llama4_dist.errors import Llama4Error
 from llama4_dist.gateway.admission import Admission
-from llama4_dist.gateway.auth import read_tokens
 from llama4_dist.gateway.engine_ids import EngineIds
 from llama4_dist.gateway.generations import Generations, shutting_down
 from llama4_dist.gateway.health import Health
 from llama4_dist.gateway.metrics import Metrics
-from llama4_dist.gateway.scrape import exporter
+from llama4_dist.gateway.observe.exporter import exporter
 from llama4_dist.gateway.server import NO_SERVICES, Services, build_server
 from llama4_dist.gateway.service import InferenceService
 from llama4_dist.gateway.settings import GatewaySettings
@@ -89,8 +88,7 @@ async def running_gateway(
         admission=admission,
         extra_services=extra_services,
     )
-    tokens = read_tokens(settings.metrics_token_file) if settings.metrics_token_file is not None else None
-    with exporter(metrics.registry, settings.metrics_address, tokens) as metrics_port:
+    with exporter(metrics.registry, settings.metrics_address, token_file=settings.metrics_token_file) as metrics_port:
         generations.start()
         await server.start()
         health.set("startup", True)

@@ -14,6 +14,7 @@ import yaml
 
 from llama4_dist.settings import ServeSettings
 from tests.deploy.conftest import NAMES, OVERLAYS, ROOT, built
+from tools.manifests import rules
 from tools.manifests.commands import AWAITED_COMMANDS, AWAITED_SETTINGS, command_names, parse
 from tools.manifests.objects import Object, Overlay, build
 from tools.manifests.schemas import check_schemas, read_crds
@@ -90,7 +91,7 @@ BROKEN: dict[str, tuple[str, Break]] = {
     ),
     "a monitor's port": (
         "has a port metric",
-        lambda o: o["ServiceMonitor/llama4-gateway"]["spec"]["endpoints"][0].update(port="metric"),
+        lambda o: o["ServiceMonitor/llama4"]["spec"]["endpoints"][0].update(port="metric"),
     ),
     "a Ray pod without the port that is scraped": ("has no port metrics", lambda o: worker(o, 0)["ports"].pop()),
     "a mount of no volume": (
@@ -187,6 +188,10 @@ BROKEN: dict[str, tuple[str, Break]] = {
     "open metrics": (
         "give metrics_token_file",
         lambda o: container(o[GATEWAY]).update(args=without(container(o[GATEWAY])["args"], "--metrics-token-file")),
+    ),
+    "open metrics of the driver": (
+        "metrics_address 0.0.0.0:9100 is reachable",
+        lambda o: container(o[DRIVER]).update(args=without(container(o[DRIVER])["args"], "--metrics-token-file")),
     ),
     "an open admin port": (
         "0.0.0.0:50052 is reachable",
@@ -361,3 +366,17 @@ def test_an_overlay_that_says_nothing_of_the_plan_is_not_built(tmp_path: Path) -
     with pytest.raises(subprocess.CalledProcessError):
         build(tmp_path)
     assert OVERLAYS.is_dir()
+
+
+def test_rules_that_differ_from_the_documented_alarms_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlay: Callable[[str], Overlay]
+) -> None:
+    alerts, written = tmp_path / "alerts.yaml", tmp_path / "rules.yaml"
+    alerts.write_text(yaml.safe_dump({"groups": [{"name": "g", "rules": [{"alert": "A", "expr": "up == 0"}]}]}))
+    monkeypatch.setattr(rules, "ALERTS", alerts)
+    made = overlay("scout-h100")
+    assert any("differs from alerts.yaml" in finding for finding in findings(made, {}))
+    rules.write(alerts, written)
+    (one,) = made.of("PrometheusRule")
+    one["spec"] = yaml.safe_load(written.read_text())["spec"]
+    assert findings(made, {}) == []

@@ -43,6 +43,7 @@ def open_doors(overlay: Overlay, pod: Pod, container: Object) -> Iterator[str]:
                 metrics_address=settings.metrics_address,
                 metrics_token_file=settings.metrics_token_file,
             )
+        GatewaySettings(metrics_address=settings.metrics_address, metrics_token_file=settings.metrics_token_file)
         if settings.experts:
             AdminSettings(address=settings.admin_address, token_file=settings.admin_token_file)
     except ConfigError as error:
