@@ -19,7 +19,7 @@ from tools.manifests.objects import Object, Overlay, Pod
 OURS, DRIVER, HUB = "llama4-dist", "llama4-driver", "hf"
 # Settings and commands that overlays need and this build does not know yet; a test fails when it has come to know one.
 AWAITED_SETTINGS = frozenset({"expert_slices", "stages", "tensor"})
-AWAITED_COMMANDS = frozenset({"checkpoint"})
+AWAITED_COMMANDS = frozenset({"checkpoint", "plan"})
 VARIABLES = {"POD_IP": "10.0.0.1"}
 
 
