@@ -18,7 +18,7 @@ from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.dispatch.handshake import HostIdentity
 from llama4_dist.dispatch.links.link import LinkLimits
 from llama4_dist.dispatch.links.wire import Wire, WireFormat
-from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+from llama4_dist.dispatch.routing_table import Replica, RoutingTable
 from llama4_dist.engine.build import build_engine
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.model.expert_store import ExpertStore
@@ -40,7 +40,7 @@ def dispatcher_over(checkpoint: Checkpoint, wire: Wire) -> Dispatcher:
         limits=LinkLimits(),
         wire=wire,
     )
-    whole = (Replica((SliceRef(host="host", incarnation=0, start=0, stop=config.expert_width),)),)
+    whole = (Replica("host", 0),)
     return Dispatcher(
         worker="worker",
         incarnation=0,

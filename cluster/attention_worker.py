@@ -86,7 +86,12 @@ class AttentionWorker:
             checks=CrossCheck(
                 every=config.cross_check_every,
                 referee=Referee(
-                    checkpoint, dtype=self._dtype, device=config.device, weights=config.weights, wire=config.wire
+                    checkpoint,
+                    dtype=self._dtype,
+                    device=config.device,
+                    weights=config.weights,
+                    num_slices=config.expert_slices,
+                    wire=config.wire,
                 ),
             ),
             on_lost=lambda *loss: self._links.lost(*loss),
@@ -145,7 +150,7 @@ class AttentionWorker:
                 topology.placement,
                 epoch=topology.epoch,
                 incarnations=incarnations,
-                expert_width=self._checkpoint.config.expert_width,
+                num_slices=self._config.expert_slices,
             )
             in_use = dict(self._dispatcher.links)
             taken = self._links.take(topology.hosts, in_use)
@@ -237,6 +242,7 @@ class AttentionWorker:
             model_hash=self._checkpoint.model_hash,
             num_layers=config.num_layers,
             num_experts=config.num_experts,
+            num_slices=self._config.expert_slices,
             width=config.hidden_size,
             dtype=dtype_name(self._dtype),
             wire=self._config.wire,

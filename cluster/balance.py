@@ -86,7 +86,7 @@ def plan_placement(
         placement=Placement(hosts_of=after),
         moves=moves,
         released=released_by(names, before, after),
-        num_bytes=len(moves) * geometry.expert_bytes,
+        num_bytes=len(moves) * geometry.slice_bytes,
         balance_before=busiest_before * sum((weights_before or weights).values()),
         balance_after=busiest_after * sum(weights.values()),
         busiest_before=busiest_before,

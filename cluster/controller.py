@@ -142,6 +142,7 @@ class Controller:
             num_replicas=self._plan.num_replicas,
             workers=self.status(),
             operation=self.ledger.running,
+            num_slices=self._plan.geometry.num_slices,
         )
 
     def placement(self) -> PlacementView:

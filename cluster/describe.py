@@ -40,4 +40,6 @@ def placement_view(geometry: ExpertGeometry, topology: Topology) -> PlacementVie
         moe_layers=geometry.moe_layers,
         expert_bytes=geometry.expert_bytes,
         hosts_of=topology.placement.hosts_of,
+        num_slices=geometry.num_slices,
+        slice_bytes=geometry.slice_bytes,
     )

@@ -70,7 +70,9 @@ class ExpertHost:
             dtype=dtype,
             device=config.device,
             weight_format=config.weights,
+            num_slices=config.expert_slices,
             capacity_bytes=config.capacity_bytes,
+            residency_bytes=config.expert_memory_bytes,
         )
         if is_native(dtype, config.device):
             threads.leave_to_native()
@@ -82,6 +84,7 @@ class ExpertHost:
                 model_hash=checkpoint.model_hash,
                 num_layers=geometry.num_layers,
                 num_experts=geometry.num_experts,
+                num_slices=config.expert_slices,
                 arithmetic=arithmetic(dtype, config.device, config.weights),
             ),
             compute=self._store,
@@ -161,7 +164,8 @@ class ExpertHost:
 
     def load_now(self) -> HostLoad:
         """Return what a planner and an operator want to know of this host's work."""
-        stats = self.stats()
+        stats, store = self.stats(), self._store
+        residency = store.residency if store is not None else None
         return HostLoad(
             host=self._config.worker,
             incarnation=self.incarnation,
@@ -169,7 +173,11 @@ class ExpertHost:
             rows=dict(stats.rows_by_expert),
             compute_s=stats.compute_seconds,
             queue_depth=stats.queue_depth,
-            bytes_held=self._store.bytes_held if self._store is not None else 0,
+            bytes_held=store.bytes_held if store is not None else 0,
+            num_resident=residency.num_resident if residency is not None else 0,
+            num_mapped=len(store.holds) - residency.num_resident if store is not None and residency is not None else 0,
+            residency_hits=residency.hits if residency is not None else 0,
+            residency_misses=residency.misses if residency is not None else 0,
         )
 
     def status(self) -> WorkerStatus:

@@ -101,29 +101,42 @@ class Operation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterView:
-    """The cluster now. `workers` begins with the controller; `operation` names the change under way, "" if none."""
+    """The cluster now. `workers` begins with the controller; `operation` names the change under way, "" if none.
+
+    Every expert is cut into `num_slices`.
+    """
 
     model: str
     epoch: int
     num_replicas: int
     workers: tuple[WorkerStatus, ...]
     operation: str = ""
+    num_slices: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementView:
-    """Who holds what in one epoch: each (layer, expert)'s hosts, the preferred one first; bytes of one expert."""
+    """Who holds what in one epoch: each (layer, unit)'s hosts, the preferred one first.
+
+    `expert_bytes` are those of one whole expert, `slice_bytes` those of the largest of its `num_slices`.
+    """
 
     epoch: int
     num_experts: int
     moe_layers: tuple[int, ...]
     expert_bytes: int
     hosts_of: Mapping[Pair, tuple[str, ...]]
+    num_slices: int = 1
+    slice_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostLoad:
-    """One expert host's counters since it began; rates are differences of two of these over `at_s` (monotonic)."""
+    """One expert host's counters since it began; rates are differences of two of these over `at_s` (monotonic).
+
+    With a bound on memory `num_resident` of the units held are in it and `num_mapped` are not; hits and misses count
+    units whose rows came.
+    """
 
     host: str
     incarnation: int
@@ -132,3 +145,7 @@ class HostLoad:
     compute_s: float = 0.0
     queue_depth: int = 0
     bytes_held: int = 0
+    num_resident: int = 0
+    num_mapped: int = 0
+    residency_hits: int = 0
+    residency_misses: int = 0

@@ -1,4 +1,6 @@
-"""Decides which expert host holds which (layer, expert): a pure function of sizes, without Ray, torch or sockets.
+"""Decides which expert host holds which (layer, unit): a pure function of sizes, without Ray, torch or sockets.
+
+A unit is an expert, or a slice of one where experts are cut: the slices of an expert are placed one by one.
 
 The copies of all experts form a line on which each host owns an interval as long as its quota (systematic sampling).
 Copy k of a pair lies one whole model further along the line than copy k-1, so a host whose quota is at most one model
@@ -11,30 +13,52 @@ from dataclasses import dataclass
 from math import isfinite
 
 from cluster.planning.shares import share_out
-from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+from llama4_dist.checkpoint.expert_slices import slice_bounds
+from llama4_dist.dispatch.routing_table import Replica, RoutingTable
 
-Pair = tuple[int, int]  # (layer, expert)
+Pair = tuple[int, int]  # (layer, unit): a unit is an expert slice, or an expert where these are whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertGeometry:
-    """What is to be placed: `num_experts` in each of `moe_layers`; bytes are those of one expert of one layer."""
+    """What is to be placed: `num_experts` in each of `moe_layers`, every one cut into `num_slices` units.
+
+    `expert_bytes` are those of one whole expert of one layer, `slice_bytes` those of its largest slice, which room is
+    planned with; left out where experts are whole.
+    """
 
     moe_layers: tuple[int, ...]
     num_experts: int
     expert_width: int  # F
     expert_bytes: int
+    num_slices: int = 1
+    slice_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not self.moe_layers or self.num_experts < 1:
             raise ValueError("the model has no routed experts: run it in one process, without expert hosts")
         if self.expert_width < 1 or self.expert_bytes < 1:
             raise ValueError(f"{self.expert_width=} and {self.expert_bytes=} must be at least 1")
+        slice_bounds(self.expert_width, self.num_slices)
+        if self.num_slices == 1:
+            object.__setattr__(self, "slice_bytes", self.expert_bytes)
+        if self.slice_bytes < 1:
+            raise ValueError(f"{self.num_slices=}: give the bytes of the largest slice")
+
+    @property
+    def num_units(self) -> int:
+        """How many units a layer has."""
+        return self.num_experts * self.num_slices
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
-        """Every (layer, expert), layers innermost."""
-        return tuple((layer, expert) for expert in range(self.num_experts) for layer in self.moe_layers)
+        """Every (layer, unit), layers innermost."""
+        return tuple((layer, unit) for unit in range(self.num_units) for layer in self.moe_layers)
+
+    @property
+    def unit_noun(self) -> str:
+        """What a message calls units."""
+        return "experts" if self.num_slices == 1 else "expert slices"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +77,9 @@ class HostSlot:
             raise ValueError(f"host {self.host!r} has capacity_bytes={self.capacity_bytes}: give 0 or more, or None")
 
     def room(self, geometry: ExpertGeometry) -> int:
-        """Return how many experts fit, never more than there are."""
+        """Return how many units fit, never more than there are."""
         most = len(geometry.pairs)
-        return most if self.capacity_bytes is None else min(most, self.capacity_bytes // geometry.expert_bytes)
+        return most if self.capacity_bytes is None else min(most, self.capacity_bytes // geometry.slice_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,18 +120,16 @@ def place(geometry: ExpertGeometry, hosts: Sequence[HostSlot], *, num_replicas: 
 
 
 def routing_table(
-    placement: Placement, *, epoch: int, incarnations: Mapping[str, int], expert_width: int
+    placement: Placement, *, epoch: int, incarnations: Mapping[str, int], num_slices: int
 ) -> RoutingTable:
-    """Write a placement down as the table that dispatchers read; every replica is one slice of the whole width."""
+    """Write a placement down as the table that dispatchers read."""
     return RoutingTable(
         epoch=epoch,
         replicas={
-            pair: tuple(
-                Replica((SliceRef(host=host, incarnation=incarnations[host], start=0, stop=expert_width),))
-                for host in hosts
-            )
+            pair: tuple(Replica(host, incarnations[host]) for host in hosts)
             for pair, hosts in placement.hosts_of.items()
         },
+        num_slices=num_slices,
     )
 
 
@@ -124,7 +146,7 @@ def _quotas(geometry: ExpertGeometry, hosts: Sequence[HostSlot], *, total: int) 
     limits = {slot.host: slot.room(geometry) for slot in hosts}
     if sum(limits.values()) < total:
         raise ValueError(
-            f"{total} experts of {geometry.expert_bytes} bytes do not fit: the hosts have room for "
+            f"{total} {geometry.unit_noun} of {geometry.slice_bytes} bytes do not fit: the hosts have room for "
             f"{sum(limits.values())}; add hosts, memory, or ask for fewer copies"
         )
     return share_out(total, limits=limits, weights={slot.host: slot.weight for slot in hosts}, held={})

@@ -24,6 +24,7 @@ from llama4_dist.engine.build import resolve_dtype
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.port import EngineStats, OnOutputs
 from llama4_dist.errors import ConfigError
+from llama4_dist.model.expert_cut import ExpertCut
 from llama4_dist.model.weight_format import STORED, check_weight_format_name, expert_bytes
 from llama4_dist.request import EngineLimits, EngineRequest
 from llama4_dist.rpc.cluster_secret import cluster_secret
@@ -35,12 +36,14 @@ class RayEngine:
     """An `Engine`. The constructor returns when the cluster serves; `close` leaves no process, actor or file behind.
 
     `ray_address` None starts a Ray on this machine; else the cluster there is joined, and the checkpoint must lie at
-    the same path on every node. `labels` maps a role to the node labels its workers demand. `host_capacity_bytes`
-    bounds the expert weights of one host; `pool_window_s` is how long it lets rows wait for other attention workers'
-    rows; `wire` is how rows travel, see `dispatch/links/wire.py`; `weights` is "stored" or "int8". `num_threads` are an
-    attention worker's, `expert_threads` a host's. A worker waits `placement_timeout_s` for room on a node, with
-    `demand_roles` on one that offers its role's resource; all together have `start_timeout_s` to load. Tests strike the
-    hosts of an `armable` cluster.
+    the same path on every node. `labels` maps a role to the node labels its workers demand. Every expert is cut into
+    `expert_slices`, which hosts hold one by one; tokens have the bits of a single process of so many.
+    `host_capacity_bytes` bounds the expert weights of one host, `expert_memory_bytes` those of them that stay in
+    memory; `pool_window_s` is how long it lets rows wait for other attention workers' rows; `wire` is how rows travel,
+    see `dispatch/links/wire.py`; `weights` is "stored" or "int8". `num_threads` are an attention worker's,
+    `expert_threads` a host's. A worker waits `placement_timeout_s` for room on a node, with `demand_roles` on one that
+    offers its role's resource; all together have `start_timeout_s` to load. Tests strike the hosts of an `armable`
+    cluster.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a cluster
@@ -51,6 +54,7 @@ class RayEngine:
         num_attention_workers: int = 1,
         dtype: str = "auto",
         weights: str = STORED,
+        expert_slices: int = 1,
         device: str = "cpu",
         options: EngineOptions | None = None,
         ray_address: str | None = None,
@@ -58,6 +62,7 @@ class RayEngine:
         num_threads: int | None = None,
         expert_threads: int = 1,
         host_capacity_bytes: int | None = None,
+        expert_memory_bytes: int | None = None,
         pool_window_s: float = 0.0,
         wire: str = "",
         labels: Mapping[Role, Mapping[str, str]] | None = None,
@@ -74,7 +79,7 @@ class RayEngine:
     ) -> None:
         model_dir = Path(model_dir).resolve()
         check_weight_format_name(weights, device)  # whether there is a compiler each worker says for its own node
-        geometry = read_geometry(model_dir, dtype, weights)
+        geometry = read_geometry(model_dir, dtype, weights, expert_slices)
         secret, run_id = secret or cluster_secret(), f"llama4-{secrets.token_hex(4)}"
         run_dir = Path(tempfile.gettempdir()) / run_id
 
@@ -86,12 +91,14 @@ class RayEngine:
                     model_dir=model_dir,
                     dtype=dtype,
                     weights=weights,
+                    expert_slices=expert_slices,
                     device=device,
                     num_threads=threads,
                     run_dir=run_dir,
                     secret=secret,
                     options=options or EngineOptions(model_name=model_dir.name),
                     capacity_bytes=host_capacity_bytes,
+                    expert_memory_bytes=expert_memory_bytes,
                     pool_window_s=pool_window_s,
                     wire=wire,
                     resume_ttl_s=resume_ttl_s,
@@ -188,16 +195,20 @@ def default_threads(num_workers: int) -> int:
     return max(1, min(8, os.cpu_count() or 1) // max(1, num_workers))
 
 
-def read_geometry(model_dir: Path, dtype: str, weights: str = STORED) -> ExpertGeometry:
-    """Read what is to be placed from the checkpoint's headers."""
+def read_geometry(model_dir: Path, dtype: str, weights: str = STORED, expert_slices: int = 1) -> ExpertGeometry:
+    """Read what is to be placed from the checkpoint's headers; ConfigError for a cut that does not fit."""
     checkpoint = Checkpoint.open(model_dir)
     try:
         config = checkpoint.config
+        torch_dtype = resolve_dtype(dtype, config.dtype)
+        cut = ExpertCut.of(config, dtype=torch_dtype, weight_format=weights, num_slices=expert_slices)
         return ExpertGeometry(
             moe_layers=config.moe_layer_ids,
             num_experts=config.num_experts,
             expert_width=config.expert_width,
-            expert_bytes=expert_bytes(config, dtype=resolve_dtype(dtype, config.dtype), weight_format=weights),
+            expert_bytes=expert_bytes(config, dtype=torch_dtype, weight_format=weights),
+            num_slices=expert_slices,
+            slice_bytes=cut.most_bytes,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -36,12 +36,13 @@ class State(StrEnum):
 class WorkerConfig:
     """What every worker is told at birth. `num_threads` is torch's; `run_dir` holds its Unix sockets.
 
-    `weights` is the format of linear weights (`model.weight_format`), the same for all workers. `options` bound an
-    attention worker's engine. It compares two hosts' answers in every `cross_check_every`-th
-    dispatch (0 = never), and keeps requests for `resume_ttl_s` when their gateway is gone. `capacity_bytes` bounds the
-    weights an expert host holds (None = no bound); there rows wait for other attention workers' rows of their layer for
-    at most `pool_window_s`. `wire` is how rows travel, the same for all workers. Tests strike an `armable` one at a
-    moment of their choice.
+    `weights` is the format of linear weights (`model.weight_format`), `expert_slices` into how many slices every expert
+    is cut; both are the same for all workers. `options` bound an attention worker's engine. It compares two hosts'
+    answers in every `cross_check_every`-th dispatch (0 = never), and keeps requests for `resume_ttl_s` when their
+    gateway is gone. `capacity_bytes` bounds the weights an expert host holds, `expert_memory_bytes` those of them it
+    keeps in memory (None = no bound); there rows wait for other attention workers' rows of their layer for at most
+    `pool_window_s`. `wire` is how rows travel, the same for all workers. Tests strike an `armable` one at a moment of
+    their choice.
     """
 
     worker: str
@@ -53,8 +54,10 @@ class WorkerConfig:
     run_dir: Path
     secret: bytes = field(repr=False)
     weights: str = "stored"
+    expert_slices: int = 1
     options: EngineOptions = field(default_factory=EngineOptions)
     capacity_bytes: int | None = None
+    expert_memory_bytes: int | None = None
     pool_window_s: float = 0.0
     wire: str = ""
     cross_check_every: int = 256

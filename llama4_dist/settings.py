@@ -44,8 +44,14 @@ class ServeSettings(BaseModel):
     )
     autoscale_min: int = Field(default=1, ge=1, le=4096, description="fewest expert hosts, with autoscale_max")
     replicas: int = Field(default=2, ge=1, le=64, description="copies of every expert, where memory allows")
+    expert_slices: int = Field(
+        default=1, ge=1, le=1024, description="slices every expert is cut into, each held by hosts of its own"
+    )
     host_capacity_bytes: int | None = Field(
         default=None, ge=1, description="expert weights one host may hold, in bytes"
+    )
+    expert_memory_bytes: int | None = Field(
+        default=None, ge=1, description="expert weights that stay in memory, of each host; others are read on demand"
     )
     pool_window_s: float = Field(
         default=0.0,

@@ -56,7 +56,7 @@ class ClusterService:
     ) -> cluster_pb2.ListWorkersResponse:
         """List a page of processes with their experts."""
         view = await self._calls.ask(self._control.view)
-        workers = [worker_to_proto(worker, with_experts=True) for worker in view.workers]
+        workers = [worker_to_proto(worker, num_slices=view.num_slices, with_experts=True) for worker in view.workers]
         if request.role:
             workers = [worker for worker in workers if worker.role == request.role]
         found, next_token = page(

@@ -12,6 +12,7 @@ from cluster.admin.paging import seconds
 from cluster.operation import Change, ChangeOptions, ClusterView, Operation, Phase
 from cluster.placement import Pair
 from cluster.worker import WorkerStatus
+from llama4_dist.dispatch.units import slice_of
 from llama4_dist.errors import Llama4Error
 from llama4_dist.rpc import status
 from llama4_dist.v1 import cluster_pb2
@@ -21,7 +22,7 @@ MAX_DRAIN_TIMEOUT_S = 3600.0
 MAX_WARNINGS = 100
 
 
-def worker_to_proto(worker: WorkerStatus, *, with_experts: bool) -> cluster_pb2.Worker:
+def worker_to_proto(worker: WorkerStatus, *, num_slices: int, with_experts: bool) -> cluster_pb2.Worker:
     """Write a process; `with_experts` lists every pair, which takes thousands of numbers for a large model."""
     return cluster_pb2.Worker(
         worker=worker.worker,
@@ -34,16 +35,18 @@ def worker_to_proto(worker: WorkerStatus, *, with_experts: bool) -> cluster_pb2.
         epoch=worker.epoch,
         num_experts=len(worker.experts),
         memory_bytes=worker.memory_bytes,
-        experts=layers_to_proto(worker.experts) if with_experts else (),
+        experts=layers_to_proto(worker.experts, num_slices) if with_experts else (),
     )
 
 
-def layers_to_proto(pairs: Iterable[Pair]) -> list[cluster_pb2.LayerExperts]:
+def layers_to_proto(pairs: Iterable[Pair], num_slices: int) -> list[cluster_pb2.LayerExperts]:
     """Write pairs layer by layer."""
-    return [
-        cluster_pb2.LayerExperts(layer=layer, experts=[expert for _, expert in group])
-        for layer, group in groupby(sorted(pairs), key=lambda pair: pair[0])
-    ]
+    layers = []
+    for layer, group in groupby(sorted(pairs), key=lambda pair: pair[0]):
+        held = [slice_of(unit, num_slices) for _, unit in group]
+        slices = [one.slice_index for one in held] if num_slices > 1 else ()
+        layers.append(cluster_pb2.LayerExperts(layer=layer, experts=[one.expert for one in held], slices=slices))
+    return layers
 
 
 def cluster_to_proto(view: ClusterView) -> cluster_pb2.Cluster:
@@ -52,8 +55,9 @@ def cluster_to_proto(view: ClusterView) -> cluster_pb2.Cluster:
         model=view.model,
         epoch=view.epoch,
         num_replicas=view.num_replicas,
-        workers=[worker_to_proto(worker, with_experts=False) for worker in view.workers],
+        workers=[worker_to_proto(worker, num_slices=view.num_slices, with_experts=False) for worker in view.workers],
         operation=view.operation,
+        num_slices=view.num_slices,
     )
 
 

@@ -56,7 +56,8 @@ class ExpertService:
         given = request.window if request.HasField("window") else None
         window_s = seconds("window", given, default=WINDOW_S, least=MIN_WINDOW_S, most=MAX_WINDOW_S)
         before, now = await self._history.window(window_s)
-        found = rates(before, now, await self._held_by())
+        _, view = await self._placements.latest()
+        found = rates(before, now, held_by(view))
         experts = [
             one
             for one in found.experts
@@ -72,7 +73,7 @@ class ExpertService:
         )
         hosts = [one for one in found.hosts if request.host in ("", one.load.host)]
         return experts_pb2.ListExpertLoadsResponse(
-            loads=map(expert_rate_to_proto, shown),
+            loads=[expert_rate_to_proto(one, view.num_slices) for one in shown],
             hosts=map(host_rate_to_proto, hosts),
             window=to_duration(found.window_s),
             next_page_token=next_token,
@@ -87,24 +88,19 @@ class ExpertService:
         before = await self._history.recent(interval_s)
         while True:
             now = await self._history.since(before.taken_s + interval_s)
-            found = rates(before, now, await self._held_by())
+            _, view = await self._placements.latest()
+            found = rates(before, now, held_by(view))
             busiest = sorted(found.experts, key=lambda one: -one.rows_per_s)
             await context.write(
                 experts_pb2.WatchExpertLoadsResponse(
-                    loads=map(expert_rate_to_proto, islice(busiest, request.top_k or None)),
+                    loads=[
+                        expert_rate_to_proto(one, view.num_slices) for one in islice(busiest, request.top_k or None)
+                    ],
                     hosts=map(host_rate_to_proto, found.hosts),
                     window=to_duration(found.window_s),
                 )
             )
             before = now
-
-    async def _held_by(self) -> Mapping[str, Sequence[Pair]]:
-        _, view = await self._placements.latest()
-        held: dict[str, list[Pair]] = {}
-        for pair, hosts in view.hosts_of.items():
-            for host in hosts:
-                held.setdefault(host, []).append(pair)
-        return held
 
     async def _read_placement(self) -> PlacementView:
         view = await self._calls.ask(self._control.placement)
@@ -112,6 +108,15 @@ class ExpertService:
         while len(self._known) > MAX_PLACEMENTS:
             self._known.popitem(last=False)
         return view
+
+
+def held_by(view: PlacementView) -> Mapping[str, Sequence[Pair]]:
+    """List what each host holds."""
+    held: dict[str, list[Pair]] = {}
+    for pair, hosts in view.hosts_of.items():
+        for host in hosts:
+            held.setdefault(host, []).append(pair)
+    return held
 
 
 def position(one: ExpertRate) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from cluster.admin.load_rates import ExpertRate, HostRate
 from cluster.operation import PlacementView
 from cluster.placement import Pair
+from llama4_dist.dispatch.units import slice_of
 from llama4_dist.v1 import experts_pb2
 
 
@@ -16,15 +17,19 @@ def placement_to_proto(view: PlacementView) -> experts_pb2.Placement:
         moe_layers=view.moe_layers,
         expert_bytes=view.expert_bytes,
         experts=experts_to_proto(view, sorted(view.hosts_of)),
+        num_slices=view.num_slices,
+        slice_bytes=view.slice_bytes,
     )
 
 
 def experts_to_proto(view: PlacementView, pairs: Iterable[Pair]) -> list[experts_pb2.ExpertPlacement]:
-    """Write the hosts of some experts; none where nobody holds one any more."""
-    return [
-        experts_pb2.ExpertPlacement(layer=layer, expert=expert, hosts=view.hosts_of.get((layer, expert), ()))
-        for layer, expert in pairs
-    ]
+    """Write the hosts of some units; none where nobody holds one any more."""
+    placements = []
+    for layer, unit in pairs:
+        expert, slice_index = slice_of(unit, view.num_slices)
+        hosts = view.hosts_of.get((layer, unit), ())
+        placements.append(experts_pb2.ExpertPlacement(layer=layer, expert=expert, slice=slice_index, hosts=hosts))
+    return placements
 
 
 def change_to_proto(seen: PlacementView | None, now: PlacementView) -> experts_pb2.WatchPlacementResponse:
@@ -43,14 +48,15 @@ def change_to_proto(seen: PlacementView | None, now: PlacementView) -> experts_p
 
 def geometry(view: PlacementView) -> tuple[object, ...]:
     """Return what a delta cannot say."""
-    return view.num_experts, view.moe_layers, view.expert_bytes
+    return view.num_experts, view.moe_layers, view.expert_bytes, view.num_slices, view.slice_bytes
 
 
-def expert_rate_to_proto(one: ExpertRate) -> experts_pb2.ExpertLoad:
+def expert_rate_to_proto(one: ExpertRate, num_slices: int) -> experts_pb2.ExpertLoad:
     """Write the load of one copy."""
-    layer, expert = one.pair
+    layer, unit = one.pair
+    expert, slice_index = slice_of(unit, num_slices)
     return experts_pb2.ExpertLoad(
-        host=one.host, layer=layer, expert=expert, rows_per_second=one.rows_per_s, rows=one.rows
+        host=one.host, layer=layer, expert=expert, slice=slice_index, rows_per_second=one.rows_per_s, rows=one.rows
     )
 
 
@@ -63,4 +69,8 @@ def host_rate_to_proto(one: HostRate) -> experts_pb2.HostLoad:
         busy_ratio=one.busy,
         queue_depth=one.load.queue_depth,
         bytes_held=one.load.bytes_held,
+        num_resident=one.load.num_resident,
+        num_mapped=one.load.num_mapped,
+        residency_hits=one.load.residency_hits,
+        residency_misses=one.load.residency_misses,
     )

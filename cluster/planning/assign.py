@@ -29,7 +29,7 @@ def layer_tasks(
     quotas = layer_quotas(geometry, slots, copies=copies, limits=limits, held=held)
     tasks = []
     for layer, layer_quota in zip(geometry.moe_layers, quotas, strict=True):
-        pairs = [(layer, expert) for expert in range(geometry.num_experts)]
+        pairs = [(layer, expert) for expert in range(geometry.num_units)]
         tasks.append(
             LayerTask(
                 loads=loads.of_layer(geometry, layer),
@@ -39,6 +39,7 @@ def layer_tasks(
                 quotas=layer_quota,
                 nodes=[nodes.index(slot.node) for slot in slots],
                 weights=[slot.weight for slot in slots],
+                num_slices=geometry.num_slices,
             )
         )
     return tasks
@@ -75,6 +76,8 @@ def _in_order(
 ) -> HostsOf:
     hosts_of: dict[Pair, tuple[str, ...]] = {}
     for turn, (layer, task) in enumerate(zip(geometry.moe_layers, tasks, strict=True)):
-        order = prefer(holders[turn], task.loads, task.weights, current=task.held, turn=turn)
+        order = prefer(
+            holders[turn], task.loads, task.weights, current=task.held, turn=turn, num_slices=task.num_slices
+        )
         hosts_of |= {(layer, expert): tuple(slots[at].host for at in on) for expert, on in enumerate(order)}
     return hosts_of

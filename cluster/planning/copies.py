@@ -66,7 +66,7 @@ def _hot(
     if not policy.max_extra:
         return
     full = copies[geometry.pairs[0]]
-    bound = policy.hot_ratio * min(1 / full, geometry.num_experts / num_hosts)
+    bound = policy.hot_ratio * min(1 / full, geometry.num_units / num_hosts)
     left = dict.fromkeys(geometry.moe_layers, policy.max_extra)
 
     def busy(pair: Pair, num: int) -> float:
@@ -86,11 +86,11 @@ def _hot(
 def _too_small(geometry: ExpertGeometry, hosts: Sequence[HostSlot], room: int) -> str:
     num_pairs = len(geometry.pairs)
     largest = max(slot.room(geometry) for slot in hosts)
-    per_host = -(-num_pairs // len(hosts)) * geometry.expert_bytes
+    per_host = -(-num_pairs // len(hosts)) * geometry.slice_bytes
     more = f"have {-(-num_pairs // largest)} hosts like the largest of them, or " if largest else ""
     return (
-        f"{num_pairs} experts of {geometry.expert_bytes} bytes do not fit: {len(hosts)} hosts have room for {room}; "
-        f"{more}give each of {len(hosts)} hosts {per_host} bytes"
+        f"{num_pairs} {geometry.unit_noun} of {geometry.slice_bytes} bytes do not fit: {len(hosts)} hosts have room "
+        f"for {room}; {more}give each of {len(hosts)} hosts {per_host} bytes"
     )
 
 
@@ -100,11 +100,12 @@ def _too_few(
     num_pairs = len(geometry.pairs)
     reached = sum(num >= wanted for num in copies.values())
     found = (
-        f"num_replicas={wanted} is reached for {reached} of {num_pairs} experts, the others have {min(copies.values())}"
+        f"num_replicas={wanted} is reached for {reached} of {num_pairs} {geometry.unit_noun}, the others have "
+        f"{min(copies.values())}"
     )
     if len(hosts) < wanted:
         return f"{found}: copies lie on distinct hosts and there are {len(hosts)}; have {wanted} hosts"
     return (
         f"{found}: {len(hosts)} hosts have room for {room} copies and {wanted * num_pairs} are wanted; "
-        f"add {(wanted * num_pairs - room) * geometry.expert_bytes} bytes"
+        f"add {(wanted * num_pairs - room) * geometry.slice_bytes} bytes"
     )

@@ -3,13 +3,15 @@
 Hosts are numbers here; their quotas are given, so memory is not this file's business.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from cluster.planning.exchange import exchange
 from cluster.planning.keep import keep
 from cluster.planning.layer_state import LayerState, LayerTask
 from cluster.planning.matching import Matching
 from cluster.planning.policy import PlanPolicy
+from cluster.planning.siblings import Siblings, part
 
 
 def place_layer(task: LayerTask, policy: PlanPolicy) -> list[set[int]]:
@@ -37,7 +39,12 @@ def place_layer(task: LayerTask, policy: PlanPolicy) -> list[set[int]]:
     matching.group_most = [[num] * task.num_nodes for num in task.copies]
     matching.augment()
     holders = _holders(matching)
-    _even_out(task, holders, policy)
+    loads = [task.copy_load(expert) for expert in range(len(task.loads))]
+    if 1 < task.num_slices <= len(task.weights) // max(task.copies):  # otherwise there are too few hosts to part all
+        # For this alone no copy moves that is there: which host is asked first is free, and chosen afterwards.
+        come_anyway = _allowed(task, holders, replace(policy, rebalance=False))
+        part(holders, task.num_slices, loads, task.weights, come_anyway)
+    exchange(holders, loads, task.weights, _allowed(task, holders, policy), policy.min_gain)
     return holders
 
 
@@ -48,8 +55,8 @@ def _holders(matching: Matching) -> list[set[int]]:
 def _place_rest(task: LayerTask, matching: Matching) -> None:
     """Place missing copies, the heaviest first, each on the least busy host, as EPLB packs.
 
-    Of equally busy ones it takes the host that shares least with the expert's others, so that no host stands in for
-    another alone. Source: github.com/deepseek-ai/EPLB, balanced_packing.
+    Of equally busy ones it takes one without another slice of the expert, and then the host that shares least with the
+    expert's others, so that no host stands in for another alone. Source: github.com/deepseek-ai/EPLB, balanced_packing.
     """
     state = LayerState(task, _holders(matching))
     order = sorted(range(len(task.loads)), key=lambda expert: -task.copy_load(expert))
@@ -65,10 +72,13 @@ def _least_busy(state: LayerState, expert: int, options: Sequence[int]) -> int:
     levels = [(state.busy[host] + load) / state.task.weights[host] for host in options]
     lowest = min(levels) * (1 + 1e-9)
     equal = [host for host, level in zip(options, levels, strict=True) if level <= lowest]
-    return min(equal, key=lambda host: (state.shared(expert, host), host))
+    siblings = Siblings(state.holders, state.task.num_slices)
+    return min(equal, key=lambda host: (siblings.on(expert, host), state.shared(expert, host), host))
 
 
-def _even_out(task: LayerTask, holders: list[set[int]], policy: PlanPolicy) -> None:
+def _allowed(task: LayerTask, holders: Sequence[set[int]], policy: PlanPolicy) -> Callable[[int, int, int], bool]:
+    """Return what says whether an expert may go from one host to another."""
+
     def may(expert: int, source: int, target: int) -> bool:
         if target in holders[expert] or not (policy.rebalance or source not in task.held[expert]):
             return False
@@ -76,5 +86,4 @@ def _even_out(task: LayerTask, holders: list[set[int]], policy: PlanPolicy) -> N
         others = sum(task.nodes[host] == node for host in holders[expert] if host != source)
         return others < task.node_limits[expert]
 
-    loads = [task.copy_load(expert) for expert in range(len(task.loads))]
-    exchange(holders, loads, task.weights, may, policy.min_gain)
+    return may

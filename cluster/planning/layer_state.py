@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTask:
-    """Per expert its load, copies, most copies on one node and hosts now; per host its quota, node and weight."""
+    """Per expert its load, copies, most copies on one node and hosts now; per host its quota, node and weight.
+
+    Where experts are cut, each of their `num_slices` is an expert here, those of one side by side.
+    """
 
     loads: Sequence[float]
     copies: Sequence[int]
@@ -15,6 +18,7 @@ class LayerTask:
     quotas: Sequence[int]
     nodes: Sequence[int]
     weights: Sequence[float]
+    num_slices: int = 1
 
     def copy_load(self, expert: int) -> float:
         """Return the load of one copy, as if the expert's rows were spread over all of them."""

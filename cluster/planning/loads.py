@@ -30,7 +30,7 @@ class ExpertLoads:
 
     def of_layer(self, geometry: ExpertGeometry, layer: int) -> list[float]:
         """Return each expert's load as a multiple of the layer's mean; a layer that saw nothing counts as even."""
-        rows = [self.rows.get((layer, expert), 0.0) for expert in range(geometry.num_experts)]
+        rows = [self.rows.get((layer, expert), 0.0) for expert in range(geometry.num_units)]
         mean = sum(rows) / len(rows)
         if mean == 0:
             return [1.0] * len(rows)
@@ -65,7 +65,7 @@ def _layer_ratio(
     speeds: Mapping[str, float],
 ) -> float:
     busy = dict.fromkeys(speeds, 0.0)
-    for expert in range(geometry.num_experts):
+    for expert in range(geometry.num_units):
         hosts = placement.hosts_of.get((layer, expert), ())
         takers = hosts if split else hosts[:1]
         for host in takers:

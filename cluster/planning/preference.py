@@ -3,6 +3,8 @@
 from collections import deque
 from collections.abc import Collection, Sequence
 
+from cluster.planning.siblings import part
+
 LEAST_GAIN = 1e-3  # of the mean load: what a change of first choices must take off the busiest host
 
 
@@ -13,30 +15,41 @@ def prefer(
     *,
     current: Sequence[Sequence[int]],
     turn: int,
+    num_slices: int = 1,
 ) -> list[tuple[int, ...]]:
     """Return each expert's hosts in order: first choices are even, and so is what others get after any one loss.
 
     `current` is the order now and breaks ties: a host has in memory the pages of what it computes. `turn` differs
-    between layers, so that no host is first everywhere.
+    between layers, so that no host is first everywhere. Slices of one expert prefer different hosts where that makes
+    none busier.
     """
-    choice = _Choice(holders, loads, weights)
+    choice = _Choice(holders, loads, weights, num_slices)
     for expert in choice.heaviest_first:
         ranks = {
-            host: (choice.level(expert, host), choice.handed_on(expert, host), host not in current[expert][:1])
+            host: (
+                choice.level(expert, host),
+                choice.handed_on(expert, host),
+                host not in current[expert][:1],
+            )
             for host in sorted(holders[expert], key=lambda host: (host - turn) % len(weights))
         }
         choice.take(expert, min(ranks, key=ranks.__getitem__))
     while any(choice.shift(host) for host in choice.busiest_first()):
         pass
+    if num_slices > 1:
+        choice.part_slices()
     return choice.in_order(turn)
 
 
 class _Choice:
     """The first choice of each expert, and how busy these make hosts."""
 
-    def __init__(self, holders: Sequence[Collection[int]], loads: Sequence[float], weights: Sequence[float]) -> None:
+    def __init__(
+        self, holders: Sequence[Collection[int]], loads: Sequence[float], weights: Sequence[float], num_slices: int
+    ) -> None:
         self.heaviest_first = sorted(range(len(holders)), key=lambda expert: -loads[expert])
         self.busy = [0.0] * len(weights)
+        self._num_slices = num_slices
         self._holders, self._loads, self._weights = holders, loads, weights
         self._first: dict[int, int] = {}
         self._firsts: list[set[int]] = [set() for _ in weights]  # per host the experts that prefer it
@@ -87,6 +100,16 @@ class _Choice:
                         return True
                     queue.append(target)
         return False
+
+    def part_slices(self) -> None:
+        """Exchange first choices so that slices of one expert have different ones."""
+        firsts = [{self._first[expert]} for expert in range(len(self._holders))]
+        part(
+            firsts, self._num_slices, self._loads, self._weights, lambda unit, _, target: target in self._holders[unit]
+        )
+        for expert, (host,) in enumerate(firsts):
+            if host != self._first[expert]:
+                self.take(expert, host)
 
     def _carry(self, host: int, came: dict[int, tuple[int, int]]) -> None:
         while came[host][1] >= 0:

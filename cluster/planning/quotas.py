@@ -42,7 +42,7 @@ def layer_quotas(
     for pair, num in copies.items():
         need[row[pair[0]]] += num
         most_on_node[row[pair[0]]] += limits[pair]
-    return _round(need, quotas, [slot.node for slot in hosts], now, most_on_node, geometry.num_experts)
+    return _round(need, quotas, [slot.node for slot in hosts], now, most_on_node, geometry.num_units)
 
 
 def _host_quotas(
@@ -65,12 +65,12 @@ def _round(
     nodes: Sequence[str],
     now: Matrix,
     most_on_node: Sequence[int],
-    num_experts: int,
+    num_units: int,
 ) -> Matrix:
     """Round each layer's share of each host's quota down or up so that both sums come out."""
     total = sum(need)
-    least = [[min(num_experts, quota * num // total) for quota in quotas] for num in need]
-    most = [[min(num_experts, -(-quota * num // total)) for quota in quotas] for num in need]
+    least = [[min(num_units, quota * num // total) for quota in quotas] for num in need]
+    most = [[min(num_units, -(-quota * num // total)) for quota in quotas] for num in need]
     order = sorted(set(nodes))
     matching = Matching(
         need=need,
@@ -97,7 +97,7 @@ def _round(
     # Hosts of very unequal memory: a layer's copies fit only if some host takes more or less than its share of that
     # layer, and then only if some node holds two copies of a pair.
     matching.least = [[0] * len(quotas) for _ in need]
-    matching.most = [[num_experts] * len(quotas) for _ in need]
+    matching.most = [[num_units] * len(quotas) for _ in need]
     matching.augment()
     matching.group_most = [[total] * len(order) for _ in need]
     matching.augment()

@@ -30,7 +30,7 @@ from llama4_dist.dispatch.links.address import bind, parse_address
 from llama4_dist.dispatch.links.connect import connect
 from llama4_dist.dispatch.links.link import Link, LinkLimits
 from llama4_dist.dispatch.links.listener import Listener
-from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+from llama4_dist.dispatch.routing_table import Replica, RoutingTable
 from llama4_dist.errors import EngineError
 
 NUM_EXPERTS = 16
@@ -132,7 +132,7 @@ def connect_dispatcher(address: str, secret: bytes, width: int) -> Dispatcher:
 
 def dispatcher_over(link: Link, width: int) -> Dispatcher:
     """Return a dispatcher that sends every row over this link."""
-    replica = Replica((SliceRef(host="host", incarnation=0, start=0, stop=1),))
+    replica = Replica("host", 0)
     table = RoutingTable(epoch=0, replicas={(0, expert): (replica,) for expert in range(NUM_EXPERTS)})
     return Dispatcher(
         worker="worker", incarnation=0, table=table, links={"host": link}, width=width, dtype=torch.float32

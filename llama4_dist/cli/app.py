@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llama4_dist.cli.bench import bench_app
+from llama4_dist.cli.checkpoint import checkpoint_app, inspect
 from llama4_dist.cli.cluster import cluster_app
 from llama4_dist.cli.deploy import deploy_app
 from llama4_dist.cli.experts import experts_app
-from llama4_dist.cli.flags import DtypeChoice, JsonFlag, TlsCa, Token, WeightsChoice, parse_seconds
+from llama4_dist.cli.flags import DtypeChoice, ExpertMemory, JsonFlag, TlsCa, Token, WeightsChoice, parse_seconds
+from llama4_dist.cli.planning import plan, simulate
 from llama4_dist.cli.serving import serve, serve_gateway
 
 if TYPE_CHECKING:
@@ -31,8 +33,12 @@ app.add_typer(bench_app)
 app.add_typer(cluster_app)
 app.add_typer(deploy_app)
 app.add_typer(experts_app)
+app.add_typer(checkpoint_app)
+app.command()(inspect)
 app.command()(serve)
 app.command("gateway")(serve_gateway)
+app.command()(plan)
+app.command()(simulate)
 
 
 Model = Annotated[Path | None, typer.Option("--model", "-m", help="Checkpoint folder; runs in this process.")]
@@ -48,6 +54,7 @@ Weights = Annotated[WeightsChoice, typer.Option(help="Format of linear weights; 
 Device = Annotated[str, typer.Option(help="cpu or cuda (with --model).")]
 Period = Annotated[float | None, typer.Option(parser=parse_seconds, metavar="TIME")]
 Experts = Annotated[int, typer.Option(help="Expert host processes (with --model); 0 = this process only.")]
+ExpertSlices = Annotated[int, typer.Option(help="Slices every expert is cut into (with --model).")]
 
 
 @app.command()
@@ -70,6 +77,8 @@ def generate(
     weights: Weights = WeightsChoice.STORED,
     device: Device = "cpu",
     experts: Experts = 0,
+    expert_slices: ExpertSlices = 1,
+    expert_memory_bytes: ExpertMemory = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Continue prompts; the text streams to the terminal."""
@@ -97,6 +106,8 @@ def chat(
     weights: Weights = WeightsChoice.STORED,
     device: Device = "cpu",
     experts: Experts = 0,
+    expert_slices: ExpertSlices = 1,
+    expert_memory_bytes: ExpertMemory = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Chat with a checkpoint or a running gateway."""
@@ -120,18 +131,6 @@ def tokenize(
     from llama4_dist.cli.tokenize import run_tokenize
 
     run_tokenize(*_split(options))
-
-
-@app.command()
-def inspect(
-    directory: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
-    verify: Annotated[bool, typer.Option(help="Read every byte: manifest hashes, NaN and Inf.")] = False,
-    as_json: JsonFlag = False,
-) -> None:
-    """Describe a checkpoint without loading it."""
-    from llama4_dist.cli.inspect import run_inspect
-
-    run_inspect(directory, verify, as_json)
 
 
 @app.command()

@@ -21,6 +21,8 @@ class Backend:
     weights: str = "stored"
     device: str = "cpu"
     experts: int = 0
+    expert_slices: int = 1
+    expert_memory_bytes: int | None = None
     as_json: bool = False
 
 
@@ -51,7 +53,7 @@ def local_gateway(backend: Backend) -> Iterator[int]:
     from llama4_dist.gateway.settings import GatewaySettings
     from llama4_dist.settings import load_settings
 
-    names = ("model", "dtype", "weights", "device", "experts")
+    names = ("model", "dtype", "weights", "device", "experts", "expert_slices", "expert_memory_bytes")
     flags = {name: getattr(backend, name) for name in names}
     settings = load_settings(flags, environ={})
     text = open_text(settings.model)

@@ -73,6 +73,7 @@ def cluster_view(cluster: Cluster) -> RenderableType:
     """Lay out the cluster: one line about it, one row per process."""
     change = f", {cluster.operation} under way" if cluster.operation else ""
     copies = f"{cluster.num_replicas} cop{'y' if cluster.num_replicas == 1 else 'ies'} of each expert"
+    copies += f" in {cluster.num_slices} slices" if cluster.num_slices > 1 else ""
     title = f"{cluster.model}: {cluster.num_hosts} expert hosts, {copies}, epoch {cluster.epoch}{change}"
     table = new_table(title, WORKER_COLUMNS)
     for worker in cluster.workers:

@@ -33,9 +33,27 @@ def parse_seconds(given: str) -> float:
     return float(found[1]) * SECONDS[found[2] or "s"]
 
 
+def parse_bytes(given: str) -> int:
+    """Read `2GB`, `512MiB` or a number of bytes; a ValueError becomes the flag's own error."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kMGT])(i?)B?|B)?", str(given).strip(), re.IGNORECASE)
+    if found is None:
+        raise typer.BadParameter(f"{given!r} is no size: give e.g. 2GB, 512MiB or 1000000000")
+    power = " KMGT".index((found[2] or " ").upper())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document (streams: one per line).")]
 Token = Annotated[str | None, typer.Option("--token", envvar="LLAMA4_DIST_TOKEN", help="Bearer token of the server.")]
 TlsCa = Annotated[Path | None, typer.Option("--tls-ca", help="CA file; switches TLS on.")]
+ExpertMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--expert-memory",
+        parser=parse_bytes,
+        metavar="SIZE",
+        help="Expert weights that stay in memory, of each host; others are read on demand. E.g. 2GB.",
+    ),
+]
 AdminAddress = Annotated[str, typer.Option("--server", "-s", help="host:port of the cluster's admin server.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan and check; change nothing.")]
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Return as soon as the operation has begun.")]

@@ -22,10 +22,13 @@ BAR_WIDTH = 30
 def heatmap(experts: Sequence[ExpertLoad], *, width: int, height: int | None) -> Text:
     """Draw one row per layer and one cell per expert, over all copies; the digit is the share of the busiest in ninths.
 
+    An expert that is cut has a cell per slice, and is numbered as 3.1.
+
     Where experts do not fit side by side they go on in a second band of rows; where those would not fit the height,
     neighbours share a cell, which shows the busiest of them.
     """
-    rates = rates_of(experts)
+    num_slices = 1 + max(one.slice for one in experts)
+    rates = rates_of(experts, num_slices)
     layers = sorted({layer for layer, _ in rates})
     num_experts = 1 + max(expert for _, expert in rates)
     columns = max(1, width - LABEL_WIDTH - BALANCE_WIDTH)
@@ -39,7 +42,7 @@ def heatmap(experts: Sequence[ExpertLoad], *, width: int, height: int | None) ->
     drawn = Text(no_wrap=True)
     for begin in range(0, num_cells, per_band):
         cells = range(begin, min(begin + per_band, num_cells))
-        drawn.append(ruler(cells, group=group, cell=cell) + "\n", style="dim")
+        drawn.append(ruler(cells, group=group, cell=cell, num_slices=num_slices) + "\n", style="dim")
         for layer in layers:
             drawn.append(f"{layer:>{LABEL_WIDTH - 1}} ")
             for index in cells:
@@ -47,15 +50,16 @@ def heatmap(experts: Sequence[ExpertLoad], *, width: int, height: int | None) ->
                 rate = max(rates.get((layer, expert), 0.0) for expert in members)
                 draw_cell(drawn, rate, top, cell)
             drawn.append(f"{balance(rates, layer, num_experts):>{BALANCE_WIDTH}.2f}\n", style="dim")
-    draw_legend(drawn, top, group)
+    draw_legend(drawn, top, group, "slices" if num_slices > 1 else "experts")
     return drawn
 
 
-def rates_of(experts: Sequence[ExpertLoad]) -> dict[tuple[int, int], float]:
-    """Add the copies of each expert."""
+def rates_of(experts: Sequence[ExpertLoad], num_slices: int) -> dict[tuple[int, int], float]:
+    """Add the copies of each expert; of each slice, numbered on, where experts are cut."""
     rates: dict[tuple[int, int], float] = {}
     for one in experts:
-        rates[one.layer, one.expert] = rates.get((one.layer, one.expert), 0.0) + one.rows_per_s
+        place = one.layer, one.expert * num_slices + one.slice
+        rates[place] = rates.get(place, 0.0) + one.rows_per_s
     return rates
 
 
@@ -80,10 +84,14 @@ def draw_cell(drawn: Text, rate: float, top: float, cell: int) -> None:
     drawn.append(str(heat).center(cell), style=f"{ink} on {COLOURS[heat - 1]}")
 
 
-def ruler(cells: range, *, group: int, cell: int) -> str:
-    """Number every eighth cell by its first expert."""
+def ruler(cells: range, *, group: int, cell: int, num_slices: int) -> str:
+    """Number every eighth cell by its first expert, or slice."""
+
+    def name(number: int) -> str:
+        return str(number) if num_slices == 1 else "{}.{}".format(*divmod(number, num_slices))
+
     marks = "".join(
-        f"{index * group:<{min(RULER_STEP, len(cells) - place) * cell}}"
+        f"{name(index * group):<{min(RULER_STEP, len(cells) - place) * cell}}"
         for place, index in enumerate(cells)
         if place % RULER_STEP == 0
     )
@@ -97,12 +105,12 @@ def even_share(num_cells: int, most: int) -> int:
     return min(most, math.ceil(share / RULER_STEP) * RULER_STEP)
 
 
-def draw_legend(drawn: Text, top: float, group: int) -> None:
+def draw_legend(drawn: Text, top: float, group: int, noun: str) -> None:
     """Append what the cells mean."""
     drawn.append(f"{IDLE} idle ")
     for heat in range(1, 10):
         draw_cell(drawn, heat, 9, 1)
-    shared = f", a cell is the busiest of {group} experts" if group > 1 else ""
+    shared = f", a cell is the busiest of {group} {noun}" if group > 1 else ""
     drawn.append(f" up to {top:,.0f} rows/s{shared}")
 
 
@@ -119,6 +127,16 @@ def host_bars(hosts: Sequence[HostLoad], *, width: int) -> Text:
         drawn.append("░" * (bar_width - filled), style="dim")
         drawn.append(
             f" {host.rows_per_s:>10,.0f} rows/s  busy {host.busy:>4.0%}  queue {host.queue_depth:>4}  "
-            f"{human_bytes(host.bytes_held):>9}\n"
+            f"{human_bytes(host.bytes_held):>9}{in_memory(host)}\n"
         )
     return drawn
+
+
+def in_memory(host: HostLoad) -> str:
+    """Say how much of what the host holds is in memory, where that is bounded."""
+    held = host.num_resident + host.num_mapped
+    if not held:
+        return ""
+    asked = host.residency_hits + host.residency_misses
+    hits = f"  hits {host.residency_hits / asked:.0%}" if asked else ""
+    return f"  {host.num_resident:,} of {held:,} in memory{hits}"

@@ -53,6 +53,8 @@ def engine_of(settings: ServeSettings, *, show_progress: bool, **cluster: Any) -
             progress=progress,
             dtype=settings.dtype,
             weights=settings.weights,
+            expert_slices=settings.expert_slices,
+            expert_memory_bytes=settings.expert_memory_bytes,
             device=settings.device,
             num_threads=settings.num_threads,
             cluster=cluster,

@@ -164,7 +164,8 @@ def start_table(
     stats = engine.stats()
     hosts = "none: one process"
     if settings.experts:
-        hosts = f"{settings.attention} attention, {settings.experts} expert hosts on Ray"
+        cut = f", every expert in {settings.expert_slices} slices" if settings.expert_slices > 1 else ""
+        hosts = f"{settings.attention} attention, {settings.experts} expert hosts on Ray{cut}"
     elif settings.directory:
         hosts = f"those of the cluster at {settings.directory}"
     transport = "mTLS" if settings.tls_client_ca else "TLS" if settings.tls_certificate else "plaintext"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llama4_dist.cli.flags import DtypeChoice, JsonFlag, WeightsChoice
+from llama4_dist.cli.flags import DtypeChoice, ExpertMemory, JsonFlag, WeightsChoice
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
 Address = Annotated[str | None, typer.Option(help="host:port of the gateway [127.0.0.1:50051].")]
@@ -36,6 +36,8 @@ def serve(
     autoscale_max: Annotated[int | None, typer.Option(help="Most expert hosts; without it none come or go.")] = None,
     autoscale_min: Annotated[int | None, typer.Option(help="Fewest expert hosts [1].")] = None,
     replicas: Annotated[int | None, typer.Option(help="Copies of every expert, where memory allows [2].")] = None,
+    expert_slices: Annotated[int | None, typer.Option(help="Slices every expert is cut into [1].")] = None,
+    expert_memory_bytes: ExpertMemory = None,
     gateway: Annotated[bool | None, typer.Option(help="Serve clients from this process too.")] = None,
     admin_address: Annotated[str | None, typer.Option(help="host:port of ClusterService [127.0.0.1:50052].")] = None,
     admin_token_file: Annotated[Path | None, typer.Option(help="Bearer tokens of operators.")] = None,

@@ -1,25 +1,29 @@
 """Placements and loads that an admin server answers, as plain data; pure."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama4_dist.v1 import experts_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertLoad:
-    """The load of one copy of an expert; `rows` since its host began."""
+    """The load of one copy of an expert, or of a slice of one; `rows` since its host began."""
 
     host: str
     layer: int
     expert: int
     rows_per_s: float
     rows: int
+    slice: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostLoad:
-    """The load of one expert host; `busy` is the share of the window it computed."""
+    """The load of one expert host; `busy` is the share of the window it computed.
+
+    `num_resident` of the slices it holds are in memory and `num_mapped` are not, where a bound was set.
+    """
 
     host: str
     incarnation: int
@@ -27,6 +31,10 @@ class HostLoad:
     busy: float
     queue_depth: int
     bytes_held: int
+    num_resident: int = 0
+    num_mapped: int = 0
+    residency_hits: int = 0
+    residency_misses: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,19 +48,31 @@ class Loads:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Who holds what in one epoch: the hosts of each (layer, expert), the preferred one first."""
+    """Who holds what in one epoch: the hosts of each (layer, unit), the preferred one first.
+
+    Unit expert · `num_slices` + slice is one slice of an expert; where experts are whole it is the expert.
+    """
 
     epoch: int
     num_experts: int
     moe_layers: tuple[int, ...]
     expert_bytes: int
     hosts_of: Mapping[tuple[int, int], tuple[str, ...]]
+    num_slices: int = 1
+    slice_bytes: int = 0
 
 
 def expert_loads(messages: Iterable[experts_pb2.ExpertLoad]) -> tuple[ExpertLoad, ...]:
     """Read loads of experts."""
     return tuple(
-        ExpertLoad(host=one.host, layer=one.layer, expert=one.expert, rows_per_s=one.rows_per_second, rows=one.rows)
+        ExpertLoad(
+            host=one.host,
+            layer=one.layer,
+            expert=one.expert,
+            rows_per_s=one.rows_per_second,
+            rows=one.rows,
+            slice=one.slice,
+        )
         for one in messages
     )
 
@@ -67,6 +87,10 @@ def host_loads(messages: Iterable[experts_pb2.HostLoad]) -> tuple[HostLoad, ...]
             busy=one.busy_ratio,
             queue_depth=one.queue_depth,
             bytes_held=one.bytes_held,
+            num_resident=one.num_resident,
+            num_mapped=one.num_mapped,
+            residency_hits=one.residency_hits,
+            residency_misses=one.residency_misses,
         )
         for one in messages
     )
@@ -79,17 +103,19 @@ def placement_from_proto(message: experts_pb2.Placement) -> Placement:
         num_experts=message.num_experts,
         moe_layers=tuple(message.moe_layers),
         expert_bytes=message.expert_bytes,
-        hosts_of={(one.layer, one.expert): tuple(one.hosts) for one in message.experts},
+        hosts_of=_hosts_of(message.experts, message.num_slices),
+        num_slices=message.num_slices or 1,  # an older server knows no slices
+        slice_bytes=message.slice_bytes or message.expert_bytes,
     )
 
 
 def changed_placement(seen: Placement, changed: Iterable[experts_pb2.ExpertPlacement], revision: int) -> Placement:
     """Apply a delta."""
-    hosts_of = {**seen.hosts_of, **{(one.layer, one.expert): tuple(one.hosts) for one in changed}}
-    return Placement(
-        epoch=revision,
-        num_experts=seen.num_experts,
-        moe_layers=seen.moe_layers,
-        expert_bytes=seen.expert_bytes,
-        hosts_of={pair: hosts for pair, hosts in hosts_of.items() if hosts},
-    )
+    hosts_of = {**seen.hosts_of, **_hosts_of(changed, seen.num_slices)}
+    return replace(seen, epoch=revision, hosts_of={pair: hosts for pair, hosts in hosts_of.items() if hosts})
+
+
+def _hosts_of(
+    messages: Iterable[experts_pb2.ExpertPlacement], num_slices: int
+) -> dict[tuple[int, int], tuple[str, ...]]:
+    return {(one.layer, one.expert * (num_slices or 1) + one.slice): tuple(one.hosts) for one in messages}

@@ -12,7 +12,7 @@ from llama4_dist.v1 import cluster_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """A process of the cluster; `experts` counts the (layer, expert) pairs it holds."""
+    """A process of the cluster; `num_experts` counts the (layer, expert) pairs it holds, or slices of them."""
 
     worker: str
     role: str
@@ -28,13 +28,17 @@ class Worker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """The cluster at one moment; `operation` names the change under way, "" if none."""
+    """The cluster at one moment; `operation` names the change under way, "" if none.
+
+    Every expert is cut into `num_slices`.
+    """
 
     model: str
     epoch: int
     num_replicas: int
     workers: tuple[Worker, ...]
     operation: str
+    num_slices: int = 1
 
     @property
     def num_hosts(self) -> int:
@@ -104,6 +108,7 @@ def cluster_from_proto(message: cluster_pb2.Cluster) -> Cluster:
         num_replicas=message.num_replicas,
         workers=tuple(worker_from_proto(worker) for worker in message.workers),
         operation=message.operation,
+        num_slices=message.num_slices or 1,  # an older server knows no slices
     )
 
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 MAX_ROWS = 16
 MAX_AWAITED = 16
 
-Referee = Callable[[int, int, Tensor], Tensor]  # (layer, expert, x_RD) to y_RD, computed here
+Referee = Callable[[int, int, Tensor], Tensor]  # (layer, unit, x_RD) to y_RD, computed here
 
 
 class Sample(NamedTuple):
@@ -62,7 +62,7 @@ class CrossCheck:
 
     def sample(self, in_flight: InFlight) -> Sample | None:
         """Copy some rows of one expert and their answers out of a finished dispatch."""
-        if not in_flight.answered or in_flight.was_cut:
+        if not in_flight.answered:
             return None
         piece = self._random.choice(in_flight.answered)
         expert, count = self._random.choice(piece.groups)

@@ -24,6 +24,7 @@ from llama4_dist.dispatch.row_buffers import RowBuffers
 from llama4_dist.dispatch.row_passes import row_passes
 from llama4_dist.dispatch.stats import DispatchStats
 from llama4_dist.dispatch.suspects import Suspects
+from llama4_dist.dispatch.units import expand
 
 DEFAULT_DEADLINES = Deadlines()
 PART_BYTES = 512 * 1024  # large shares are cut into parts of about this size, between experts
@@ -112,6 +113,7 @@ class Dispatcher:
             if links.get(host) is not link or host not in table.hosts:
                 link.abort()
         self._exchange = self._new_exchange(table, links, last_number=old.last_number)
+        self._num_slices = table.num_slices
         # Sockets read host memory; links inside the process take a GPU's rows as they are.
         on_host = self.overlaps
         device = torch.device("cpu") if on_host else self._device
@@ -126,8 +128,9 @@ class Dispatcher:
     ) -> InFlight:
         """Send score x input of every copy to the host of its expert and return at once.
 
-        x_TD [T, D] in the dispatcher's dtype; experts_TK int64 [T, K]; scores_TK [T, K]. Raises UnavailableError
-        (EXPERT_UNREACHABLE) when an expert has no live replica.
+        x_TD [T, D] in the dispatcher's dtype; experts_TK int64 [T, K]; scores_TK [T, K]. Where experts are cut, each
+        copy becomes one per slice (`units.expand`). Raises UnavailableError (EXPERT_UNREACHABLE) when an expert has no
+        live replica.
         """
         num_tokens, num_slots = shape = experts_TK.shape
         if x_TD.shape != (num_tokens, self._width) or scores_TK.shape != shape or x_TD.dtype != self._dtype:
@@ -136,9 +139,11 @@ class Dispatcher:
                 f" scores {tuple(scores_TK.shape)} do not fit: expected [T, {self._width}] {self._dtype}, twice [T, K]"
             )
         exchange = self._exchange
-        layout, view = exchange.routes.lay_out_rows(layer, experts_TK)
+        if self._num_slices > 1:
+            experts_TK, scores_TK = expand(experts_TK, scores_TK, self._num_slices)
+        layout = exchange.routes.lay_out_rows(layer, experts_TK)
         order_N, shares = layout
-        num_copies = num_tokens * num_slots
+        num_copies = num_tokens * num_slots * self._num_slices
         buffer = self._buffers.take(num_copies)
         in_flight = InFlight(
             origin=(self._step, microbatch, layer),
@@ -148,8 +153,6 @@ class Dispatcher:
             buffer=buffer,
             passes=self._passes,
         )
-        if view.further:
-            in_flight.cut(view.num_slices_E)
         if scores_TK.dtype != self._dtype:
             scores_TK = scores_TK.to(self._dtype)
         if exchange.may_defer(shares):
@@ -168,12 +171,12 @@ class Dispatcher:
         for whole in shares:
             for share in self._exchange.parts(whole):
                 positions = share.positions
-                if isinstance(positions, slice):  # further slices of an expert get the same rows
-                    self._passes.scale_in_order(x_TD, scores_TK, order_N, positions, rows_ND)
+                assert isinstance(positions, slice), "a share that is laid out first is one run"
+                self._passes.scale_in_order(x_TD, scores_TK, order_N, positions, rows_ND)
                 yield share
 
     def combine(self, in_flight: InFlight) -> Tensor:
-        """Wait for the replies and return each token's sum over its K copies, in slot order: [T, D].
+        """Wait for the replies and return each token's sum over its copies, in slot and slice order: [T, D].
 
         Raises UnavailableError (EXPERT_UNREACHABLE) when rows are owed and no live replica is left, and EngineError
         (ROWS_NOT_FINITE) when the rows themselves were not finite.

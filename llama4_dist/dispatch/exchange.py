@@ -155,8 +155,8 @@ class Exchange:
         found = self.routes.lay_out_elsewhere(sample.layer, sample.experts_N, {(sample.host, sample.expert)})
         if found is None:
             return
-        share = found[0].shares[0]
-        if share.host not in self.links or len(found[0].shares) > 1:
+        share = found.shares[0]
+        if share.host not in self.links or len(found.shares) > 1:
             return
         number = self.posting.post_apart(share, in_flight.origin, sample.x_RD)
         if number is not None:

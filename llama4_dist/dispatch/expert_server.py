@@ -62,6 +62,7 @@ class ExpertServer:
             dtype=dtype_name(dtype),
             num_layers=identity.num_layers,
             num_experts=identity.num_experts,
+            num_slices=identity.num_slices,
             wire=wire,
             arithmetic=identity.arithmetic,
         )

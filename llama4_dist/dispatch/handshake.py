@@ -25,15 +25,16 @@ from llama4_dist.dispatch.links.wire import WireFormat
 from llama4_dist.errors import HandshakeError
 
 _MAGIC = b"L4DH"
-VERSION = 2
+VERSION = 3
 _GREETING = struct.Struct("<4sHH32s")
 _PROVEN = struct.Struct("<32sI")
 _MAX_HELLO_BYTES = 2048
 _MIN_SECRET_BYTES = 16
 _MAX_ID = 128
 _REMEDIES = {
+    "num_slices": ": start all workers of a cluster with the same `expert_slices`",
     "arithmetic": ": give every node a C++ compiler, or none (LLAMA4_DIST_NATIVE=0), and all workers the same "
-    "`weights` and the same `device`"
+    "`weights` and the same `device`",
 }
 
 
@@ -51,6 +52,7 @@ class HostIdentity:
     model_hash: str
     num_layers: int
     num_experts: int
+    num_slices: int = 1
     arithmetic: str = ""
 
 
@@ -66,6 +68,7 @@ class Hello:
     dtype: str
     num_layers: int
     num_experts: int  # E
+    num_slices: int = 1  # into which every expert is cut: frames name units, see `units`
     wire: str = ""  # how rows travel, see links/wire.py
     arithmetic: str = ""  # what computes: two kinds round differently, and tokens would depend on who computed them
 
@@ -93,7 +96,7 @@ class Agreement:
             width=form.wire_width,
             dtype=form.wire_dtype,
             num_layers=self.peer.num_layers,
-            num_experts=self.peer.num_experts,
+            num_experts=self.peer.num_experts * self.peer.num_slices,
             max_rows=self.limits.max_rows,
             max_header_bytes=self.limits.max_header_bytes,
         )
@@ -242,7 +245,7 @@ def _agree(own: Hello, limits: LinkLimits, may_share: bool, body: bytes, role: R
     peer, max_rows, credit, max_header_bytes, peer_may_share = _parse(body)
     if peer.role != role:
         raise _failed("ROLE_WRONG", f"the peer is {peer.role!r}; {role} was expected")
-    for field in ("model_hash", "width", "dtype", "num_layers", "num_experts", "wire", "arithmetic"):
+    for field in ("model_hash", "width", "dtype", "num_layers", "num_experts", "num_slices", "wire", "arithmetic"):
         theirs, ours = getattr(peer, field), getattr(own, field)
         if theirs != ours:
             remedy = _REMEDIES.get(field, "")
@@ -265,8 +268,9 @@ def _parse(body: bytes) -> tuple[Hello, int, int, int, int]:
     except (ValueError, msgpack.UnpackException):
         raise _failed("HELLO_NOT_MSGPACK", "the peer's Hello is no msgpack array") from None
     if type(values) is list and len(values) == 1 and type(values[0]) is str:
-        raise _failed(values[0], f"the host refused: {values[0]}")
-    kinds = (str, str, int, str, int, str, int, int, str, str, int, int, int, int)
+        remedy = _REMEDIES.get(values[0].removesuffix("_DIFFERS").lower(), "")
+        raise _failed(values[0], f"the host refused: {values[0]}{remedy}")
+    kinds = (str, str, int, str, int, str, int, int, int, str, str, int, int, int, int)
     if type(values) is not list or [type(value) for value in values] != list(kinds):
         raise _failed("HELLO_SHAPE", f"the peer's Hello is no array of {len(kinds)} fields of the right types")
     if any(type(value) is int and not 0 <= value < 1 << 63 for value in values):

@@ -1,7 +1,8 @@
 """Which row goes where: pure functions from expert ids to an order of rows and one share per host; no tensors of rows.
 
 The order sorts copies by (host, expert), so that each host's rows are one contiguous slice and, inside it, each
-expert's rows are one run. Copies keep their order within a run.
+expert's rows are one run. Copies keep their order within a run. An expert here is a unit (`units`): where experts are
+cut, a slice of one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,6 @@ class Share(NamedTuple):
     """
 
     host: str
-    slice_index: int  # which slice of the experts' width the host computes; 0 where experts are whole
     positions: slice | Indices
     groups: Groups
     num_rows: int
@@ -42,15 +42,12 @@ class Share(NamedTuple):
 class LayerView:
     """One layer of a routing table with the replica of each expert chosen, prepared for `lay_out`.
 
-    `destinations` are (first slice's host, expert) in ascending order; `key_E` gives an expert's place in them.
-    `further` gives an expert's slices after the first as (slice index, host).
+    `destinations` are (host, expert) in ascending order; `key_E` gives an expert's place in them.
     """
 
     destinations: tuple[tuple[str, int], ...]
     missing: tuple[int, ...]  # experts without a replica
     key_E: NDArray[np.uint16]
-    further: Mapping[int, tuple[tuple[int, str], ...]]
-    num_slices_E: NDArray[np.int64]
 
 
 class Layout(NamedTuple):
@@ -75,37 +72,26 @@ def view_layer(
     avoided: AbstractSet[str] = frozenset(),
 ) -> LayerView:
     """Choose each expert's first replica that no `excluded` (host, expert) bars; those on `avoided` hosts come last."""
-    chosen: dict[int, Replica] = {}
+    chosen: dict[int, str] = {}
     for expert, candidates in replicas.items():
-        allowed = [one for one in candidates if not any((ref.host, expert) in excluded for ref in one.slices)]
+        allowed = [one.host for one in candidates if (one.host, expert) not in excluded]
         if allowed:
-            steady = (one for one in allowed if not any(ref.host in avoided for ref in one.slices))
-            chosen[expert] = next(steady, allowed[0])
-    destinations = tuple(sorted((replica.slices[0].host, expert) for expert, replica in chosen.items()))
+            chosen[expert] = next((host for host in allowed if host not in avoided), allowed[0])
+    destinations = tuple(sorted((host, expert) for expert, host in chosen.items()))
     num_experts = max(replicas, default=-1) + 1
     key_E = np.full(num_experts, NOWHERE, dtype=np.uint16)
-    num_slices_E = np.ones(num_experts, dtype=np.int64)
     for key, (_, expert) in enumerate(destinations):
         key_E[expert] = key
-        num_slices_E[expert] = len(chosen[expert].slices)
-    further = {
-        expert: tuple((index, ref.host) for index, ref in enumerate(replica.slices) if index > 0)
-        for expert, replica in chosen.items()
-        if len(replica.slices) > 1
-    }
     missing = tuple(expert for expert in range(num_experts) if expert not in chosen)
-    return LayerView(
-        destinations=destinations, missing=missing, key_E=key_E, further=further, num_slices_E=num_slices_E
-    )
+    return LayerView(destinations=destinations, missing=missing, key_E=key_E)
 
 
 def lay_out(view: LayerView, experts_N: Indices) -> Layout:
     """Lay out the copies whose experts are `experts_N`; ValueError for an expert the model does not have."""
-    if experts_N.size == 1 and not view.further:  # decode of one sequence: nothing to sort
+    if experts_N.size == 1:  # decode of one sequence: nothing to sort
         host, expert = _destination(view, int(experts_N[0]))
-        return Layout(_FIRST, [Share(host, 0, slice(0, 1), ((expert, 1),), 1)])
+        return Layout(_FIRST, [Share(host, slice(0, 1), ((expert, 1),), 1)])
     order_N, counts_E = _sort(view, experts_N)
-    runs: dict[int, tuple[int, int]] = {}  # expert to its positions; only sliced experts need them later
     shares: list[Share] = []
     host, host_start, stop = "", 0, 0
     groups: list[tuple[int, int]] = []
@@ -115,23 +101,19 @@ def lay_out(view: LayerView, experts_N: Indices) -> Layout:
             continue
         if destination != host:
             if groups:
-                shares.append(Share(host, 0, slice(host_start, stop), tuple(groups), stop - host_start))
+                shares.append(Share(host, slice(host_start, stop), tuple(groups), stop - host_start))
             host, host_start, groups = destination, stop, []
         groups.append((expert, count))
-        if view.further:
-            runs[expert] = (stop, stop + count)
         stop += count
     if groups:
-        shares.append(Share(host, 0, slice(host_start, stop), tuple(groups), stop - host_start))
-    if view.further:
-        shares.extend(_further_shares(view, runs))
+        shares.append(Share(host, slice(host_start, stop), tuple(groups), stop - host_start))
     return Layout(order_N, shares)
 
 
 def lay_out_tensor(view: LayerView, experts_TK: Tensor) -> Layout:
     """Do the same with expert ids that a router gives: int64, on any device."""
     native = extension()
-    if native is not None and not view.further and experts_TK.is_cpu and experts_TK.is_contiguous():
+    if native is not None and experts_TK.is_cpu and experts_TK.is_contiguous():
         num_copies = experts_TK.numel()
         order_N = _FIRST if num_copies == 1 else np.empty(num_copies, dtype=np.int64)
         experts = experts_TK.data_ptr()
@@ -197,23 +179,10 @@ def _sort(view: LayerView, experts_N: Indices) -> tuple[Indices, list[int]]:
     return order_N, counts_E.tolist()
 
 
-def _further_shares(view: LayerView, runs: Mapping[int, tuple[int, int]]) -> Iterator[Share]:
-    """One share per (host, slice index) for the slices after the first of the experts in `runs`."""
-    wanted: dict[tuple[int, str], list[int]] = {}
-    for expert in runs:
-        for index, host in view.further.get(expert, ()):
-            wanted.setdefault((index, host), []).append(expert)
-    for (index, host), experts in sorted(wanted.items()):
-        experts.sort(key=lambda expert: runs[expert])
-        positions = np.concatenate([np.arange(*runs[expert]) for expert in experts])
-        groups = tuple((expert, runs[expert][1] - runs[expert][0]) for expert in experts)
-        yield Share(host, index, positions, groups, len(positions))
-
-
 def _part(share: Share, start: int, groups: Groups, num_rows: int) -> Share:
     positions = share.positions
     if isinstance(positions, slice):
         positions = slice(positions.start + start, positions.start + start + num_rows)
     else:
         positions = positions[start : start + num_rows]
-    return Share(share.host, share.slice_index, positions, groups, num_rows)
+    return Share(share.host, positions, groups, num_rows)

@@ -45,13 +45,12 @@ class Overdue:
         experts = in_flight.experts_of(positions)
         refused = in_flight.refused | {(piece.host, expert) for expert, _ in piece.groups}
         found = routes.lay_out_elsewhere(in_flight.layer, experts, refused)
-        # Partial outputs of two different cuts do not add up, so cut experts wait until their host is given up.
-        if not len(positions) or found is None or found[1].further or in_flight.is_cut(positions):
+        if not len(positions) or found is None:
             return
         log.info("rows_hedged host=%s layer=%d rows=%d", piece.host, in_flight.layer, len(positions))
         self._stats.hedged_rows += len(positions)
         in_flight.expect_twice()
-        self._posting.send_again(in_flight, positions, found[0])
+        self._posting.send_again(in_flight, positions, found)
 
     def give_up_silent(self, now_s: float) -> None:
         """Give up hosts that owe too long what nobody waits for any more."""

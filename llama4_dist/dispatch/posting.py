@@ -48,7 +48,7 @@ class Posting:
 
     def post(self, in_flight: InFlight, share: Share) -> None:
         """Send one host's share in as few frames as its link takes; keep account after that, while the host works."""
-        host, slice_index, positions, groups, num_rows = share
+        host, positions, groups, num_rows = share
         link, must_map = self.links.get(host), False
         if link is not None and num_rows > link.limits.max_rows:
             for part in split(share, link.limits.max_rows):
@@ -68,7 +68,7 @@ class Posting:
             except LinkDownError as error:
                 lost = error.reason
         sent_at = self._clock.monotonic()
-        fields = (host, slice_index, positions, groups, num_rows, in_flight.attempt, sent_at, False, must_map)
+        fields = (host, positions, groups, num_rows, sent_at, False, must_map)
         in_flight.pieces[number] = _new_tuple(Piece, fields)
         self.active[number] = in_flight
         if lost:
@@ -130,11 +130,11 @@ class Posting:
             return
         experts = in_flight.experts_of(positions)
         try:
-            layout, view = self.routes.lay_out(in_flight.layer, experts, in_flight.refused)
+            layout = self.routes.lay_out(in_flight.layer, experts, in_flight.refused)
         except UnavailableError as error:
             in_flight.error = error
             return
-        in_flight.ask_again(positions, view.num_slices_E[experts])
+        in_flight.ask_again(positions)
         self.send_again(in_flight, positions, layout)
 
     def send_again(self, in_flight: InFlight, positions: Indices, layout: Layout) -> None:

@@ -1,7 +1,8 @@
 """The routing table as one attention worker sees it now: without lost hosts, with adopted experts, suspects last.
 
 An expert whose last replica is lost is adopted: a live host maps it from the checkpoint when its first rows come. The
-adopter follows from the names alone (rendezvous hashing), so workers that see the same hosts choose the same one.
+adopter follows from the names alone (rendezvous hashing), so workers that see the same hosts choose the same one. Where
+experts are cut, each slice is an expert here (`units`): only the lost ones are adopted.
 """
 
 import hashlib
@@ -20,11 +21,11 @@ from llama4_dist.dispatch.layout import (
     lay_out_tensor,
     view_layer,
 )
-from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+from llama4_dist.dispatch.routing_table import Pair, Replica, RoutingTable
 from llama4_dist.dispatch.suspects import Suspects
+from llama4_dist.dispatch.units import name_of
 from llama4_dist.errors import UnavailableError
 
-Pair = tuple[int, int]
 Refused = AbstractSet[tuple[str, int]]  # (host, expert) that refused rows of one dispatch
 NONE_REFUSED: Refused = frozenset()
 WRONG_OWNER = "WRONG_OWNER"  # a host's reason for refusing rows of experts it does not hold
@@ -42,32 +43,32 @@ class Routes:
         self.table = published
         self.lose(published.hosts - self._live)
 
-    def lay_out(self, layer: int, experts_N: Indices, refused: Refused = NONE_REFUSED) -> tuple[Layout, LayerView]:
+    def lay_out(self, layer: int, experts_N: Indices, refused: Refused = NONE_REFUSED) -> Layout:
         """Lay out copies; what no replica holds is adopted. UnavailableError when no host is left to do that."""
         while True:
             view = (None if refused else self._views.get(layer)) or self._view(layer, refused)
             try:
-                return lay_out(view, experts_N), view
+                return lay_out(view, experts_N)
             except NoReplicaError as error:
                 refusers = {host for host, expert in refused if expert == error.expert}
                 if not self._adopt([(layer, error.expert)], refusers):
-                    raise _unreachable(layer, error.expert) from None
+                    raise self._unreachable(layer, error.expert) from None
 
-    def lay_out_rows(self, layer: int, experts_TK: Tensor) -> tuple[Layout, LayerView]:
+    def lay_out_rows(self, layer: int, experts_TK: Tensor) -> Layout:
         """Lay out the copies of a router's choice."""
         view = self._views.get(layer)
         if view is not None:
             try:
-                return lay_out_tensor(view, experts_TK), view
+                return lay_out_tensor(view, experts_TK)
             except NoReplicaError:
                 pass  # it is adopted
         return self.lay_out(layer, experts_TK.cpu().numpy().reshape(-1))
 
-    def lay_out_elsewhere(self, layer: int, experts_N: Indices, refused: Refused) -> tuple[Layout, LayerView] | None:
+    def lay_out_elsewhere(self, layer: int, experts_N: Indices, refused: Refused) -> Layout | None:
         """Lay out copies on replicas that exist, on slow hosts last; None where there are none."""
         view = self._view(layer, refused)
         try:
-            return lay_out(view, experts_N), view
+            return lay_out(view, experts_N)
         except NoReplicaError:
             return None
 
@@ -138,31 +139,27 @@ class Routes:
         extra: dict[Pair, Replica] = {}
         complete = True
         for pair in pairs:
-            holders = {ref.host for replica in self.table.replicas.get(pair, ()) for ref in replica.slices}
+            holders = {replica.host for replica in self.table.replicas.get(pair, ())}
             candidates = self._live - refusers - holders
-            known = self.published.replicas.get(pair, ())
-            if not candidates or not known:
+            if not candidates or pair not in self.published.replicas:
                 complete = False
                 continue
             host = max(candidates - self.suspects.avoided or candidates, key=lambda name: _draw(name, *pair))
-            reference = SliceRef(
-                host=host, incarnation=self.published.incarnations[host], start=0, stop=known[0].slices[-1].stop
-            )
-            extra[pair] = Replica((reference,))
+            extra[pair] = Replica(host, self.published.incarnations[host])
             self.unmapped.add((host, *pair))
         if extra:
             self.table = self.table.with_replicas(extra)
             self._views.clear()
         return complete
 
+    def _unreachable(self, layer: int, unit: int) -> UnavailableError:
+        name = name_of(unit, self.published.num_slices)
+        return UnavailableError(
+            f"no live host serves expert {name} of layer {layer}; retry when the cluster has recovered",
+            reason="EXPERT_UNREACHABLE",
+            metadata={"layer": str(layer), "expert": name},
+        )
+
 
 def _draw(host: str, layer: int, expert: int) -> bytes:
     return hashlib.blake2b(f"{host}/{layer}/{expert}".encode(), digest_size=8).digest()
-
-
-def _unreachable(layer: int, expert: int) -> UnavailableError:
-    return UnavailableError(
-        f"no live host serves expert {expert} of layer {layer}; retry when the cluster has recovered",
-        reason="EXPERT_UNREACHABLE",
-        metadata={"layer": str(layer), "expert": str(expert)},
-    )

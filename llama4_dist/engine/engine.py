@@ -20,6 +20,7 @@ from llama4_dist.engine.stopping import finish_reason
 from llama4_dist.errors import DeadlineExceededError, Llama4Error
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.request import EngineLimits, EngineRequest, FinishReason, TokenOutput
+from llama4_dist.stages.ports import worker_lost
 from llama4_dist.stations import SCHEDULE
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ class EngineCore:
         )
         self.clock = clock
         self.times = StepTimes()
-        self.held_since_s: float | None = None  # since when steps wait for an expert that no host serves
+        self.held_since_s: float | None = None  # since when steps wait for what they cannot do without
+        self.lost: Llama4Error | None = None  # why no step can be computed until `renew`
         self._eos_token_ids = frozenset(eos_token_ids)
         self._num_arrived = 0
         self._num_wrong_answers = 0
@@ -88,10 +90,27 @@ class EngineCore:
         """End every live request with this error."""
         return [self._end(sequence, error=error) for sequence in self.scheduler.live()]
 
+    def lose(self, error: Llama4Error) -> list[TokenOutput]:
+        """End all that has keys in the cache, which is void: a member of the model's group is gone.
+
+        Requests that have none wait for `renew`, `expert_timeout_s` at most.
+        """
+        self.lost = error
+        self.scheduler.forget_prefixes()
+        return [self._end(sequence, error=error) for sequence in tuple(self.scheduler.running)]
+
+    def renew(self) -> list[TokenOutput]:
+        """Compute steps again: the model's group was formed anew, with an empty cache. What still runs ends."""
+        outputs = self.lose(worker_lost("the model's group was formed anew")) if self.lost is None else []
+        self.lost = None
+        return outputs
+
     def step(self) -> list[TokenOutput]:
         """Run one step and return what it produced, ends and errors included."""
         started_s = self.clock()
         outputs = self._expire(started_s)
+        if self.lost is not None:
+            return outputs + self._hold(dict.fromkeys(self.scheduler.waiting, self.lost))
         stations = self.counters.stations
         stations.begin()
         plan = self.scheduler.schedule(
@@ -107,6 +126,8 @@ class EngineCore:
         if plan.spans:
             num_decodes = sum(span.sequence.num_pending == 1 for span in plan.spans)
             results = self.runner.run(plan.spans)
+            if self.runner.lost is not None:
+                return outputs + self.lose(self.runner.lost)
             if not self.runner.held:
                 self.times.note(
                     num_decodes=num_decodes,
@@ -152,7 +173,7 @@ class EngineCore:
         )
 
     def _hold(self, held: Mapping[SequenceState, Llama4Error]) -> list[TokenOutput]:
-        """Leave sequences as they are while an expert cannot be had; after the bound fail them as retriable.
+        """Leave sequences as they are while something cannot be had; after the bound fail them as retriable.
 
         A step changes nothing before its end, so the next one computes the same rows again.
         """

@@ -15,13 +15,23 @@ def wanted_context(config: ModelConfig, options: EngineOptions) -> int:
     return min(config.max_position_embeddings, options.max_context or config.max_position_embeddings)
 
 
-def num_pages(config: ModelConfig, options: EngineOptions, *, dtype_bytes: int, memory_bytes: int) -> int:
-    """Return the number of pages: as asked, else what a tenth of `memory_bytes` holds, never more than can be used."""
+def num_pages(
+    config: ModelConfig,
+    options: EngineOptions,
+    *,
+    dtype_bytes: int,
+    memory_bytes: int,
+    layout: KVLayout | None = None,
+) -> int:
+    """Return the number of pages: as asked, else what a tenth of `memory_bytes` holds, never more than can be used.
+
+    For a group of members pass a member's geometry and layout, and the memory of the one that has least.
+    """
     if options.num_blocks is not None:
         return options.num_blocks
-    size = page_bytes(config, block_size=options.block_size, dtype_bytes=dtype_bytes)
+    layout = layout or layout_of(config)
+    size = page_bytes(config, block_size=options.block_size, dtype_bytes=dtype_bytes, layout=layout)
     budget = int(memory_bytes * MEMORY_SHARE) if options.kv_cache_bytes is None else options.kv_cache_bytes
-    layout = layout_of(config)
     at_least = layout.max_pages(1, options.block_size)
     if budget < size * at_least:
         raise ConfigError(

@@ -124,6 +124,19 @@ class LocalEngine:
         self._put(act, done)
         return done.result()
 
+    def lose(self, error: Llama4Error) -> None:
+        """End what runs before the next step: a member of the model's group is gone; see `EngineCore.lose`."""
+        self._inbox.put(lambda: self._outbox.extend(self.core.lose(error)))
+
+    def renew(self, reform: Callable[[], None]) -> None:
+        """Have `reform` give the model its new group between two steps, and go on with an empty cache."""
+
+        def act() -> None:
+            reform()
+            self._outbox += self.core.renew()
+
+        self.between_steps(act)
+
     def stats(self) -> EngineStats:
         """Return the counters of now; gauges may be a step old. UnavailableError once the engine's thread has died."""
         if self._died:

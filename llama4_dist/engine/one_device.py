@@ -29,13 +29,10 @@ def load_on_one_device(
     from llama4_dist.gpu.model import GpuLlama4  # needs Triton, which only this device does
 
     model = GpuLlama4.load(checkpoint, dtype=dtype, device=device, progress=progress)
-    dispatcher = Dispatcher(
-        worker="local",
-        incarnation=0,
-        table=RoutingTable(epoch=1, replicas={}),
-        links={},
-        width=checkpoint.config.hidden_size,
-        dtype=dtype,
-        device=device,
-    )
-    return model, dispatcher
+    return model, idle_dispatcher(checkpoint.config.hidden_size, dtype=dtype, device=device)
+
+
+def idle_dispatcher(width: int, *, dtype: torch.dtype, device: str) -> Dispatcher:
+    """Return a dispatcher that knows no host, for an engine whose model asks for no rows."""
+    table = RoutingTable(epoch=1, replicas={})
+    return Dispatcher(worker="local", incarnation=0, table=table, links={}, width=width, dtype=dtype, device=device)

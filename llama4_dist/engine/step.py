@@ -20,6 +20,7 @@ from llama4_dist.engine.sequence import SequenceState
 from llama4_dist.errors import EngineError, Llama4Error, UnavailableError
 from llama4_dist.model.batch import Batch
 from llama4_dist.model.kv_cache import KVCache
+from llama4_dist.stages.ports import is_lost
 from llama4_dist.stations import ATTENTION, COMBINE, DISPATCH_WAIT, EXPERT, MODEL, OTHER, ROUTE, SAMPLE
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class StepRunner:
         self.device = device
         self._cache = cache
         self.held: dict[SequenceState, UnavailableError] = {}  # what the last `run` left as it was, and why
+        self.lost: UnavailableError | None = None  # the last `run` found that the keys of all sequences are gone
         self._counters = counters
         self._num_microbatches = num_microbatches
         self._microbatches = MicrobatchChoice()
@@ -60,14 +62,19 @@ class StepRunner:
         """Compute the spans; return a token for each sequence that has none pending, or its error.
 
         Where an expert cannot be had just now, sequences are in `held` and their spans can be computed again later.
+        Where a member of the model's group is gone, `lost` says so, and nothing came of the step.
         """
         self.held.clear()
+        self.lost = None
         return self._run(spans)
 
     def _run(self, spans: Sequence[PlannedSpan]) -> list[Result]:
         try:
             return self._compute(spans)
         except UnavailableError as error:
+            if is_lost(error):
+                self.lost = error
+                return []
             self.held |= {span.sequence: error for span in spans}
             return []
         except Exception as error:

@@ -18,9 +18,9 @@ from llama4_dist.gpu.layer import GpuLayer, StepInputs
 from llama4_dist.gpu.model import GpuLlama4, pages_of
 from llama4_dist.gpu.weights import ModelWeights, load_weights
 from llama4_dist.model.batch import Batch, SequenceSpan
+from llama4_dist.model.dispatcher import Dispatcher
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.microbatches import run_layers, split_spans
-from llama4_dist.model.moe import Dispatcher
 from llama4_dist.stations import ATTENTION, COMBINE, EXPERT, OTHER, ROUTE, NotMeasured, Stations
 
 

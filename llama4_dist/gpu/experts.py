@@ -39,8 +39,8 @@ class DeviceExpert:
 class GpuExperts:
     """Holds weights by (layer, expert) on a device, each expert in memory of its own, and applies them to rows.
 
-    A row's bits do not depend on the rows or the experts computed with it. `expert_width` is F, the same for all;
-    `num_experts` bounds the experts of a layer.
+    A row's bits do not depend on the rows or the experts computed with it. `expert_width` is F, the most that any has:
+    narrower slices are filled up with columns of zeros, which add nothing. `num_experts` bounds those of a layer.
     """
 
     def __init__(
@@ -69,6 +69,9 @@ class GpuExperts:
         """Hold these no longer. Rows that are being computed end well: their launches come before any new use."""
         self.holds -= frozenset(pairs)
         self._held = {key: value for key, value in self._held.items() if key in self.holds}
+
+    def cool(self, pair: Pair) -> None:
+        """Do nothing: what is multiplied is all there is, and stays on the device."""
 
     def weights(self, layer: int, expert: int) -> ExpertWeights:
         """Return the weights of a held expert as views of what is multiplied, on the device."""
@@ -121,11 +124,13 @@ class GpuExperts:
     def _moved(self, weights: ExpertWeights) -> DeviceExpert:
         """Copy an expert to the device, where it is turned: it is stored input-major."""
         width, inner = self.width, self._expert_width
-        gate_up = torch.empty((2 * inner, width), dtype=self.dtype, device=self.device)
-        gate_up[:inner] = weights.gate_DF.to(device=self.device, dtype=self.dtype).T
-        gate_up[inner:] = weights.up_DF.to(device=self.device, dtype=self.dtype).T
-        down = torch.empty((width, inner), dtype=self.dtype, device=self.device)
-        down.copy_(weights.down_FD.to(device=self.device, dtype=self.dtype).T)
+        own = weights.down_FD.shape[0]
+        new = torch.empty if own == inner else torch.zeros
+        gate_up = new((2 * inner, width), dtype=self.dtype, device=self.device)
+        gate_up[:own] = weights.gate_DF.to(device=self.device, dtype=self.dtype).T
+        gate_up[inner : inner + own] = weights.up_DF.to(device=self.device, dtype=self.dtype).T
+        down = new((width, inner), dtype=self.dtype, device=self.device)
+        down[:, :own] = weights.down_FD.to(device=self.device, dtype=self.dtype).T
         return DeviceExpert(gate_up=gate_up, down=down)
 
     def _warm_up(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama4_dist.gpu.pinned import PinnedMemory, wait_for
-from llama4_dist.model.moe import Dispatcher
+from llama4_dist.model.dispatcher import Dispatcher
 
 
 class HostRows:

@@ -14,8 +14,8 @@ from llama4_dist.gpu.row_kernels import add_and_norm
 from llama4_dist.gpu.step_tables import StepTables, TableWriter, extent_of, is_decode
 from llama4_dist.gpu.weights import ModelWeights, load_weights
 from llama4_dist.model.batch import Batch, SequenceSpan
+from llama4_dist.model.dispatcher import Dispatcher
 from llama4_dist.model.kv_cache import KVCache
-from llama4_dist.model.moe import Dispatcher
 from llama4_dist.model.rope import frequencies, query_temperature
 from llama4_dist.stations import OTHER, NotMeasured, Stations
 

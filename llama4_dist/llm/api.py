@@ -33,7 +33,9 @@ class LLM:
     """A model that answers, in this process or spread over a Ray cluster; close it, or use `with`.
 
     `num_expert_hosts` 0 runs all in this process and never imports Ray; N puts the experts on N hosts and attention on
-    `num_attention_workers` more, on the cluster at `ray_address` or on one started here. `dtype` "auto" is the
+    `num_attention_workers` more, on the cluster at `ray_address` or on one started here. Every expert is cut into
+    `expert_slices`, so that hosts may hold parts of it; it is part of the arithmetic. `expert_memory_bytes` is how much
+    of the experts each host keeps in memory: the others are read when they are asked for. `dtype` "auto" is the
     checkpoint's own. `weights` "int8" takes half the memory of bfloat16 and changes tokens; it needs a processor with a
     compiler. `max_context` and `kv_cache_bytes` default to what model and memory allow; `num_threads` are CPU
     threads of the attention side. `progress` True shows a bar while weights load; a function gets (done, total).
@@ -50,6 +52,8 @@ class LLM:
         weights: str = "stored",
         device: str = "cpu",
         num_expert_hosts: int = 0,
+        expert_slices: int = 1,
+        expert_memory_bytes: int | None = None,
         num_attention_workers: int = 1,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
@@ -89,6 +93,8 @@ class LLM:
                 progress=report,
                 dtype=dtype,
                 weights=weights,
+                expert_slices=expert_slices,
+                expert_memory_bytes=expert_memory_bytes,
                 device=device,
                 num_threads=num_threads,
             )

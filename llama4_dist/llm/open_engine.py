@@ -26,7 +26,8 @@ def open_engine(
     cluster: Mapping[str, Any] = NO_CLUSTER_OPTIONS,
     **build: Any,
 ) -> Engine:
-    """Return an engine that is ready; `build` holds dtype, weights, device and num_threads.
+    """Return an engine that is ready; `build` holds dtype, weights, device, num_threads, and how experts
+    are cut and kept.
 
     `cluster` is more of `RayEngine`'s.
     """

@@ -17,7 +17,10 @@ from llama4_dist.model.weights import Weights
 
 
 class Attention:
-    """Attention of layer `layer`: with rotation, or without and with a temperature; over its chunk, or over all."""
+    """Attention of layer `layer`: with rotation, or without and with a temperature; over its chunk, or over all.
+
+    With a rank's heads only it returns a summand of the output.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
         self.layer = layer

@@ -51,7 +51,8 @@ class SequenceSpan:
 class Batch:
     """The tokens of all spans, one span after the other; `logit_rows` are the rows whose logits are wanted.
 
-    A model whose experts are elsewhere takes the tokens through its layers in `num_microbatches` parts.
+    A model whose experts are elsewhere takes the tokens through its layers in `num_microbatches` parts, numbered from
+    `first_microbatch` on: a step that goes through stages is itself one of several parts.
     """
 
     step: int
@@ -59,3 +60,4 @@ class Batch:
     spans: tuple[SequenceSpan, ...]
     logit_rows: tuple[int, ...]
     num_microbatches: int = 1
+    first_microbatch: int = 0

@@ -18,15 +18,15 @@ from llama4_dist.model.weight_format import INT8, STORED, check_weight_format
 
 log = logging.getLogger(__name__)
 
-Pair = tuple[int, int]  # (layer, expert)
+Pair = tuple[int, int]  # (layer, expert); where experts are cut, a slice of one is an expert here
 
 
 class Experts:
     """Holds weights by (layer, expert) and applies them to rows. Weights already in `dtype` on `device` are not copied.
 
-    `width` is the model's width D. With `weight_format` int8 an expert is copied into int8 when its first rows come,
-    and `on_copied` is told that what was put is not read any more; `quantisation_error` says what was lost so far.
-    Raises ConfigError where the format cannot be computed.
+    `width` is the model's width D. An expert is copied when its first rows come, with `weight_format` int8 into that,
+    and otherwise if its rows are not contiguous; `on_copied` is told that what was put is not read any more.
+    `quantisation_error` says what was lost so far. Raises ConfigError where the format cannot be computed.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Experts:
             held = {pair: HeldExpert(value, partial(self._quantised, pair)) for pair, value in weights.items()}
         else:
             moved = {pair: _moved(value, self.dtype, self.device) for pair, value in weights.items()}
-            held = {pair: HeldExpert(value, network_of) for pair, value in moved.items()}
+            held = {pair: HeldExpert(value, partial(self._as_stored, pair)) for pair, value in moved.items()}
         self._held = {**self._held, **held}
         self.holds = frozenset(self._held)
 
@@ -65,6 +65,12 @@ class Experts:
         """Hold these no longer. Rows that are being computed end well: they have the weights in hand."""
         self.holds -= frozenset(pairs)
         self._held = {key: value for key, value in self._held.items() if key in self.holds}
+
+    def cool(self, pair: Pair) -> None:
+        """Let go of a held expert's copy, if there is one; the next rows make it anew."""
+        held = self._held.get(pair)
+        if held is not None:
+            held.cool()
 
     def weights(self, layer: int, expert: int) -> ExpertWeights:
         """Return the weights of a held expert, as they are multiplied; those that int8 ones are made from."""
@@ -91,6 +97,12 @@ class Experts:
                     apply_expert(x_RD[start:stop], self._held[layer, expert].weights, out_RD[start:stop])
                 start = stop
 
+    def _as_stored(self, pair: Pair, weights: ExpertWeights) -> Network:
+        network = network_of(weights)
+        if not network.reads(weights.gate_DF):
+            self._on_copied(pair)
+        return network
+
     def _quantised(self, pair: Pair, weights: ExpertWeights) -> Network:
         """Return an expert in int8. Two threads may make it at once: both are the same, and one is dropped."""
         network = quantised_network(weights, self.quantisation_error)
@@ -109,6 +121,10 @@ class HeldExpert:
     @cached_property
     def network(self) -> Network:
         return self.make(self.weights)
+
+    def cool(self) -> None:
+        """Forget the network; whoever computes with it has it in hand."""
+        self.__dict__.pop("network", None)
 
 
 def apply_expert(x_RD: Tensor, weights: ExpertWeights, out_RD: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 Weights are read-only views of the mapped file wherever dtype and device allow, so that a host serves before its pages
 are warm, and a killed one is gone at once. In int8 an expert takes memory of its own from its first rows on, and gives
-back what was mapped.
+back what was mapped. A host may hold more than its memory takes (`residency`).
 """
 
 import hashlib
@@ -19,7 +19,9 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.dispatch.frame import payload_of
 from llama4_dist.errors import UnavailableError
 from llama4_dist.model.expert import Experts, Pair
-from llama4_dist.model.weight_format import INT8, STORED, expert_bytes
+from llama4_dist.model.expert_cut import ExpertCut
+from llama4_dist.model.residency import Residency, check_residency
+from llama4_dist.model.weight_format import INT8, STORED
 
 NUM_GOLDEN_ROWS = 4
 
@@ -37,6 +39,8 @@ class RoutedExperts(Protocol):
 
     def drop(self, pairs: Collection[Pair]) -> None: ...
 
+    def cool(self, pair: Pair) -> None: ...
+
     def weights(self, layer: int, expert: int) -> ExpertWeights: ...
 
     def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None: ...
@@ -45,8 +49,10 @@ class RoutedExperts(Protocol):
 class ExpertStore:
     """Satisfies `dispatch.ExpertCompute`. One thread computes, any may add and remove.
 
-    `capacity_bytes` bounds the weights held; None = no bound. `experts`, which hold none yet, compute in place of
-    `model.expert.Experts`.
+    Every expert is cut into `num_slices`; what is held is (layer, unit), see `dispatch.units`. `capacity_bytes` bounds
+    the weights held, `residency_bytes` those of them that stay in memory: the others are read again when their rows
+    come. None = no bound. `experts`, which hold none yet, compute in place of `model.expert.Experts`. Raises
+    ConfigError for a cut or a bound that cannot be.
     """
 
     def __init__(
@@ -56,37 +62,51 @@ class ExpertStore:
         dtype: torch.dtype,
         device: str,
         weight_format: str = STORED,
+        num_slices: int = 1,
         capacity_bytes: int | None = None,
+        residency_bytes: int | None = None,
         experts: RoutedExperts | None = None,
     ) -> None:
-        config = checkpoint.config
         self._checkpoint = checkpoint
-        self._experts = experts or Experts(
+        self._cut = ExpertCut.of(checkpoint.config, dtype=dtype, weight_format=weight_format, num_slices=num_slices)
+        self._experts: RoutedExperts = experts or Experts(
             {},
-            width=config.hidden_size,
+            width=checkpoint.config.hidden_size,
             dtype=dtype,
             device=device,
             weight_format=weight_format,
-            on_copied=lambda pair: checkpoint.release_expert(*pair),
+            on_copied=self._copied,
         )
+        self.residency: Residency | None = None
+        if residency_bytes is not None:
+            check_residency(residency_bytes, checkpoint.config, dtype=dtype, device=device, weight_format=weight_format)
+            self.residency = Residency(
+                residency_bytes, bytes_of=self._bytes_of, read_ahead=self._read_ahead, let_go=self._let_go
+            )
         self._capacity_bytes = capacity_bytes
         self._changing = threading.Lock()
         self._adopted: set[Pair] = set()
         self._fingerprints: dict[Pair, str] = {}
-        self.expert_bytes = expert_bytes(config, dtype=dtype, weight_format=weight_format)
 
     @property
     def holds(self) -> frozenset[Pair]:
-        """The (layer, expert) pairs that are here."""
+        """The (layer, unit) pairs that are here."""
         return self._experts.holds
 
     @property
     def bytes_held(self) -> int:
-        return len(self.holds) * self.expert_bytes
+        return sum(map(self._bytes_of, self.holds))
 
     def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None:
         """Compute rows; see `Experts`."""
-        self._experts(layer, groups, x_RD, out_RD)
+        if self.residency is None:
+            self._experts(layer, groups, x_RD, out_RD)
+            return
+        start = 0
+        for part in self.residency.parts(layer, groups):
+            stop = start + sum(num_rows for _, num_rows in part)
+            self._experts(layer, part, x_RD[start:stop], out_RD[start:stop])
+            start = stop
 
     def adopt(self, pairs: Sequence[Pair]) -> None:
         """Bring experts here that no other host serves."""
@@ -115,7 +135,8 @@ class ExpertStore:
     def fingerprint(self, pair: Pair) -> str:
         """Digest an expert's weights, their format and its answer to fixed rows: two hosts that agree compute the same.
 
-        Reads every byte of the stored weights, which also warms them; in int8 the copy is made, and they are let go.
+        Reads every byte of the stored weights, which also warms them; where they are copied, or may not all stay, they
+        are let go again.
         """
         if pair not in self._fingerprints:
             weights = self._experts.weights(*pair)
@@ -126,38 +147,62 @@ class ExpertStore:
             out_RD = torch.empty_like(x_RD)
             self._experts(pair[0], ((pair[1], len(x_RD)),), x_RD, out_RD)
             digest.update(payload_of(out_RD.cpu()))
-            if self._experts.weight_format == INT8:
-                self._checkpoint.release_expert(*pair)
+            if self.residency is not None and not self.residency.is_resident(pair):
+                self._let_go(pair)
+            elif self._experts.weight_format == INT8:
+                self._release(pair)
             self._fingerprints[pair] = digest.hexdigest()
         return self._fingerprints[pair]
 
     def _add(self, pairs: Collection[Pair], progress: Callable[[int], None] = lambda num_done: None) -> None:
         wanted = sorted(set(pairs) - self.holds)
-        self._check_room(len(wanted))
+        self._check_room(wanted)
         for num_done, pair in enumerate(wanted, start=1):
-            self._experts.put({pair: self._checkpoint.expert(*pair)})
+            self._experts.put({pair: self._checkpoint.expert(*self._cut.place(pair))})
             if self._experts.device.type != "cpu":  # it was copied: what is mapped is not read any more
-                self._checkpoint.release_expert(*pair)
+                self._release(pair)
             progress(num_done)
 
     def _remove(self, pairs: Collection[Pair]) -> int:
         self._experts.drop(pairs)
         for pair in pairs:
-            self._checkpoint.release_expert(*pair)
+            if self.residency is not None:
+                self.residency.forget(pair)
+            self._release(pair)
             self._fingerprints.pop(pair, None)  # the next one reads, and warms, what is mapped then
         self._adopted.difference_update(pairs)
-        return len(pairs) * self.expert_bytes
+        return sum(map(self._bytes_of, pairs))
 
-    def _check_room(self, num_more: int) -> None:
+    def _check_room(self, wanted: Collection[Pair]) -> None:
         if self._capacity_bytes is None:
             return
-        free = self._capacity_bytes - self.bytes_held
-        if num_more * self.expert_bytes > free:
+        free, needed = self._capacity_bytes - self.bytes_held, sum(map(self._bytes_of, wanted))
+        if needed > free:
+            name = "experts" if self._cut.num_slices == 1 else f"slices of experts cut in {self._cut.num_slices}"
             raise UnavailableError(
-                f"{num_more} experts of {self.expert_bytes} bytes do not fit: {free} of {self._capacity_bytes} are "
+                f"{len(wanted)} {name} of {needed} bytes together do not fit: {free} of {self._capacity_bytes} are "
                 "free; give the host more capacity, or the cluster more hosts",
                 reason="NO_ROOM",
             )
+
+    def _bytes_of(self, pair: Pair) -> int:
+        return self._cut.bytes_of(pair[1])
+
+    def _copied(self, pair: Pair) -> None:
+        """Give the mapped pages of a copied expert back; of one that int8 did not make, only where memory is short."""
+        if self._experts.weight_format == INT8 or self.residency is not None:
+            self._release(pair)
+
+    def _read_ahead(self, pair: Pair) -> None:
+        self._checkpoint.read_ahead_expert(*self._cut.place(pair))
+
+    def _let_go(self, pair: Pair) -> None:
+        """Take a held expert out of memory; its next rows bring it back."""
+        self._experts.cool(pair)
+        self._release(pair)
+
+    def _release(self, pair: Pair) -> None:
+        self._checkpoint.release_expert(*self._cut.place(pair))
 
 
 def golden_rows(width: int, dtype: torch.dtype) -> Tensor:

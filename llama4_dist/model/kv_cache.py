@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llama4_dist.config import ModelConfig
-from llama4_dist.model.kv_layout import layout_of
+from llama4_dist.model.kv_layout import KVLayout, layout_of
 
 KEYS_TOGETHER = 16  # slots whose keys the native passes keep side by side
 
@@ -15,7 +15,8 @@ class KVCache:
     Layer l is row `layout.index_in_group[l]`; slot = page · block_size + offset in the block. Keys are stored after
     rotation and QK-norm, so a position's entry never changes. `dtype` is what is stored, `compute_dtype` what `read`
     returns; every query reads what is stored, its own key too, so no token depends on what was computed when.
-    `fingerprint` stands for all that an entry depends on besides the tokens up to it.
+    `fingerprint` stands for all that an entry depends on besides the tokens up to it. A member of a cut model passes
+    the geometry of its part and its stage's `layout`; who only plans passes one without layers, which takes no memory.
     """
 
     def __init__(
@@ -28,8 +29,9 @@ class KVCache:
         device: torch.device | str,
         compute_dtype: torch.dtype | None = None,
         model_hash: str = "",
+        layout: KVLayout | None = None,
     ) -> None:
-        self.layout = layout_of(config)
+        self.layout = layout or layout_of(config)
         self.num_pages = num_pages
         self.block_size = block_size
         self.dtype = dtype
@@ -42,8 +44,8 @@ class KVCache:
         # Zeros, not empty memory: whatever a slot holds takes part in a product before it is masked away.
         self._storage = torch.zeros(shape, dtype=dtype, device=device)
         rows = [tuple(row) for row in self._storage.view(_moved_as(dtype))]
-        self._slots = [rows[index] for index in self.layout.index_in_group]
-        self._addresses = [(keys.data_ptr(), values.data_ptr()) for keys, values in self._slots]
+        self._slots = {layer: rows[index] for layer, index in self.layout.index_in_group.items()}
+        self._addresses = {layer: (keys.data_ptr(), values.data_ptr()) for layer, (keys, values) in self._slots.items()}
         self._gathered = torch.empty((2, 0, width), dtype=_moved_as(dtype), device=device)
 
     @property

@@ -3,8 +3,12 @@
 A page holds `block_size` positions of one group of layers. All groups have equally many layers, so all pages have one
 size and one pool serves layers that keep everything and layers that keep their chunk: the idea of vLLM's hybrid KV
 cache manager, and of Jenga (Zhang et al. 2025, arXiv:2503.18292).
+
+Where stages hold the layers, page p of group g means the same block of positions in each of them: all stages have the
+same groups, and a stage with fewer layers of a kind leaves groups of that kind empty.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 
@@ -43,11 +47,11 @@ class KVGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayout:
-    """The groups of a model; layer l is entry `index_in_group[l]` of a page of group `group_of[l]`."""
+    """The groups of a model, or of a stage; layer l is entry `index_in_group[l]` of a page of group `group_of[l]`."""
 
     groups: tuple[KVGroup, ...]
-    group_of: tuple[int, ...] = field(init=False)
-    index_in_group: tuple[int, ...] = field(init=False)
+    group_of: Mapping[int, int] = field(init=False)
+    index_in_group: Mapping[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         places = {
@@ -55,14 +59,19 @@ class KVLayout:
             for number, group in enumerate(self.groups)
             for index, layer in enumerate(group.layers)
         }
-        if len({len(group.layers) for group in self.groups}) != 1 or set(places) != set(range(len(places))):
-            raise ValueError(f"groups {self.groups} must be of one size and hold each layer once")
-        object.__setattr__(self, "group_of", tuple(places[layer][0] for layer in range(len(places))))
-        object.__setattr__(self, "index_in_group", tuple(places[layer][1] for layer in range(len(places))))
+        sizes = {len(group.layers) for group in self.groups if group.layers}
+        if len(sizes) > 1 or len(places) != sum(len(group.layers) for group in self.groups):
+            raise ValueError(f"groups {self.groups} must be of one size, or empty, and hold each layer once")
+        object.__setattr__(self, "group_of", {layer: places[layer][0] for layer in sorted(places)})
+        object.__setattr__(self, "index_in_group", {layer: places[layer][1] for layer in sorted(places)})
 
     @property
     def layers_per_group(self) -> int:
-        return len(self.groups[0].layers)
+        return max(len(group.layers) for group in self.groups)
+
+    def without_layers(self) -> "KVLayout":
+        """Return the same groups for who counts pages and holds none of the keys and values."""
+        return KVLayout(groups=tuple(KVGroup(layers=(), chunk_size=group.chunk_size) for group in self.groups))
 
     @property
     def chunk_size(self) -> int | None:
@@ -87,22 +96,45 @@ class KVLayout:
 
 def layout_of(config: ModelConfig) -> KVLayout:
     """Group a model's layers: with f full and c chunked layers, gcd(f, c) of one kind to a group."""
-    by_chunk: dict[int | None, list[int]] = {}
-    for layer, is_chunked in enumerate(config.chunked_layers):
-        by_chunk.setdefault(config.chunk_size if is_chunked else None, []).append(layer)
-    size = gcd(*(len(layers) for layers in by_chunk.values()))
-    return KVLayout(
-        groups=tuple(
-            KVGroup(layers=tuple(layers[start : start + size]), chunk_size=chunk_size)
-            for chunk_size, layers in sorted(by_chunk.items(), key=lambda kind: kind[0] is not None)
-            for start in range(0, len(layers), size)
+    return layouts_of(config, [range(config.num_layers)])[0]
+
+
+def layouts_of(config: ModelConfig, stages: Sequence[range]) -> tuple[KVLayout, ...]:
+    """Group the layers of each stage into the groups that all stages have.
+
+    A group has as many layers as divide the number of each kind in every stage. Of a kind there are as many groups as
+    the stage with most of its layers needs, so uneven stages leave parts of pages unused.
+    """
+    kinds = [_layers_by_kind(config, layers) for layers in stages]
+    size = gcd(*(len(layers) for by_kind in kinds for layers in by_kind.values()))
+    present = {chunk_size for by_kind in kinds for chunk_size in by_kind}
+    most = {kind: max(len(by_kind.get(kind, ())) for by_kind in kinds) for kind in present}
+    return tuple(
+        KVLayout(
+            groups=tuple(
+                KVGroup(layers=tuple(by_kind.get(kind, ())[start : start + size]), chunk_size=kind)
+                for kind in sorted(present, key=lambda kind: kind is not None)
+                for start in range(0, most[kind], size)
+            )
         )
+        for by_kind in kinds
     )
 
 
-def page_bytes(config: ModelConfig, *, block_size: int, dtype_bytes: int) -> int:
-    """Return the bytes of one page: keys and values of `block_size` positions of one group."""
-    return 2 * layout_of(config).layers_per_group * config.num_kv_heads * config.head_dim * block_size * dtype_bytes
+def page_bytes(config: ModelConfig, *, block_size: int, dtype_bytes: int, layout: KVLayout | None = None) -> int:
+    """Return the bytes of one page: keys and values of `block_size` positions of one group.
+
+    For a member of a cut model pass the geometry of its part and its stage's layout; all members' pages have one size.
+    """
+    layers_per_group = (layout or layout_of(config)).layers_per_group
+    return 2 * layers_per_group * config.num_kv_heads * config.head_dim * block_size * dtype_bytes
+
+
+def _layers_by_kind(config: ModelConfig, layers: range) -> dict[int | None, list[int]]:
+    by_chunk: dict[int | None, list[int]] = {}
+    for layer in layers:
+        by_chunk.setdefault(config.chunk_size if config.chunked_layers[layer] else None, []).append(layer)
+    return by_chunk
 
 
 def sequence_bytes(config: ModelConfig, num_tokens: int, *, block_size: int, dtype_bytes: int) -> int:

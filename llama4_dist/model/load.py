@@ -12,8 +12,10 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.model.cpu.llama4 import CpuLlama4
 from llama4_dist.model.cpu.panels import is_native
 from llama4_dist.model.llama4 import Llama4
+from llama4_dist.model.reduction import Reduction
 from llama4_dist.model.weight_format import INT8, STORED, check_weight_format
 from llama4_dist.model.weights import Weights
+from llama4_dist.partition import Share
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +26,21 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str,
     weight_format: str = STORED,
+    share: Share | None = None,
+    reduction: Reduction | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CpuLlama4 | Llama4:
     """Read all weights but the routed experts'; `progress` is told (layers read, layers in all).
 
+    With a `share` it is a member's part of the model, which needs a `reduction` where its stage has several ranks.
     Raises ConfigError where `weight_format` cannot be computed.
     """
     check_weight_format(weight_format, dtype=dtype, device=device)
-    weights = Weights(checkpoint, dtype=dtype, device=torch.device(device), weight_format=weight_format)
+    weights = Weights(checkpoint, dtype=dtype, device=torch.device(device), weight_format=weight_format, share=share)
+    if (weights.share.num_ranks > 1) != (reduction is not None):
+        raise ValueError(f"a stage of {weights.share.num_ranks} ranks was given {reduction=}: one rank takes none")
     decoder = CpuLlama4 if is_native(dtype, device) else Llama4
-    model = decoder(checkpoint.config, weights, progress=progress)
+    model = decoder(checkpoint.config, weights, reduction=reduction, progress=progress)
     if weight_format == INT8:
         log.info("weights_quantised part=attention_side %s", weights.quantisation_error)
     return model

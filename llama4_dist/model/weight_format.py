@@ -33,9 +33,10 @@ def check_weight_format_name(name: str, device: torch.device | str) -> None:
         raise ConfigError(f"weights='int8' is for processors, the device is {device}: take device='cpu' or 'stored'")
 
 
-def expert_bytes(config: ModelConfig, *, dtype: torch.dtype, weight_format: str) -> int:
-    """Return the bytes of one routed expert's weights as they are multiplied."""
-    num_weights = 3 * config.hidden_size * config.expert_width
+def expert_bytes(config: ModelConfig, *, dtype: torch.dtype, weight_format: str, num_columns: int | None = None) -> int:
+    """Return the bytes of one routed expert's weights as they are multiplied, or of `num_columns` of its width."""
+    width = config.expert_width if num_columns is None else num_columns
+    num_weights = 3 * config.hidden_size * width
     if weight_format == INT8:
-        return num_weights + _SCALE_BYTES * (2 * config.expert_width + config.hidden_size)
+        return num_weights + _SCALE_BYTES * (2 * width + config.hidden_size)
     return num_weights * dtype.itemsize

@@ -1,4 +1,7 @@
-"""Reads the weights a model part needs from a checkpoint, as stored or in the compute dtype; counts what it read."""
+"""Reads the weights a model part needs from a checkpoint, as stored or in the compute dtype; counts what it read.
+
+Where a model is cut, it reads a member's share of each tensor and touches no other byte.
+"""
 
 import torch
 from torch import Tensor
@@ -7,6 +10,7 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.model.cpu.quantise import QuantisationError
 from llama4_dist.model.linear import pack
 from llama4_dist.model.weight_format import STORED
+from llama4_dist.partition import Share, whole_share
 
 
 class Weights:
@@ -16,13 +20,21 @@ class Weights:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, weight_format: str = STORED
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        weight_format: str = STORED,
+        share: Share | None = None,
     ) -> None:
+        """`share` is what the member holds that reads; all of the model if left out."""
+        self.share = share or whole_share(checkpoint.config)
         self._checkpoint = checkpoint
         self.dtype = dtype
         self.weight_format = weight_format
         self.quantisation_error = QuantisationError()
-        self._device = device
+        self.device = device
         self._views: dict[str, Tensor] = {}
 
     @property
@@ -31,14 +43,17 @@ class Weights:
         return sum(view.numel() for view in self._views.values())
 
     def stored(self, name: str) -> Tensor:
-        """Return one tensor in the dtype it is stored in, a view of the file."""
+        """Return the member's share of one tensor in the dtype it is stored in, a view of the file."""
         if name not in self._views:  # a head that is the embedding is asked for twice
-            self._views[name] = self._checkpoint.tensor(name)
+            rows, columns = self.share.cut(name)
+            view = self._checkpoint.tensor(name)
+            view = view if rows is None else view[rows.start : rows.stop]
+            self._views[name] = view if columns is None else view[:, columns.start : columns.stop]
         return self._views[name]
 
     def tensor(self, name: str) -> Tensor:
-        """Return one tensor in `dtype` on the device."""
-        return self.stored(name).to(device=self._device, dtype=self.dtype)
+        """Return the member's share of one tensor in `dtype` on the device."""
+        return self.stored(name).to(device=self.device, dtype=self.dtype)
 
     def linear(self, *names: str) -> Tensor:
         """Return the linears `names` of one input as one packed weight [sum of out, in], for `linear.linear` alone."""

@@ -78,7 +78,7 @@ void attend_head(const AttentionLayer& layer, const Cache<T>& cache, const Query
 }
 
 template <typename W, typename T>
-void attention(const AttentionLayer& layer, const AttentionStep& step, const Cache<T>& cache, float* x,
+void attention(const AttentionLayer& layer, const AttentionStep& step, const Cache<T>& cache, const float* x, float* to,
                int num_threads) {
     const int64_t num_tokens = step.num_tokens, width = layer.width, head_dim = layer.head_dim;
     const int64_t q_width = layer.num_heads * head_dim, qkv_width = q_width + 2 * layer.num_kv_heads * head_dim;
@@ -107,7 +107,7 @@ void attention(const AttentionLayer& layer, const AttentionStep& step, const Cac
             multiply_piece(o_weight, p, attended, q_width, out);
             const int64_t end = p.first_column + p.num_columns;
             for (int64_t r = p.first_row; r < p.first_row + p.num_rows; ++r)
-                for (int64_t c = p.first_column; c < end; ++c) x[r * width + c] += out[r * width + c];
+                for (int64_t c = p.first_column; c < end; ++c) to[r * width + c] += out[r * width + c];
         });
     });
 }
@@ -121,33 +121,39 @@ using l4d::Bfloat16;
 using l4d::Cache;
 using l4d::Int8;
 
-// x [T, D] += attention(x); the name says the type of the weights and that of the cache.
+// to [T, D] += attention(x), where `to` may be x; the name says the type of the weights and that of the cache.
 extern "C" void l4d_attention_float32_float32(const AttentionLayer* layer, const AttentionStep* step,
-                                              const Cache<float>* cache, float* x, int num_threads) {
-    l4d::attention<float>(*layer, *step, *cache, x, num_threads);
+                                              const Cache<float>* cache, const float* x, float* to,
+                                              int num_threads) {
+    l4d::attention<float>(*layer, *step, *cache, x, to, num_threads);
 }
 
 extern "C" void l4d_attention_float32_bfloat16(const AttentionLayer* layer, const AttentionStep* step,
-                                               const Cache<Bfloat16>* cache, float* x, int num_threads) {
-    l4d::attention<float>(*layer, *step, *cache, x, num_threads);
+                                               const Cache<Bfloat16>* cache, const float* x, float* to,
+                                               int num_threads) {
+    l4d::attention<float>(*layer, *step, *cache, x, to, num_threads);
 }
 
 extern "C" void l4d_attention_bfloat16_float32(const AttentionLayer* layer, const AttentionStep* step,
-                                               const Cache<float>* cache, float* x, int num_threads) {
-    l4d::attention<Bfloat16>(*layer, *step, *cache, x, num_threads);
+                                               const Cache<float>* cache, const float* x, float* to,
+                                               int num_threads) {
+    l4d::attention<Bfloat16>(*layer, *step, *cache, x, to, num_threads);
 }
 
 extern "C" void l4d_attention_bfloat16_bfloat16(const AttentionLayer* layer, const AttentionStep* step,
-                                                const Cache<Bfloat16>* cache, float* x, int num_threads) {
-    l4d::attention<Bfloat16>(*layer, *step, *cache, x, num_threads);
+                                                const Cache<Bfloat16>* cache, const float* x, float* to,
+                                                int num_threads) {
+    l4d::attention<Bfloat16>(*layer, *step, *cache, x, to, num_threads);
 }
 
 extern "C" void l4d_attention_int8_float32(const AttentionLayer* layer, const AttentionStep* step,
-                                           const Cache<float>* cache, float* x, int num_threads) {
-    l4d::attention<Int8>(*layer, *step, *cache, x, num_threads);
+                                           const Cache<float>* cache, const float* x, float* to,
+                                           int num_threads) {
+    l4d::attention<Int8>(*layer, *step, *cache, x, to, num_threads);
 }
 
 extern "C" void l4d_attention_int8_bfloat16(const AttentionLayer* layer, const AttentionStep* step,
-                                            const Cache<Bfloat16>* cache, float* x, int num_threads) {
-    l4d::attention<Int8>(*layer, *step, *cache, x, num_threads);
+                                            const Cache<Bfloat16>* cache, const float* x, float* to,
+                                            int num_threads) {
+    l4d::attention<Int8>(*layer, *step, *cache, x, to, num_threads);
 }

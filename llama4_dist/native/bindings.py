@@ -68,7 +68,7 @@ _FEED_FORWARD = (
     *(c_void_p, c_int64, c_int64, c_void_p, c_int),  # x, its stride, rows, out, threads
 )
 _LINEAR = (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int)
-_ATTENTION = (POINTER(AttentionLayer), POINTER(AttentionStep), POINTER(Cache), c_void_p, c_int)
+_ATTENTION = (POINTER(AttentionLayer), POINTER(AttentionStep), POINTER(Cache), c_void_p, c_void_p, c_int)
 _ROUTE = (POINTER(Router), c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int)
 _SCAN = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int)
 _ADD_OUTPUTS = (c_void_p, c_void_p, c_void_p, c_int64, c_int)

@@ -55,13 +55,12 @@ PyObject* lay_out(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
         }
         const int64_t num_rows = starts[key] - start;
         if (num_rows) {
-            PyObject* share = new_tuple(share_type, 5);
+            PyObject* share = new_tuple(share_type, 4);
             PyObject *from = PyLong_FromLongLong(start), *to = PyLong_FromLongLong(start + num_rows);
             PyTuple_SET_ITEM(share, 0, Py_NewRef(host));
-            PyTuple_SET_ITEM(share, 1, PyLong_FromLong(0));
-            PyTuple_SET_ITEM(share, 2, PySlice_New(from, to, nullptr));
-            PyTuple_SET_ITEM(share, 3, PyList_AsTuple(groups));
-            PyTuple_SET_ITEM(share, 4, PyLong_FromLongLong(num_rows));
+            PyTuple_SET_ITEM(share, 1, PySlice_New(from, to, nullptr));
+            PyTuple_SET_ITEM(share, 2, PyList_AsTuple(groups));
+            PyTuple_SET_ITEM(share, 3, PyLong_FromLongLong(num_rows));
             PyList_Append(shares, share);
             Py_DECREF(from), Py_DECREF(to), Py_DECREF(share);
         }

@@ -78,12 +78,14 @@ OPERATION_PHASE_CANCELLED: OperationPhase
 OPERATION_PHASE_FAILED: OperationPhase
 
 class LayerExperts(_message.Message):
-    __slots__ = ("layer", "experts")
+    __slots__ = ("layer", "experts", "slices")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
     layer: int
     experts: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
+    slices: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., slices: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Worker(_message.Message):
     __slots__ = ("worker", "role", "state", "incarnation", "pid", "node", "addresses", "epoch", "num_experts", "memory_bytes", "experts")
@@ -112,18 +114,20 @@ class Worker(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., incarnation: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., epoch: _Optional[int] = ..., num_experts: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ...) -> None: ...
 
 class Cluster(_message.Message):
-    __slots__ = ("model", "epoch", "num_replicas", "workers", "operation")
+    __slots__ = ("model", "epoch", "num_replicas", "workers", "operation", "num_slices")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NUM_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     OPERATION_FIELD_NUMBER: _ClassVar[int]
+    NUM_SLICES_FIELD_NUMBER: _ClassVar[int]
     model: str
     epoch: int
     num_replicas: int
     workers: _containers.RepeatedCompositeFieldContainer[Worker]
     operation: str
-    def __init__(self, model: _Optional[str] = ..., epoch: _Optional[int] = ..., num_replicas: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., operation: _Optional[str] = ...) -> None: ...
+    num_slices: int
+    def __init__(self, model: _Optional[str] = ..., epoch: _Optional[int] = ..., num_replicas: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., operation: _Optional[str] = ..., num_slices: _Optional[int] = ...) -> None: ...
 
 class GetClusterRequest(_message.Message):
     __slots__ = ()

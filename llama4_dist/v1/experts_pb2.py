@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cllama4_dist/v1/experts.proto\x12\x0ellama4_dist.v1\x1a\x1egoogle/protobuf/duration.proto\"?\n\x0f\x45xpertPlacement\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\x05\x12\r\n\x05hosts\x18\x03 \x03(\t\"\x8b\x01\n\tPlacement\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x13\n\x0bnum_experts\x18\x02 \x01(\x05\x12\x12\n\nmoe_layers\x18\x03 \x03(\x05\x12\x14\n\x0c\x65xpert_bytes\x18\x04 \x01(\x03\x12\x30\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x1f.llama4_dist.v1.ExpertPlacement\"\x15\n\x13GetPlacementRequest\"/\n\x15WatchPlacementRequest\x12\x16\n\x0estart_revision\x18\x01 \x01(\x03\"Y\n\x0ePlacementDelta\x12\x15\n\rbase_revision\x18\x01 \x01(\x03\x12\x30\n\x07\x63hanged\x18\x02 \x03(\x0b\x32\x1f.llama4_dist.v1.ExpertPlacement\"\x93\x01\n\x16WatchPlacementResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12-\n\x08snapshot\x18\x02 \x01(\x0b\x32\x19.llama4_dist.v1.PlacementH\x00\x12/\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x1e.llama4_dist.v1.PlacementDeltaH\x00\x42\x07\n\x05\x65vent\"`\n\nExpertLoad\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\x05\x12\x0e\n\x06\x65xpert\x18\x03 \x01(\x05\x12\x17\n\x0frows_per_second\x18\x04 \x01(\x01\x12\x0c\n\x04rows\x18\x05 \x01(\x03\"\x83\x01\n\x08HostLoad\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x17\n\x0frows_per_second\x18\x03 \x01(\x01\x12\x12\n\nbusy_ratio\x18\x04 \x01(\x01\x12\x13\n\x0bqueue_depth\x18\x05 \x01(\x05\x12\x12\n\nbytes_held\x18\x06 \x01(\x03\"\x96\x01\n\x16ListExpertLoadsRequest\x12)\n\x06window\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\x05layer\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\tB\x08\n\x06_layer\"\xb1\x01\n\x17ListExpertLoadsResponse\x12)\n\x05loads\x18\x01 \x03(\x0b\x32\x1a.llama4_dist.v1.ExpertLoad\x12\'\n\x05hosts\x18\x02 \x03(\x0b\x32\x18.llama4_dist.v1.HostLoad\x12)\n\x06window\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\"U\n\x17WatchExpertLoadsRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05top_k\x18\x02 \x01(\x05\"\x99\x01\n\x18WatchExpertLoadsResponse\x12)\n\x05loads\x18\x01 \x03(\x0b\x32\x1a.llama4_dist.v1.ExpertLoad\x12\'\n\x05hosts\x18\x02 \x03(\x0b\x32\x18.llama4_dist.v1.HostLoad\x12)\n\x06window\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration2\x8f\x03\n\rExpertService\x12N\n\x0cGetPlacement\x12#.llama4_dist.v1.GetPlacementRequest\x1a\x19.llama4_dist.v1.Placement\x12\x62\n\x0fListExpertLoads\x12&.llama4_dist.v1.ListExpertLoadsRequest\x1a\'.llama4_dist.v1.ListExpertLoadsResponse\x12\x61\n\x0eWatchPlacement\x12%.llama4_dist.v1.WatchPlacementRequest\x1a&.llama4_dist.v1.WatchPlacementResponse0\x01\x12g\n\x10WatchExpertLoads\x12\'.llama4_dist.v1.WatchExpertLoadsRequest\x1a(.llama4_dist.v1.WatchExpertLoadsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cllama4_dist/v1/experts.proto\x12\x0ellama4_dist.v1\x1a\x1egoogle/protobuf/duration.proto\"N\n\x0f\x45xpertPlacement\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\x05\x12\r\n\x05hosts\x18\x03 \x03(\t\x12\r\n\x05slice\x18\x04 \x01(\x05\"\xb4\x01\n\tPlacement\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x13\n\x0bnum_experts\x18\x02 \x01(\x05\x12\x12\n\nmoe_layers\x18\x03 \x03(\x05\x12\x14\n\x0c\x65xpert_bytes\x18\x04 \x01(\x03\x12\x30\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x1f.llama4_dist.v1.ExpertPlacement\x12\x12\n\nnum_slices\x18\x06 \x01(\x05\x12\x13\n\x0bslice_bytes\x18\x07 \x01(\x03\"\x15\n\x13GetPlacementRequest\"/\n\x15WatchPlacementRequest\x12\x16\n\x0estart_revision\x18\x01 \x01(\x03\"Y\n\x0ePlacementDelta\x12\x15\n\rbase_revision\x18\x01 \x01(\x03\x12\x30\n\x07\x63hanged\x18\x02 \x03(\x0b\x32\x1f.llama4_dist.v1.ExpertPlacement\"\x93\x01\n\x16WatchPlacementResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12-\n\x08snapshot\x18\x02 \x01(\x0b\x32\x19.llama4_dist.v1.PlacementH\x00\x12/\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x1e.llama4_dist.v1.PlacementDeltaH\x00\x42\x07\n\x05\x65vent\"o\n\nExpertLoad\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\x05\x12\x0e\n\x06\x65xpert\x18\x03 \x01(\x05\x12\x17\n\x0frows_per_second\x18\x04 \x01(\x01\x12\x0c\n\x04rows\x18\x05 \x01(\x03\x12\r\n\x05slice\x18\x06 \x01(\x05\"\xdf\x01\n\x08HostLoad\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x17\n\x0frows_per_second\x18\x03 \x01(\x01\x12\x12\n\nbusy_ratio\x18\x04 \x01(\x01\x12\x13\n\x0bqueue_depth\x18\x05 \x01(\x05\x12\x12\n\nbytes_held\x18\x06 \x01(\x03\x12\x14\n\x0cnum_resident\x18\x07 \x01(\x05\x12\x12\n\nnum_mapped\x18\x08 \x01(\x05\x12\x16\n\x0eresidency_hits\x18\t \x01(\x03\x12\x18\n\x10residency_misses\x18\n \x01(\x03\"\x96\x01\n\x16ListExpertLoadsRequest\x12)\n\x06window\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\x05layer\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\tB\x08\n\x06_layer\"\xb1\x01\n\x17ListExpertLoadsResponse\x12)\n\x05loads\x18\x01 \x03(\x0b\x32\x1a.llama4_dist.v1.ExpertLoad\x12\'\n\x05hosts\x18\x02 \x03(\x0b\x32\x18.llama4_dist.v1.HostLoad\x12)\n\x06window\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\"U\n\x17WatchExpertLoadsRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05top_k\x18\x02 \x01(\x05\"\x99\x01\n\x18WatchExpertLoadsResponse\x12)\n\x05loads\x18\x01 \x03(\x0b\x32\x1a.llama4_dist.v1.ExpertLoad\x12\'\n\x05hosts\x18\x02 \x03(\x0b\x32\x18.llama4_dist.v1.HostLoad\x12)\n\x06window\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration2\x8f\x03\n\rExpertService\x12N\n\x0cGetPlacement\x12#.llama4_dist.v1.GetPlacementRequest\x1a\x19.llama4_dist.v1.Placement\x12\x62\n\x0fListExpertLoads\x12&.llama4_dist.v1.ListExpertLoadsRequest\x1a\'.llama4_dist.v1.ListExpertLoadsResponse\x12\x61\n\x0eWatchPlacement\x12%.llama4_dist.v1.WatchPlacementRequest\x1a&.llama4_dist.v1.WatchPlacementResponse0\x01\x12g\n\x10WatchExpertLoads\x12\'.llama4_dist.v1.WatchExpertLoadsRequest\x1a(.llama4_dist.v1.WatchExpertLoadsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,29 +33,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'llama4_dist.v1.experts_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EXPERTPLACEMENT']._serialized_start=80
-  _globals['_EXPERTPLACEMENT']._serialized_end=143
-  _globals['_PLACEMENT']._serialized_start=146
-  _globals['_PLACEMENT']._serialized_end=285
-  _globals['_GETPLACEMENTREQUEST']._serialized_start=287
-  _globals['_GETPLACEMENTREQUEST']._serialized_end=308
-  _globals['_WATCHPLACEMENTREQUEST']._serialized_start=310
-  _globals['_WATCHPLACEMENTREQUEST']._serialized_end=357
-  _globals['_PLACEMENTDELTA']._serialized_start=359
-  _globals['_PLACEMENTDELTA']._serialized_end=448
-  _globals['_WATCHPLACEMENTRESPONSE']._serialized_start=451
-  _globals['_WATCHPLACEMENTRESPONSE']._serialized_end=598
-  _globals['_EXPERTLOAD']._serialized_start=600
-  _globals['_EXPERTLOAD']._serialized_end=696
-  _globals['_HOSTLOAD']._serialized_start=699
-  _globals['_HOSTLOAD']._serialized_end=830
-  _globals['_LISTEXPERTLOADSREQUEST']._serialized_start=833
-  _globals['_LISTEXPERTLOADSREQUEST']._serialized_end=983
-  _globals['_LISTEXPERTLOADSRESPONSE']._serialized_start=986
-  _globals['_LISTEXPERTLOADSRESPONSE']._serialized_end=1163
-  _globals['_WATCHEXPERTLOADSREQUEST']._serialized_start=1165
-  _globals['_WATCHEXPERTLOADSREQUEST']._serialized_end=1250
-  _globals['_WATCHEXPERTLOADSRESPONSE']._serialized_start=1253
-  _globals['_WATCHEXPERTLOADSRESPONSE']._serialized_end=1406
-  _globals['_EXPERTSERVICE']._serialized_start=1409
-  _globals['_EXPERTSERVICE']._serialized_end=1808
+  _globals['_EXPERTPLACEMENT']._serialized_end=158
+  _globals['_PLACEMENT']._serialized_start=161
+  _globals['_PLACEMENT']._serialized_end=341
+  _globals['_GETPLACEMENTREQUEST']._serialized_start=343
+  _globals['_GETPLACEMENTREQUEST']._serialized_end=364
+  _globals['_WATCHPLACEMENTREQUEST']._serialized_start=366
+  _globals['_WATCHPLACEMENTREQUEST']._serialized_end=413
+  _globals['_PLACEMENTDELTA']._serialized_start=415
+  _globals['_PLACEMENTDELTA']._serialized_end=504
+  _globals['_WATCHPLACEMENTRESPONSE']._serialized_start=507
+  _globals['_WATCHPLACEMENTRESPONSE']._serialized_end=654
+  _globals['_EXPERTLOAD']._serialized_start=656
+  _globals['_EXPERTLOAD']._serialized_end=767
+  _globals['_HOSTLOAD']._serialized_start=770
+  _globals['_HOSTLOAD']._serialized_end=993
+  _globals['_LISTEXPERTLOADSREQUEST']._serialized_start=996
+  _globals['_LISTEXPERTLOADSREQUEST']._serialized_end=1146
+  _globals['_LISTEXPERTLOADSRESPONSE']._serialized_start=1149
+  _globals['_LISTEXPERTLOADSRESPONSE']._serialized_end=1326
+  _globals['_WATCHEXPERTLOADSREQUEST']._serialized_start=1328
+  _globals['_WATCHEXPERTLOADSREQUEST']._serialized_end=1413
+  _globals['_WATCHEXPERTLOADSRESPONSE']._serialized_start=1416
+  _globals['_WATCHEXPERTLOADSRESPONSE']._serialized_end=1569
+  _globals['_EXPERTSERVICE']._serialized_start=1572
+  _globals['_EXPERTSERVICE']._serialized_end=1971
 # @@protoc_insertion_point(module_scope)

@@ -97,10 +97,10 @@ def test_doctor_refuses_the_pure_python_protobuf_parser() -> None:
 
 
 def test_inspect_counts_what_the_config_says(model: Path) -> None:
-    shown = json.loads(here("inspect", str(model), "--verify", "--json").stdout)
+    shown = json.loads(here("inspect", str(model), "--json").stdout)
     config = json.loads((model / "config.json").read_text())
     assert (shown["num_layers"], shown["num_experts"]) == (config["num_hidden_layers"], config["num_local_experts"])
-    assert shown["verified"] is True
+    assert (shown["origin"], shown["part"], shown["is_sparse"]) == (None, None, False)
 
 
 def test_generate_is_reproducible_and_matches_its_token_ids(model: Path) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from cluster.balance import ExpertLoads
 from cluster.placement import ExpertGeometry, HostSlot, Placement
 
-BYTES = 10  # of one expert
+BYTES = 10  # of one unit: an expert, or a slice of one
 
 
-def geometry(num_layers: int = 4, num_experts: int = 16) -> ExpertGeometry:
+def geometry(num_layers: int = 4, num_experts: int = 16, num_slices: int = 1) -> ExpertGeometry:
     return ExpertGeometry(
-        moe_layers=tuple(range(0, 2 * num_layers, 2)), num_experts=num_experts, expert_width=96, expert_bytes=BYTES
-    )
+        moe_layers=tuple(range(0, 2 * num_layers, 2)), num_experts=num_experts, expert_width=96,
+        expert_bytes=BYTES * num_slices, num_slices=num_slices, slice_bytes=BYTES,
+    )  # fmt: skip
 
 
 def slots(num_hosts: int, num_nodes: int = 1, *, num_copies: int | None = None) -> list[HostSlot]:
@@ -27,7 +28,7 @@ def skewed(model: ExpertGeometry, *, hot: int = 0, times: float = 8.0) -> Expert
     """Every expert alike but one, which differs between layers."""
     rows = dict.fromkeys(model.pairs, 1.0)
     for index, layer in enumerate(model.moe_layers):
-        rows[layer, (hot + index) % model.num_experts] = times
+        rows[layer, (hot + index) % model.num_units] = times
     return ExpertLoads(rows=rows)
 
 

@@ -68,9 +68,11 @@ def some_requests(prefix: str, count: int = 6, max_tokens: int = 12) -> list[Eng
     ]
 
 
-def reference(model_dir: Path, requests: Sequence[EngineRequest], weights: str = "stored") -> Tokens:
+def reference(
+    model_dir: Path, requests: Sequence[EngineRequest], weights: str = "stored", expert_slices: int = 1
+) -> Tokens:
     """What one process says."""
-    engine = build_single_process(model_dir, weights=weights, num_threads=1)
+    engine = build_single_process(model_dir, weights=weights, expert_slices=expert_slices, num_threads=1)
     collector = Collector()
     engine.start(collector.collect)
     try:

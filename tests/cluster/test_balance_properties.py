@@ -20,7 +20,9 @@ from tests.cluster.planning_cases import (
     slots,
 )
 
-models = st.builds(geometry, num_layers=st.integers(1, 5), num_experts=st.integers(1, 20))
+models = st.builds(
+    geometry, num_layers=st.integers(1, 5), num_experts=st.integers(1, 20), num_slices=st.sampled_from([1, 1, 2, 3])
+)
 seeds = st.integers(0, 2**32)
 
 
@@ -144,7 +146,7 @@ def test_copies_lie_on_distinct_nodes_and_first_choices_are_even(
             for on in each.placement.hosts_of.values():
                 assert most_on_one_node(on, hosts) == -(-num_replicas // num_nodes)
         for layer in model.moe_layers:
-            assert max(preferred_in_layer(step.placement, hosts, layer)) <= -(-model.num_experts // num_hosts) + (
+            assert max(preferred_in_layer(step.placement, hosts, layer)) <= -(-model.num_units // num_hosts) + (
                 num_hosts % num_nodes > 0
             )
 

@@ -83,7 +83,7 @@ def worker(resources: ExitStack) -> Worker:
 
 
 def serve(resources: ExitStack, path: Path, host: str = "host-0") -> tuple[ServerThread, HostAddress]:
-    server = ServerThread(host, ScalingExperts({}), [f"unix:{path / host}"])
+    server = ServerThread(host, ScalingExperts(()), [f"unix:{path / host}"])
     resources.callback(server.stop)
     address = HostAddress(
         host=host, incarnation=server.server.identity.incarnation, node="n", unix=server.addresses[0], tcp=""

@@ -109,9 +109,8 @@ def test_a_model_without_experts_is_refused() -> None:
 
 def test_the_routing_table_names_hosts_and_incarnations() -> None:
     placement = place(geometry(), slots(2), num_replicas=2)
-    table = routing_table(placement, epoch=3, incarnations={"expert-0": 5, "expert-1": 9}, expert_width=96)
+    table = routing_table(placement, epoch=3, incarnations={"expert-0": 5, "expert-1": 9}, num_slices=2)
     assert table.epoch == 3
     assert dict(table.incarnations) == {"expert-0": 5, "expert-1": 9}
-    (first, second) = table.replicas[2, 1]
-    assert [ref.host for ref in first.slices + second.slices] == list(placement.hosts_of[2, 1])
-    assert first.slices[0].stop == 96
+    assert table.num_slices == 2
+    assert [one.host for one in table.replicas[2, 1]] == list(placement.hosts_of[2, 1])

@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.dispatch.handshake import HostIdentity
 from llama4_dist.dispatch.links.inproc import Faults, InprocLink, inproc_pair
 from llama4_dist.dispatch.links.link import Clock, LinkLimits
-from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+from llama4_dist.dispatch.routing_table import Replica, RoutingTable
 from llama4_dist.errors import UnavailableError
 
 WIDTH = 8  # D
@@ -38,79 +38,71 @@ class ManualClock:
 class ScalingExperts:
     """Column f of expert e in layer l multiplies its input by (l + 1) + e + f, and the columns are added.
 
-    `ranges` gives the columns held of each (layer, expert). Small integers: sums are exact in any order. `room` is how
-    many experts it may still adopt.
+    Units are slices where `num_slices` says so. Small integers: sums are exact in any order. `room` is how many units
+    it may still adopt.
     """
 
-    def __init__(self, ranges: Mapping[tuple[int, int], tuple[int, int]], *, room: int = 0) -> None:
-        self.ranges = dict(ranges)
+    def __init__(self, held: Collection[tuple[int, int]], *, room: int = 0, num_slices: int = 1) -> None:
+        self.held = set(held)
         self.room = room
+        self.num_slices = num_slices
         self.calls: deque[tuple[int, tuple[tuple[int, int], ...]]] = deque(maxlen=32)
 
     @property
     def holds(self) -> frozenset[tuple[int, int]]:
-        return frozenset(self.ranges)
+        return frozenset(self.held)
 
     def adopt(self, pairs: Sequence[tuple[int, int]]) -> None:
         if len(pairs) > self.room:
             raise UnavailableError(f"no room for {pairs}", reason="NO_ROOM")
         self.room -= len(pairs)
-        self.ranges |= dict.fromkeys(pairs, (0, FFN_WIDTH))
+        self.held |= set(pairs)
 
     def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None:
         self.calls.append((layer, tuple(groups)))
         start = 0
         for expert, count in groups:
             stop = start + count
-            torch.mul(x_RD[start:stop], factor(layer, expert, *self.ranges[layer, expert]), out=out_RD[start:stop])
+            assert (layer, expert) in self.held
+            torch.mul(x_RD[start:stop], factor(layer, expert, self.num_slices), out=out_RD[start:stop])
             start = stop
         assert start == len(x_RD) == len(out_RD)
 
 
-def factor(layer: int, expert: int, start: int = 0, stop: int = FFN_WIDTH) -> float:
-    return float(sum(layer + 1 + expert + column for column in range(start, stop)))
+def factor(layer: int, unit: int, num_slices: int = 1) -> float:
+    expert, index = divmod(unit, num_slices)
+    size = FFN_WIDTH // num_slices
+    return float(sum(layer + 1 + expert + column for column in range(index * size, (index + 1) * size)))
 
 
-def direct(
-    layer: int, x_TD: Tensor, experts_TK: Tensor, scores_TK: Tensor, table: RoutingTable | None = None
-) -> Tensor:
-    """What dispatch and combine must give, one copy at a time; slices of the table's first replica in their order."""
+def direct(layer: int, x_TD: Tensor, experts_TK: Tensor, scores_TK: Tensor, num_slices: int = 1) -> Tensor:
+    """What dispatch and combine must give, one copy at a time; slices in their order."""
     y_TD = torch.zeros_like(x_TD)
     for token, experts in enumerate(experts_TK.tolist()):
         copies = []
         for slot, expert in enumerate(experts):
-            cuts = table.replicas[layer, expert][0].slices if table else whole("any")[0].slices
             row_D = x_TD[token] * scores_TK[token, slot]
-            copies.append(sum_in_order([row_D * factor(layer, expert, cut.start, cut.stop) for cut in cuts]))
+            units = range(expert * num_slices, (expert + 1) * num_slices)
+            copies += [row_D * factor(layer, unit, num_slices) for unit in units]
         y_TD[token] = sum_in_order(copies)
     return y_TD
 
 
 def sum_in_order(terms: Sequence[Tensor]) -> Tensor:
-    total = terms[0]
+    """In float32, rounded once at the end."""
+    total = terms[0].float()
     for term in terms[1:]:
-        total = total + term
-    return total
+        total = total + term.float()
+    return total.to(terms[0].dtype)
 
 
 def whole(*hosts: str) -> tuple[Replica, ...]:
-    """One whole replica on each of the hosts."""
-    return tuple(Replica((SliceRef(host=host, incarnation=0, start=0, stop=FFN_WIDTH),)) for host in hosts)
+    """One replica on each of the hosts."""
+    return tuple(Replica(host, 0) for host in hosts)
 
 
-def cut(*hosts: str) -> Replica:
-    """One replica cut evenly over the hosts."""
-    size = FFN_WIDTH // len(hosts)
-    return Replica(
-        tuple(
-            SliceRef(host=host, incarnation=0, start=index * size, stop=(index + 1) * size)
-            for index, host in enumerate(hosts)
-        )
-    )
-
-
-def random_table(num_hosts: int, *, num_replicas: int = 1, seed: int = 0) -> RoutingTable:
-    """Each expert of each layer whole on `num_replicas` random hosts."""
+def random_table(num_hosts: int, *, num_replicas: int = 1, num_slices: int = 1, seed: int = 0) -> RoutingTable:
+    """Each unit of each layer on `num_replicas` random hosts."""
     draw = random.Random(seed)
     hosts = [f"host-{index}" for index in range(num_hosts)]
     return RoutingTable(
@@ -118,20 +110,15 @@ def random_table(num_hosts: int, *, num_replicas: int = 1, seed: int = 0) -> Rou
         replicas={
             (layer, expert): whole(*draw.sample(hosts, min(num_replicas, num_hosts)))
             for layer in range(NUM_LAYERS)
-            for expert in range(NUM_EXPERTS)
+            for expert in range(NUM_EXPERTS * num_slices)
         },
+        num_slices=num_slices,
     )
 
 
-def ranges_of(table: RoutingTable, host: str) -> dict[tuple[int, int], tuple[int, int]]:
-    """The columns of each expert that a table puts on a host."""
-    return {
-        key: (ref.start, ref.stop)
-        for key, replicas in table.replicas.items()
-        for replica in replicas
-        for ref in replica.slices
-        if ref.host == host
-    }
+def held_by(table: RoutingTable, host: str) -> set[tuple[int, int]]:
+    """What a table puts on a host."""
+    return {pair for pair, replicas in table.replicas.items() if any(one.host == host for one in replicas)}
 
 
 def random_batch(
@@ -143,12 +130,6 @@ def random_batch(
     experts_TK = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).argsort(1)[:, :num_slots].contiguous()
     scores_TK = torch.rand(num_tokens, num_slots, generator=generator).to(dtype)
     return x_TD, experts_TK, scores_TK
-
-
-def integer_batch(num_tokens: int, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Like `random_batch`, of integers and powers of two: its sums are exact however an expert is cut."""
-    x_TD, experts_TK, scores_TK = random_batch(num_tokens, num_slots)
-    return (x_TD * 8).round(), experts_TK, torch.exp2((scores_TK * 4).round())
 
 
 def identity(host: str) -> HostIdentity:
@@ -171,7 +152,9 @@ class InprocCluster:
         self.dtype = dtype
         self.limits = limits or LinkLimits(max_rows=256)
         self.clock = ManualClock()
-        self.experts = {host: ScalingExperts(ranges_of(table, host), room=room) for host in table.hosts}
+        self.experts = {
+            host: ScalingExperts(held_by(table, host), room=room, num_slices=table.num_slices) for host in table.hosts
+        }
         self.servers = {
             host: ExpertServer(
                 identity=identity(host),

@@ -16,7 +16,7 @@ from llama4_dist.dispatch.links.link import Link, LinkLimits, dtype_name
 from llama4_dist.dispatch.links.listener import Listener
 from llama4_dist.dispatch.links.socket import SocketLink
 from llama4_dist.dispatch.routing_table import RoutingTable
-from tests.dispatch.fakes import NUM_EXPERTS, NUM_LAYERS, WIDTH, ScalingExperts, identity, ranges_of
+from tests.dispatch.fakes import NUM_EXPERTS, NUM_LAYERS, WIDTH, ScalingExperts, held_by, identity
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 LIMITS = LinkLimits(max_rows=64, handshake_timeout_s=1.0, frame_timeout_s=1.0, max_half_open=8)
@@ -113,7 +113,7 @@ def serve(
     try:
         for host in sorted(table.hosts):
             address = f"unix:{directory}/links/{host}" if transport == "unix" else "tcp:127.0.0.1:0"
-            compute = ScalingExperts(ranges_of(table, host))
+            compute = ScalingExperts(held_by(table, host))
             servers[host] = ServerThread(host, compute, [address], dtype=dtype, limits=limits)
         yield servers
     finally:

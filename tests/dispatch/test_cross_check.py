@@ -57,5 +57,5 @@ def test_nothing_is_sampled_where_nobody_answered() -> None:
     flight = in_flight(2)
     flight.pieces = {1: piece(0, 2)}
     assert CrossCheck(every=1).sample(flight) is None
-    flight.ask_again(np.arange(2), np.ones(2, dtype=np.int64))
+    flight.ask_again(np.arange(2))
     assert CrossCheck(every=1).sample(flight) is None

@@ -9,17 +9,14 @@ from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.links.inproc import Faults
 from llama4_dist.dispatch.links.link import LinkLimits
 from llama4_dist.dispatch.reply_times import Deadlines
-from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+from llama4_dist.dispatch.routing_table import Replica, RoutingTable
 from llama4_dist.errors import EngineError, UnavailableError
 from tests.dispatch.fakes import (
     NUM_EXPERTS,
-    NUM_LAYERS,
     WIDTH,
     InprocCluster,
     ScalingExperts,
-    cut,
     direct,
-    integer_batch,
     random_batch,
     random_table,
     whole,
@@ -45,37 +42,59 @@ def run(dispatcher: Dispatcher, layer: int = 0, *, num_tokens: int = 24, num_slo
     assert torch.equal(dispatcher.combine(dispatcher.dispatch(layer, *batch)), direct(layer, *batch))
 
 
-def sliced_table() -> RoutingTable:
-    """Experts cut over two and three hosts, whole ones among them, and a second replica with another cut."""
-    replicas = {}
-    for layer in range(NUM_LAYERS):
-        for expert in range(NUM_EXPERTS):
-            kinds = ((cut("a", "b"), *whole("c")), (cut("c", "a", "d"), cut("b", "e")), whole("b", "d"))
-            replicas[layer, expert] = kinds[expert % 3]
-    return RoutingTable(epoch=0, replicas=replicas)
-
-
 @pytest.mark.parametrize("num_slots", [1, 2])
 @pytest.mark.parametrize("num_tokens", [1, 7, 64])
-def test_slices_of_an_expert_are_summed_in_their_order(num_tokens: int, num_slots: int) -> None:
-    dispatcher = InprocCluster(sliced_table()).dispatcher()
+@pytest.mark.parametrize("num_slices", [2, 3])
+def test_slices_of_an_expert_are_summed_in_their_order(num_slices: int, num_tokens: int, num_slots: int) -> None:
+    dispatcher = InprocCluster(random_table(5, num_slices=num_slices)).dispatcher()
     batch = random_batch(num_tokens, num_slots)
     y_TD = dispatcher.combine(dispatcher.dispatch(2, *batch))
-    assert torch.equal(y_TD, direct(2, *batch, sliced_table()))
+    assert torch.equal(y_TD, direct(2, *batch, num_slices=num_slices))
+    assert sum(dispatcher.stats().rows_out.values()) == num_tokens * num_slots * num_slices
 
 
-@pytest.mark.parametrize("lost", [("a",), ("b",), ("c",), ("a", "e")])
-def test_a_lost_slice_moves_its_rows_to_a_replica_with_another_cut(lost: tuple[str, ...]) -> None:
-    cluster = InprocCluster(sliced_table())
+def test_partial_outputs_of_bfloat16_rows_are_added_in_float32_and_rounded_once() -> None:
+    dispatcher = InprocCluster(random_table(4, num_slices=3), dtype=torch.bfloat16).dispatcher()
+    batch = random_batch(24, 2, dtype=torch.bfloat16)
+    y_TD = dispatcher.combine(dispatcher.dispatch(0, *batch))
+    assert torch.equal(y_TD, direct(0, *batch, num_slices=3))
+
+
+@pytest.mark.parametrize("lost", [("host-0",), ("host-1",), ("host-0", "host-3")])
+def test_lost_slices_move_to_their_replicas_and_the_sum_is_the_same(lost: tuple[str, ...]) -> None:
+    cluster = InprocCluster(random_table(5, num_replicas=3, num_slices=2))
     dispatcher = cluster.dispatcher()
-    batch = integer_batch(64, 2)
-    if lost == ("a", "e"):
-        batch = (batch[0], batch[1] // 3 * 3 % 15, batch[2])  # experts with cut(a, b) and whole c
+    batch = random_batch(64, 2)
     in_flight = dispatcher.dispatch(1, *batch)
     for host in lost:
         cluster.ends["worker-0", host].abort()
-    assert torch.equal(dispatcher.combine(in_flight), direct(1, *batch))
+    assert torch.equal(dispatcher.combine(in_flight), direct(1, *batch, num_slices=2))
     assert dispatcher.stats().resent_rows > 0
+
+
+def test_only_the_slices_nobody_holds_any_more_are_adopted() -> None:
+    cluster = InprocCluster(random_table(3, num_slices=2), room=99)
+    before = {host: set(experts.held) for host, experts in cluster.experts.items()}
+    dispatcher = cluster.dispatcher()
+    cluster.ends["worker-0", "host-0"].abort()
+    batch = random_batch(64, 2)
+    y_TD = dispatcher.combine(dispatcher.dispatch(1, *batch))
+    assert torch.equal(y_TD, direct(1, *batch, num_slices=2))
+    adopted = {pair for host in ("host-1", "host-2") for pair in cluster.experts[host].held - before[host]}
+    assert adopted
+    assert adopted <= before["host-0"]
+    experts_used = set(batch[1].flatten().tolist())
+    assert adopted == {(layer, unit) for layer, unit in before["host-0"] if layer == 1 and unit // 2 in experts_used}
+
+
+def test_an_expert_without_a_host_is_named_with_its_slice() -> None:
+    cluster = InprocCluster(random_table(1, num_slices=2))
+    dispatcher = cluster.dispatcher()
+    dispatcher.switch(RoutingTable(epoch=2, replicas={(0, 7): ()}, num_slices=2), {})
+    x_TD, _, scores_TK = random_batch(1, 1)
+    with pytest.raises(UnavailableError, match=r"serves expert 3\.") as caught:
+        dispatcher.dispatch(0, x_TD, torch.tensor([[3]]), scores_TK)
+    assert caught.value.metadata["expert"] in ("3.0", "3.1")
 
 
 def test_a_batch_larger_than_a_frame_is_cut_into_frames() -> None:
@@ -165,7 +184,7 @@ def test_when_nobody_ever_answers_the_wait_is_bounded() -> None:
 
 def test_a_refused_expert_goes_to_another_replica_and_the_link_stays() -> None:
     cluster = InprocCluster(random_table(2, num_replicas=2))
-    del cluster.experts["host-0"].ranges[0, 3]
+    cluster.experts["host-0"].held.remove((0, 3))
     dispatcher = cluster.dispatcher()
     x_TD, _, scores_TK = random_batch(16, 1)
     batch = (x_TD, torch.arange(16)[:, None], scores_TK)
@@ -180,7 +199,7 @@ def test_a_refused_expert_goes_to_another_replica_and_the_link_stays() -> None:
 def test_an_expert_refused_everywhere_is_unreachable() -> None:
     cluster = InprocCluster(random_table(2, num_replicas=2))
     for experts in cluster.experts.values():
-        experts.ranges.clear()
+        experts.held.clear()
     dispatcher = cluster.dispatcher()
     with pytest.raises(UnavailableError):
         dispatcher.combine(dispatcher.dispatch(0, *random_batch(16, 1)))
@@ -244,7 +263,7 @@ def test_a_link_to_another_life_of_a_host_is_refused() -> None:
     dispatcher = InprocCluster(random_table(1)).dispatcher()
     table = RoutingTable(
         epoch=2,
-        replicas={(0, 0): (Replica((SliceRef(host="host-0", incarnation=1, start=0, stop=4),)),)},
+        replicas={(0, 0): (Replica("host-0", 1),)},
     )
     with pytest.raises(ValueError, match="incarnation"):
         dispatcher.switch(table, dispatcher._exchange.links)

@@ -10,7 +10,7 @@ import torch
 from llama4_dist.dispatch.links.link import FrameHeader, FrameKind, LinkLimits
 from llama4_dist.dispatch.pool import plan_pool
 from llama4_dist.errors import HandshakeError, LinkDownError
-from tests.dispatch.fakes import WIDTH, InprocCluster, ScalingExperts, direct, random_batch, random_table, ranges_of
+from tests.dispatch.fakes import WIDTH, InprocCluster, ScalingExperts, direct, held_by, random_batch, random_table
 from tests.dispatch.servers import LIMITS, ServerThread, dispatcher, serve
 
 
@@ -66,7 +66,7 @@ def test_one_frame_alone_is_computed_where_it_lies() -> None:
 
 def test_the_window_waits_for_the_other_workers_and_not_for_ever(tmp_path: Path) -> None:
     table = random_table(1)
-    experts = ScalingExperts(ranges_of(table, "host-0"))
+    experts = ScalingExperts(held_by(table, "host-0"))
     server = ServerThread("host-0", experts, [f"unix:{tmp_path}/links/a"], pool_window_s=0.2)
     try:
         first, second = (dispatcher(table, {"host-0": server}, f"worker-{index}") for index in range(2))
@@ -154,7 +154,7 @@ def test_one_worker_has_one_link_and_its_new_life_replaces_the_old(tmp_path: Pat
 
 def test_the_server_takes_no_more_workers_than_it_may(tmp_path: Path) -> None:
     limits = LinkLimits(max_rows=64, max_links=2)
-    server = ServerThread("a", ScalingExperts({}), [f"unix:{tmp_path}/links/a"], limits=limits)
+    server = ServerThread("a", ScalingExperts(()), [f"unix:{tmp_path}/links/a"], limits=limits)
     try:
         links = [server.connect(f"worker-{index}") for index in range(2)]
         with pytest.raises(HandshakeError) as caught:

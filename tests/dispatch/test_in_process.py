@@ -9,7 +9,7 @@ from llama4_dist.dispatch.links.inproc import InprocLink
 from llama4_dist.dispatch.links.link import LinkLimits
 from llama4_dist.dispatch.routing_table import RoutingTable
 from llama4_dist.errors import EngineError, UnavailableError
-from tests.dispatch.fakes import WIDTH, ScalingExperts, direct, identity, random_batch, random_table, ranges_of
+from tests.dispatch.fakes import WIDTH, ScalingExperts, direct, held_by, identity, random_batch, random_table
 
 TABLE = random_table(1)
 
@@ -18,7 +18,7 @@ class Site:
     """One host and one dispatcher, with frames or without."""
 
     def __init__(self, table: RoutingTable = TABLE, *, room: int = 0, with_frames: bool = False) -> None:
-        self.experts = ScalingExperts(ranges_of(table, "host-0"), room=room)
+        self.experts = ScalingExperts(held_by(table, "host-0"), room=room)
         self.server = ExpertServer(
             identity=identity("host-0"),
             compute=self.experts,
@@ -88,7 +88,7 @@ def test_a_second_worker_means_frames_and_pooling() -> None:
 def test_what_the_host_lost_is_adopted_by_frames() -> None:
     site = Site(room=100)
     expected = site.run(8)
-    del site.experts.ranges[1, int(random_batch(8, 1)[1][0])]
+    site.experts.held.remove((1, int(random_batch(8, 1)[1][0])))
     assert torch.equal(site.run(8), expected)
     assert site.server.stats().adopted > 0
     assert torch.equal(site.run(8), expected)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from llama4_dist.dispatch.layout import Layout, NoReplicaError, Share, lay_out, lay_out_tensor, split, view_layer
 from llama4_dist.dispatch.layout import cut as cut_share
 from llama4_dist.dispatch.routing_table import Replica
-from tests.dispatch.fakes import cut, whole
+from tests.dispatch.fakes import whole
 
 
 @st.composite
@@ -18,11 +18,7 @@ def layers_and_experts(draw: st.DrawFn) -> tuple[dict[int, tuple[Replica, ...]],
     hosts = [f"host-{index}" for index in range(draw(st.integers(1, 8)))]
     replicas = {}
     for expert in range(num_experts):
-        if len(hosts) > 1 and draw(st.booleans()):
-            cut_over = draw(st.lists(st.sampled_from(hosts), min_size=2, max_size=3, unique=True))
-            replicas[expert] = (cut(*cut_over),)
-        else:
-            replicas[expert] = whole(draw(st.sampled_from(hosts)))
+        replicas[expert] = whole(draw(st.sampled_from(hosts)))
     experts = draw(st.lists(st.integers(0, num_experts - 1), max_size=60))
     return replicas, np.array(experts, dtype=np.int64)
 
@@ -32,21 +28,16 @@ def positions_of(share: Share, layout: Layout) -> np.ndarray:
 
 
 @given(layers_and_experts())
-def test_the_order_is_a_permutation_and_every_slice_of_every_copy_is_asked_for_once(case) -> None:
+def test_the_order_is_a_permutation_and_every_copy_is_asked_for_once(case) -> None:
     replicas, experts_N = case
     layout = lay_out(view_layer(replicas), experts_N)
     assert sorted(layout.order_N.tolist()) == list(range(len(experts_N)))
-    asked = [(share.slice_index, int(position)) for share in layout.shares for position in positions_of(share, layout)]
-    wanted = [
-        (index, position)
-        for position, copy in enumerate(layout.order_N)
-        for index in range(len(replicas[int(experts_N[copy])][0].slices))
-    ]
-    assert sorted(asked) == sorted(wanted)
+    asked = [int(position) for share in layout.shares for position in positions_of(share, layout)]
+    assert sorted(asked) == list(range(len(experts_N)))
 
 
 @given(layers_and_experts())
-def test_each_row_goes_to_the_host_of_its_experts_slice_in_runs_of_one_expert(case) -> None:
+def test_each_row_goes_to_the_host_of_its_expert_in_runs_of_one_expert(case) -> None:
     replicas, experts_N = case
     layout = lay_out(view_layer(replicas), experts_N)
     for share in layout.shares:
@@ -54,16 +45,15 @@ def test_each_row_goes_to_the_host_of_its_experts_slice_in_runs_of_one_expert(ca
         assert experts == [expert for expert, count in share.groups for _ in range(count)]
         assert len({expert for expert, _ in share.groups}) == len(share.groups)
         for expert in set(experts):
-            assert replicas[expert][0].slices[share.slice_index].host == share.host
+            assert replicas[expert][0].host == share.host
 
 
 @given(layers_and_experts())
-def test_a_host_of_whole_experts_gets_one_contiguous_slice_and_copies_keep_their_order(case) -> None:
+def test_a_host_gets_one_contiguous_slice_and_copies_keep_their_order(case) -> None:
     replicas, experts_N = case
     layout = lay_out(view_layer(replicas), experts_N)
-    first = [share for share in layout.shares if share.slice_index == 0]
-    assert len({share.host for share in first}) == len(first)
-    assert all(isinstance(share.positions, slice) for share in first)
+    assert len({share.host for share in layout.shares}) == len(layout.shares)
+    assert all(isinstance(share.positions, slice) for share in layout.shares)
     for expert in set(experts_N.tolist()):
         copies = [copy for copy in layout.order_N.tolist() if experts_N[copy] == expert]
         assert copies == sorted(copies)
@@ -102,11 +92,11 @@ def test_a_cut_keeps_rows_in_order_and_no_expert_in_two_parts(case, part_rows: i
 
 def test_a_cut_makes_parts_of_about_the_size_asked() -> None:
     groups = tuple((expert, 16) for expert in range(16))
-    share = Share("a", 0, slice(0, 256), groups, 256)
+    share = Share("a", slice(0, 256), groups, 256)
     assert [part.num_rows for part in cut_share(share, 128)] == [128, 128]
     assert [part.num_rows for part in cut_share(share, 100)] == [128, 128]
     assert [part.num_rows for part in cut_share(share, 60)] == [64] * 4
-    one_expert = Share("a", 0, slice(0, 256), ((3, 256),), 256)
+    one_expert = Share("a", slice(0, 256), ((3, 256),), 256)
     assert list(cut_share(one_expert, 64)) == [one_expert]
 
 
@@ -136,10 +126,8 @@ def test_preference_and_exclusion_choose_the_replica() -> None:
 @given(layers_and_experts())
 def test_the_native_way_lays_out_alike_whatever_object_names_a_host(case) -> None:
     replicas, experts_N = case
-    replicas = {expert: ones for expert, ones in replicas.items() if len(ones[0].slices) == 1}
-    experts_N = experts_N[[int(expert) in replicas for expert in experts_N]]
     # As in a table that came by a socket: an object of its own for every host of every expert.
-    apart = {expert: whole("".join(list(ones[0].slices[0].host))) for expert, ones in replicas.items()}
+    apart = {expert: whole("".join(list(ones[0].host))) for expert, ones in replicas.items()}
     expected = lay_out(view_layer(replicas), experts_N)
     layout = lay_out_tensor(view_layer(apart), torch.from_numpy(experts_N.reshape(-1, 1)))
     assert layout.shares == expected.shares

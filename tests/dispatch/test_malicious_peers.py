@@ -200,7 +200,7 @@ def test_a_frame_that_dribbles_times_out(site: Site, expect_closed) -> None:  # 
 def test_an_expert_that_is_not_here_is_refused_by_name_and_the_link_stays(tmp_path: Path) -> None:  # T19
     with serve(random_table(1), tmp_path) as servers:  # its own host: the canary may want just this expert
         server = servers["host-0"]
-        del server.compute.ranges[2, 15]  # type: ignore[attr-defined]
+        server.compute.held.remove((2, 15))  # type: ignore[attr-defined]
         client = RawClient(server.addresses[0])
         client.prove(hello("asks-for-too-much"))
         client.send(frame(fields(layer=2, groups=[[0, 1], [15, 1]])))
@@ -246,7 +246,7 @@ def test_garbage_before_the_handshake_is_closed(site: Site, expect_closed, data:
     expect_closed(client, "GREETING_WRONG")
 
 
-@pytest.mark.parametrize("data", [b"", b"L4DH", b"L4DH\x02\0\0\0" + bytes(32)], ids=["silence", "part", "no proof"])
+@pytest.mark.parametrize("data", [b"", b"L4DH", b"L4DH\x03\0\0\0" + bytes(32)], ids=["silence", "part", "no proof"])
 def test_an_unfinished_handshake_times_out(site: Site, expect_closed, data: bytes) -> None:  # T29
     client = RawClient(site.server.addresses[0])
     client.send(data)
@@ -255,7 +255,7 @@ def test_an_unfinished_handshake_times_out(site: Site, expect_closed, data: byte
 
 def test_a_dribbled_handshake_times_out(site: Site, expect_closed) -> None:  # T34
     client = RawClient(site.server.addresses[0])
-    for byte in b"L4DH\x02\0\0\0" + bytes(8):
+    for byte in b"L4DH\x03\0\0\0" + bytes(8):
         client.send(bytes([byte]))
         time.sleep(0.1)
     expect_closed(client, "HANDSHAKE_TIMEOUT")
@@ -263,7 +263,7 @@ def test_a_dribbled_handshake_times_out(site: Site, expect_closed) -> None:  # T
 
 def test_another_protocol_version_is_closed(site: Site, expect_closed) -> None:  # T02
     client = RawClient(site.server.addresses[0])
-    client.send(b"L4DH\x03\0\0\0" + bytes(32))
+    client.send(b"L4DH\x02\0\0\0" + bytes(32))
     expect_closed(client, "PROTOCOL_VERSION")
 
 
@@ -277,7 +277,7 @@ def test_a_wrong_secret_learns_nothing(site: Site, expect_closed) -> None:  # T2
 @pytest.mark.parametrize("length", [2049, 0xFFFFFFFF])
 def test_a_hello_over_its_bound_is_closed_before_it_is_read(site: Site, expect_closed, length: int) -> None:
     client = RawClient(site.server.addresses[0])
-    client.send(b"L4DH\x02\0\0\0" + bytes(32) + bytes(32) + struct.pack("<I", length))
+    client.send(b"L4DH\x03\0\0\0" + bytes(32) + bytes(32) + struct.pack("<I", length))
     expect_closed(client, "HELLO_LENGTH")
 
 
@@ -312,6 +312,7 @@ DIFFERENT = {  # T32, T33
     "DTYPE_DIFFERS": {"dtype": "bfloat16"},
     "NUM_LAYERS_DIFFERS": {"num_layers": 99},
     "NUM_EXPERTS_DIFFERS": {"num_experts": 99},
+    "NUM_SLICES_DIFFERS": {"num_slices": 2},
     "ARITHMETIC_DIFFERS": {"arithmetic": "torch-cpu"},
     "ROLE_WRONG": {"role": "expert"},
     "HELLO_RANGE": {"incarnation": -1},
@@ -326,6 +327,13 @@ def test_a_peer_of_another_model_is_told_why(site: Site, expect_closed, reason: 
         client.prove(replace(hello("other"), **changes))
     assert caught.value.reason == reason
     expect_closed(client, reason)
+
+
+def test_a_worker_with_another_cut_is_told_what_to_change(site: Site, expect_closed) -> None:
+    client = RawClient(site.server.addresses[0])
+    with pytest.raises(HandshakeError, match="same `expert_slices`"):
+        client.prove(replace(hello("other"), num_slices=2))
+    expect_closed(client, "NUM_SLICES_DIFFERS")
 
 
 def test_a_second_peer_of_one_name_is_refused_and_the_first_stays(site: Site, expect_closed) -> None:  # T31

@@ -27,9 +27,9 @@ from tests.dispatch.fakes import (
     WIDTH,
     ScalingExperts,
     direct,
+    held_by,
     random_batch,
     random_table,
-    ranges_of,
 )
 from tests.dispatch.raw_client import RawClient
 from tests.dispatch.servers import LIMITS, SECRET, ServerThread, dispatcher, hello, serve
@@ -230,7 +230,7 @@ def test_a_memory_cannot_shrink_while_it_is_read() -> None:
 
 def run_host(address: str, ready: Connection) -> None:
     table = random_table(1)
-    server = ServerThread("host-0", ScalingExperts(ranges_of(table, "host-0")), [address], limits=SHARING)
+    server = ServerThread("host-0", ScalingExperts(held_by(table, "host-0")), [address], limits=SHARING)
     ready.send(None)
     server._thread.join()
 

@@ -20,7 +20,7 @@ from llama4_dist.dispatch.links.link import FrameHeader, FrameKind, LinkLimits
 from llama4_dist.dispatch.links.listener import Listener
 from llama4_dist.dispatch.reply_times import Deadlines
 from llama4_dist.errors import HandshakeError, LinkDownError, UnavailableError
-from tests.dispatch.fakes import WIDTH, ScalingExperts, direct, random_batch, random_table, ranges_of
+from tests.dispatch.fakes import WIDTH, ScalingExperts, direct, held_by, random_batch, random_table
 from tests.dispatch.servers import LIMITS, SECRET, ServerThread, dispatcher, hello, serve
 
 
@@ -84,7 +84,7 @@ def test_a_host_killed_without_replica_is_an_error_at_once(tmp_path: Path) -> No
 
 def _run_host(directory: str, ready: Connection) -> None:
     server = ServerThread(
-        "host-1", ScalingExperts(ranges_of(random_table(2, num_replicas=2), "host-1")), [f"unix:{directory}/links/p"]
+        "host-1", ScalingExperts(held_by(random_table(2, num_replicas=2), "host-1")), [f"unix:{directory}/links/p"]
     )
     ready.send(server.addresses[0])
     ready.recv()
@@ -99,7 +99,7 @@ def test_a_stopped_process_does_not_hold_up_rows_for_other_hosts(tmp_path: Path)
     child = context.Process(target=_run_host, args=(str(tmp_path), child_end), daemon=True)
     child.start()
     address = ready.recv()
-    other = ServerThread("host-0", ScalingExperts(ranges_of(table, "host-0")), [f"unix:{tmp_path}/links/t"])
+    other = ServerThread("host-0", ScalingExperts(held_by(table, "host-0")), [f"unix:{tmp_path}/links/t"])
     try:
         links = {
             "host-0": other.connect(),

@@ -13,7 +13,7 @@ from llama4_dist.dispatch.links.connect import connect
 from llama4_dist.dispatch.links.link import Link, LinkLimits
 from llama4_dist.dispatch.links.listener import Listener
 from llama4_dist.dispatch.links.wire import Wire, WireFormat
-from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+from llama4_dist.dispatch.routing_table import Replica, RoutingTable
 from llama4_dist.errors import ConfigError, EngineError, HandshakeError
 
 WIDTH, NUM_EXPERTS = 256, 4
@@ -42,10 +42,7 @@ def server_of(host: str, wire: str) -> ExpertServer:
 
 def dispatcher_of(links: dict[str, Link]) -> Dispatcher:
     hosts = sorted(links)
-    replicas = {
-        (0, expert): (Replica((SliceRef(host=hosts[expert % len(hosts)], incarnation=0, start=0, stop=1),)),)
-        for expert in range(NUM_EXPERTS)
-    }
+    replicas = {(0, expert): (Replica(hosts[expert % len(hosts)], 0),) for expert in range(NUM_EXPERTS)}
     table = RoutingTable(epoch=0, replicas=replicas)
     return Dispatcher(worker="worker", incarnation=0, table=table, links=links, width=WIDTH, dtype=torch.float32)
 

@@ -35,11 +35,15 @@ def run(checkpoint: Path) -> Iterator[Run]:
     engines: list[LocalEngine] = []
 
     def start_and_wait(
-        requests: list[EngineRequest], *, num_inproc_hosts: int = 1, **options: Any
+        requests: list[EngineRequest], *, num_inproc_hosts: int = 1, expert_slices: int = 1, **options: Any
     ) -> dict[str, list[TokenOutput]]:
         fields = {"num_blocks": 200, "debug_invariants": True} | options
         engine = build_single_process(
-            checkpoint, num_inproc_hosts=num_inproc_hosts, options=EngineOptions(**fields), num_threads=1
+            checkpoint,
+            num_inproc_hosts=num_inproc_hosts,
+            expert_slices=expert_slices,
+            options=EngineOptions(**fields),
+            num_threads=1,
         )
         engines.append(engine)
         collector = Collector()
@@ -102,6 +106,17 @@ def test_greedy_tokens_are_those_of_transformers_however_they_are_batched(
     assert ids(alone) == ids(batched) == ids(chunked)
     for name, expected in reference.items():
         assert tokens(alone[name])[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("expert_slices", [2, 4])  # of 48 and 48 columns; of 32, 32, 16 and 16
+def test_experts_cut_into_slices_say_the_tokens_of_transformers_on_any_hosts(
+    run: Run, reference: dict[str, list[int]], expert_slices: int
+) -> None:
+    one = run(greedy_requests(), expert_slices=expert_slices)
+    for name, expected in reference.items():
+        assert tokens(one[name])[: len(expected)] == expected
+    for num_hosts in (2, 3):
+        assert ids(run(greedy_requests(), expert_slices=expert_slices, num_inproc_hosts=num_hosts)) == ids(one)
 
 
 def test_a_prompt_over_chunk_edges_gives_the_same_tokens_at_once_and_token_by_token(run: Run) -> None:

@@ -14,7 +14,7 @@ from llama4_dist.dispatch.handshake import Hello
 from llama4_dist.dispatch.links.connect import connect
 from llama4_dist.dispatch.links.link import DTYPES, Link, LinkLimits, dtype_name
 from llama4_dist.dispatch.reply_times import Deadlines
-from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+from llama4_dist.dispatch.routing_table import Replica, RoutingTable
 from llama4_dist.engine.build import build_engine
 from llama4_dist.engine.devices import arithmetic, rows_device
 from llama4_dist.engine.local import LocalEngine
@@ -53,11 +53,7 @@ def table_of(
     config: ModelConfig, pairs: Mapping[str, Sequence[Pair]], incarnations: Mapping[str, int], *, epoch: int = 1
 ) -> RoutingTable:
     """Return the table in which each host holds these pairs whole."""
-    replicas = {
-        pair: (Replica((SliceRef(host=host, incarnation=incarnations[host], start=0, stop=config.expert_width),)),)
-        for host, held in pairs.items()
-        for pair in held
-    }
+    replicas = {pair: (Replica(host, incarnations[host]),) for host, held in pairs.items() for pair in held}
     return RoutingTable(epoch=epoch, replicas=replicas)
 
 

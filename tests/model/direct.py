@@ -11,12 +11,12 @@ from torch import Tensor
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.model.batch import Batch, PageRun, SequenceSpan
 from llama4_dist.model.cpu.llama4 import CpuLlama4
+from llama4_dist.model.dispatcher import Dispatcher
 from llama4_dist.model.expert import Experts
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.kv_layout import layout_of
 from llama4_dist.model.llama4 import Llama4
 from llama4_dist.model.load import load_model
-from llama4_dist.model.moe import Dispatcher
 
 
 def all_experts(checkpoint: Checkpoint, dtype: torch.dtype, weight_format: str = "stored") -> Experts:

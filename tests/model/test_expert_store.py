@@ -47,13 +47,13 @@ def test_an_expert_that_comes_back_gives_the_same_bits(model_dir: Path, dtype: t
     experts.add(PAIRS)
     assert experts.holds == set(PAIRS)
     before = {pair: answer(experts, pair) for pair in PAIRS}
-    assert experts.remove(PAIRS) == len(PAIRS) * experts.expert_bytes
+    assert experts.remove(PAIRS) == len(PAIRS) * experts._cut.most_bytes
     assert (experts.holds, experts.bytes_held) == (frozenset(), 0)
     assert experts.remove(PAIRS) == 0
     experts.add(PAIRS)
     experts.add(PAIRS)
     assert all(torch.equal(answer(experts, pair), before[pair]) for pair in PAIRS)
-    assert experts.bytes_held == len(PAIRS) * experts.expert_bytes == len(PAIRS) * 3 * D * 96 * dtype.itemsize
+    assert experts.bytes_held == len(PAIRS) * experts._cut.most_bytes == len(PAIRS) * 3 * D * 96 * dtype.itemsize
 
 
 def test_experts_come_and_go_while_another_thread_computes(model_dir: Path) -> None:
@@ -97,7 +97,9 @@ def test_more_than_the_capacity_is_refused_and_nothing_of_it_is_mapped(model_dir
     experts = store(model_dir, capacity_bytes=3 * size + 1)
     experts.add(PAIRS[:2])
     for bring in (experts.add, experts.adopt):
-        with pytest.raises(UnavailableError, match=f"2 experts of {size} bytes do not fit: {size + 1} of") as caught:
+        with pytest.raises(
+            UnavailableError, match=f"2 experts of {2 * size} bytes together do not fit: {size + 1} of"
+        ) as caught:
             bring(PAIRS[2:4])
         assert caught.value.reason == "NO_ROOM"
         assert experts.holds == set(PAIRS[:2])
@@ -112,9 +114,9 @@ def test_keeping_lets_go_of_all_else_and_what_was_adopted_stays_on_demand(model_
     experts.add(PAIRS[:4])
     experts.adopt(PAIRS[3:6])  # the first of them was given to this host before
     experts.add(PAIRS[5:7])  # the first of them was adopted before
-    assert experts.keep(PAIRS[:2], and_adopted=True) == 3 * experts.expert_bytes
+    assert experts.keep(PAIRS[:2], and_adopted=True) == 3 * experts._cut.most_bytes
     assert experts.holds == {*PAIRS[:2], PAIRS[4], PAIRS[5]}
-    assert experts.keep(PAIRS[:3]) == 2 * experts.expert_bytes
+    assert experts.keep(PAIRS[:3]) == 2 * experts._cut.most_bytes
     assert experts.holds == set(PAIRS[:2])
     experts.add(PAIRS[4:5])
     experts.keep(PAIRS[:2], and_adopted=True)
@@ -212,7 +214,7 @@ def test_removing_gives_memory_back_that_was_touched_and_only_that(tmp_path: Pat
         no_rope_layers=[1, 0],
     )  # fmt: skip
     experts = store(path)
-    size = experts.expert_bytes  # 6 MiB
+    size = experts._cut.most_bytes  # 6 MiB
     pairs = [(layer, expert) for layer in range(2) for expert in range(8)]
 
     def resident() -> int:
@@ -241,7 +243,7 @@ def test_in_int8_what_was_mapped_is_given_back_once_it_is_copied(tmp_path: Path,
     )  # fmt: skip
     experts = store(path, weight_format="int8")
     pairs = [(layer, expert) for layer in range(2) for expert in range(8)]
-    assert experts.expert_bytes == 3 * 512 * 1024 + 4 * (2 * 1024 + 512)
+    assert experts._cut.most_bytes == 3 * 512 * 1024 + 4 * (2 * 1024 + 512)
     experts.add(pairs)
     first, second = pairs[::2], pairs[1::2]
     x_RD = torch.randn(2, 512)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from llama4_dist.checkpoint.config_file import read_config
 from llama4_dist.config import ModelConfig
-from llama4_dist.model.kv_layout import KVGroup, KVLayout, layout_of, page_bytes, sequence_bytes
+from llama4_dist.model.kv_layout import KVGroup, KVLayout, layout_of, layouts_of, page_bytes, sequence_bytes
+from llama4_dist.partition import layers_of_stages
 from tests.checkpoints import make_checkpoint
 
 
@@ -48,6 +49,42 @@ def test_layers_of_one_kind_share_pages_in_groups_of_one_size(
     assert [(group.layers, group.chunk_size) for group in layout.groups] == groups
     for layer in range(len(kinds)):
         assert layout.groups[layout.group_of[layer]].layers[layout.index_in_group[layer]] == layer
+
+
+@pytest.mark.parametrize(
+    ("kinds", "num_stages", "groups"),
+    [
+        # Two even stages: the groups of one of them, each with its own layers.
+        ("cccfcccf", 2, [[((3,), None), ((0,), 16), ((1,), 16), ((2,), 16)],
+                         [((7,), None), ((4,), 16), ((5,), 16), ((6,), 16)]]),
+        # A stage without full layers leaves their group empty, so that the numbers of pages mean the same.
+        ("ccccff", 2, [[((), None), ((), None), ((0,), 16), ((1,), 16), ((2,), 16)],
+                       [((4,), None), ((5,), None), ((3,), 16), ((), 16), ((), 16)]]),
+        ("ccccffff", 2, [[((), None), ((0, 1, 2, 3), 16)], [((4, 5, 6, 7), None), ((), 16)]]),
+    ],
+)  # fmt: skip
+def test_stages_have_the_same_groups_and_each_its_own_layers_in_them(
+    tiny: ModelConfig, kinds: str, num_stages: int, groups: list[list[tuple[tuple[int, ...], int | None]]]
+) -> None:
+    layouts = layouts_of(with_layers(tiny, kinds), layers_of_stages(len(kinds), num_stages))
+    assert [[(group.layers, group.chunk_size) for group in layout.groups] for layout in layouts] == groups
+
+
+@given(kinds=st.text("cf", min_size=1, max_size=24), num_stages=st.integers(1, 6))
+def test_any_cut_has_one_numbering_of_pages(tiny: ModelConfig, kinds: str, num_stages: int) -> None:
+    stages = layers_of_stages(len(kinds), min(num_stages, len(kinds)))
+    layouts = layouts_of(with_layers(tiny, kinds), stages)
+    assert len({tuple(group.chunk_size for group in layout.groups) for layout in layouts}) == 1
+    assert len({layout.layers_per_group for layout in layouts} | {0}) <= 2
+    for layout, layers in zip(layouts, stages, strict=True):
+        assert list(layout.group_of) == list(layers)
+        for layer in layers:
+            group = layout.groups[layout.group_of[layer]]
+            assert group.layers[layout.index_in_group[layer]] == layer
+            assert (group.chunk_size is not None) == (kinds[layer] == "c")
+    counted = layouts[0].without_layers()
+    assert counted.max_pages(1000, 5) == layouts[-1].max_pages(1000, 5)
+    assert counted.layers_per_group == 0
 
 
 def test_groups_of_unequal_size_are_refused() -> None:

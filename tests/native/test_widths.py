@@ -113,7 +113,7 @@ def test_attention_is_the_same(num_heads: int, page_size: int, dtype: torch.dtyp
         step = AttentionStep(num_tokens, *tables, 1, block.data_ptr())
         cache = Cache(kept[0].data_ptr(), kept[1].data_ptr(), num_kv_heads, head_dim)
         run = getattr(native, f"l4d_attention_float32_{NAME_OF[dtype]}")
-        run(byref(layer), byref(step), byref(cache), out_TD.data_ptr(), THREADS)
+        run(byref(layer), byref(step), byref(cache), out_TD.data_ptr(), out_TD.data_ptr(), THREADS)
         return [out_TD, *kept]
 
     assert_equal(flags, attended)

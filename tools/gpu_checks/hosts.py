@@ -187,7 +187,7 @@ def time_round_trips(session: Session, address: tuple[Any, ...]) -> None:
     """From scored rows on the device to answers on the device, with experts and with rows given back as they are."""
     from gpu_checks.host_process import ECHO_LAYER, EXPERT_LAYER, NUM_EXPERTS
     from llama4_dist.dispatch.handshake import Hello
-    from llama4_dist.dispatch.routing_table import Replica, RoutingTable, SliceRef
+    from llama4_dist.dispatch.routing_table import Replica, RoutingTable
     from llama4_dist.gpu.host_rows import HostRows
     from llama4_dist.gpu.pinned import wait_for
     from tests.gpu.unix_hosts import dispatcher_over
@@ -203,7 +203,7 @@ def time_round_trips(session: Session, address: tuple[Any, ...]) -> None:
         num_experts=NUM_EXPERTS,
         arithmetic="timed",
     )
-    whole = (Replica((SliceRef(host="timing", incarnation=1, start=0, stop=EXPERT_WIDTH),)),)
+    whole = (Replica("timing", 1),)
     layers = {"links alone": ECHO_LAYER, f"through {NUM_EXPERTS} experts": EXPERT_LAYER}
     replicas = {(layer, expert): whole for layer in layers.values() for expert in range(NUM_EXPERTS)}
     dispatcher = dispatcher_over(

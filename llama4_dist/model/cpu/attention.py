@@ -15,7 +15,7 @@ from llama4_dist.native.bindings import AttentionLayer, Cache, passes
 
 
 class Attention:
-    """x += attention(norm(x)). The same as `model.attention.Attention` with the layer's norm and residual."""
+    """to += attention(norm(x)). The same as `model.attention.Attention` with the layer's norm and residual."""
 
     def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
         prefix = f"model.layers.{layer}"
@@ -33,10 +33,10 @@ class Attention:
         name = WEIGHT_NAME_OF[self._qkv.strips.dtype]
         self._runs = {dtype: getattr(passes(), f"l4d_attention_{name}_{NAME_OF[dtype]}") for dtype in NAME_OF}
 
-    def __call__(self, x_TD: Tensor, plan: CpuPlan, cache: KVCache) -> None:
-        """Add the output to the residual stream, float32 [T, D], in place."""
+    def __call__(self, x_TD: Tensor, plan: CpuPlan, cache: KVCache, to_TD: Tensor) -> None:
+        """Add the output for the residual stream, float32 [T, D], to `to_TD`, which may be the stream itself."""
         keys, values = cache.addresses(self._layer)
         step = plan.groups[cache.layout.group_of[self._layer]]
         where = Cache(keys, values, *self._heads)
         run = self._runs[cache.dtype]
-        run(byref(self._struct), byref(step), byref(where), x_TD.data_ptr(), threads.count())
+        run(byref(self._struct), byref(step), byref(where), x_TD.data_ptr(), to_TD.data_ptr(), threads.count())

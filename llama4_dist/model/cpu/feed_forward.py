@@ -5,7 +5,8 @@ from array import array
 from collections.abc import Sequence
 from ctypes import byref
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ class Network:
         self.addresses = (gate.data_ptr(), up.data_ptr(), down.data_ptr())
         self._kept = (gate, up, down)
 
+    def reads(self, weight: Tensor) -> bool:
+        """Tell whether the network reads this gate where it lies, and not a copy."""
+        return self.addresses[0] == weight.data_ptr()
+
 
 def network_of(weights: ExpertWeights) -> Network:
     """Return an expert's network; weights whose rows are not contiguous are copied, others stay where they are."""
@@ -53,11 +58,28 @@ def quantised_network(weights: ExpertWeights, error: QuantisationError) -> Netwo
 
 
 def run_networks(networks: Sequence[Network], nums_rows: Sequence[int], x_RD: Tensor, out_RD: Tensor) -> None:
-    """Write down(silu(gate x) · up x); the rows of the networks stand one after the other. All have one shape."""
+    """Write down(silu(gate x) · up x); the rows of the networks stand one after the other.
+
+    Neighbours of one shape are one native pass: slices of an expert may differ in width.
+    """
+    assert x_RD.shape[0] == sum(nums_rows), "groups do not cover the rows"
+    shape = networks[0].shape
+    if all([network.shape == shape for network in networks]):  # noqa: C419 - a list is faster than a generator
+        _run_alike(networks, nums_rows, x_RD, out_RD)
+        return
+    first = start = 0
+    for _, alike in groupby(networks, key=attrgetter("shape")):
+        last = first + len(list(alike))
+        stop = start + sum(nums_rows[first:last])
+        _run_alike(networks[first:last], nums_rows[first:last], x_RD[start:stop], out_RD[start:stop])
+        first, start = last, stop
+
+
+def _run_alike(networks: Sequence[Network], nums_rows: Sequence[int], x_RD: Tensor, out_RD: Tensor) -> None:
+    """Do so for networks of one shape."""
     first_rows = [0, *accumulate(nums_rows)]
-    assert x_RD.shape[0] == first_rows.pop(), "groups do not cover the rows"
-    shape, num_networks = networks[0].shape, len(networks)
-    assert [network.shape for network in networks] == [shape] * num_networks, "networks differ in shape or layout"
+    first_rows.pop()
+    num_networks = len(networks)
     gates, ups, downs = zip(*[network.addresses for network in networks], strict=True)
     table = array("q", (*first_rows, *nums_rows, *gates, *ups, *downs))  # five ctypes arrays take three times as long
     address, step = table.buffer_info()[0], num_networks * table.itemsize

@@ -66,5 +66,5 @@ def pack(weight_FD: Tensor) -> Panels:
     strip = native.l4d_strip()
     num_outputs, num_inputs = weight_FD.shape
     filled = F.pad(weight_FD, (0, 0, 0, -num_outputs % strip))
-    strips = filled.view(-1, strip, num_inputs).transpose(1, 2).contiguous()
+    strips = filled.reshape(-1, strip, num_inputs).transpose(1, 2).contiguous()
     return Panels(strips=strips, num_outputs=num_outputs)
