@@ -65,7 +65,7 @@ def _group(index: int, name: str, group: PodGroup) -> Patch:
 
 
 def _ray_resources(role: str, group: PodGroup) -> dict[str, str]:
-    offered = {"CPU": str(group.cores), role: str(group.places)}
+    offered = {"CPU": str(group.ray_cores), role: str(group.places)}
     return offered | ({"GPU": str(group.gpus)} if group.gpus else {})
 
 

@@ -14,6 +14,7 @@ GPU_HOST_BYTES = 16 * GIB
 CPU_SHARE = 1.25
 # Ray's store, which holds no tensor of ours; and where ranks reduce, NCCL's and gloo's segments.
 STORE_BYTES = GIB // 4
+EXPERT_THREADS = 1  # of a host, as cluster/ray_engine.py starts it
 REDUCE_BYTES = GIB
 
 
@@ -26,6 +27,7 @@ class PodGroup:
     pods: int
     gpus: int
     cores: int
+    ray_cores: int  # what Ray may place there: no more than the role takes, so that nobody else's worker comes
     memory_bytes: int
     shm_bytes: int
     places: int  # of the role's Ray resource
@@ -37,17 +39,19 @@ class PodGroup:
 
 def attention_group(plan: DeployPlan, settings: OverlaySettings) -> PodGroup:
     """A pod is a stage, so its ranks share a node; a unit is a group, whose pods come and go together."""
-    members = plan.stages * plan.ranks
+    leader = 1 if plan.stages * plan.ranks > 1 else 0  # without layers: it plans, samples and talks to gateways
+    cores = settings.attention_cores * plan.ranks + leader
     shm = STORE_BYTES + (REDUCE_BYTES * plan.ranks if plan.ranks > 1 else 0)
     return PodGroup(
         replicas=plan.groups,
         max_replicas=plan.groups,
         pods=plan.stages,
         gpus=0 if plan.on_cpu else plan.ranks,
-        cores=settings.attention_cores * plan.ranks,
+        cores=cores,
+        ray_cores=cores,
         memory_bytes=_memory(plan, plan.attention_bytes, plan.ranks) + _up(shm),
         shm_bytes=shm,
-        places=plan.ranks + (1 if members > 1 else 0),  # a group of several members has a leader without layers
+        places=plan.ranks,
     )
 
 
@@ -59,6 +63,7 @@ def expert_group(plan: DeployPlan, settings: OverlaySettings) -> PodGroup:
         pods=1,
         gpus=0 if plan.on_cpu else plan.devices_per_host,
         cores=settings.expert_cores * plan.devices_per_host,
+        ray_cores=EXPERT_THREADS,
         memory_bytes=_memory(plan, plan.expert_bytes, plan.devices_per_host) + _up(STORE_BYTES),
         shm_bytes=STORE_BYTES,
         places=1,

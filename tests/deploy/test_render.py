@@ -94,6 +94,8 @@ def test_a_stage_is_a_pod_with_all_its_ranks_and_a_group_a_unit() -> None:
     group = attention_group(cut, SETTINGS)
     assert (group.replicas, group.pods, group.gpus) == (4, 2, 8)
     assert group.num_pods == 8
+    assert group.ray_cores == 8 * SETTINGS.attention_cores + 1, "and the group's leader"
+    assert expert_group(cut, SETTINGS).ray_cores == 1, "so that no leader goes where gateways cannot reach it"
     assert group.shm_bytes >= 8 * GIB, "NCCL's segments of eight ranks"
     assert driver_settings(cut, SETTINGS) | {"stages": 2, "tensor": 8, "expert_slices": 2} == driver_settings(
         cut, SETTINGS
