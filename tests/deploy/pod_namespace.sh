@@ -7,14 +7,15 @@ root=$2
 interpreter=$3 # a folder that the user must be able to read, wherever it lies
 
 mount --make-rprivate /
-mkdir -p /tmp/l4-interpreter
-mount --bind "$interpreter" /tmp/l4-interpreter
-if [[ $interpreter == /root/* ]]; then
-    mount -t tmpfs -o mode=755 tmpfs /root
-    mkdir -p "$interpreter"
-    mount --bind /tmp/l4-interpreter "$interpreter"
-fi
 mount -t tmpfs -o mode=755 tmpfs /mnt
+mkdir /mnt/interpreter
+mount --bind "$interpreter" /mnt/interpreter
+top=/$(cut -d/ -f2 <<< "$interpreter")
+if [[ $(stat -c %A "$top") != *x ]]; then # others may not pass it
+    mount -t tmpfs -o mode=755 tmpfs "$top"
+    mkdir -p "$interpreter"
+    mount --bind /mnt/interpreter "$interpreter"
+fi
 mkdir /mnt/cluster /mnt/tokens /mnt/admin /mnt/scrape /mnt/settings
 cp "$script" /mnt/run.sh
 cp "$root"/deploy/kubernetes/overlays/local-cpu/generated/*.yaml /mnt/settings
@@ -23,8 +24,8 @@ echo 0123456789abcdef0123456789abcdef > /mnt/cluster/secret
 echo a-token-of-clients-0123 > /mnt/tokens/tokens
 echo admin a-token-of-operators-0123 > /mnt/admin/tokens
 echo a-token-of-scrapers-0123 > /mnt/scrape/token
-chown -R root:10001 /mnt/*/
-chmod 0440 /mnt/*/*
+chown -R root:10001 /mnt/{cluster,tokens,admin,scrape}
+chmod 0440 /mnt/{cluster,tokens,admin,scrape}/*
 chmod 0444 /mnt/run.sh
 mount -o remount,ro,bind / /
 mount -t tmpfs -o mode=1777 tmpfs /tmp
