@@ -122,9 +122,9 @@ class Direct:
         return _product(x_TD, self._checkpoint.tensor(name))
 
 
-def _product(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
+def _product(x_TD: Tensor, weight: Tensor) -> Tensor:
     """Return x W^T, some rows of W at a time: the whole of it would not fit beside the others in float64."""
-    return torch.cat([x_TD @ rows.double().T for rows in weight_OD.split(ROWS)], dim=1)
+    return torch.cat([x_TD @ rows.double().T for rows in weight.split(ROWS)], dim=1)
 
 
 class Peak:

@@ -71,7 +71,7 @@ class Controller:
         self.state = State.LOADING
         experts, attention = self.members.of(Role.EXPERT), self.members.of(Role.ATTENTION)
         locations = self.members.ask(experts, "location", deadline=deadline)
-        nodes = {worker: location.node for worker, location in locations.items()}
+        nodes = {worker: location.dies_with for worker, location in locations.items()}
         try:
             plan = self.plan(Wish(staying=tuple(nodes)), nodes)
         except PreconditionError as error:
@@ -305,8 +305,8 @@ class Controller:
         self._watch.start()
 
     def _live_nodes(self) -> dict[str, str]:
-        """Return the node of every host that is there."""
-        return {host: address.node for host, address in self.topology.hosts.items() if host in self.members}
+        """Return what every host that is there dies with."""
+        return {host: address.dies_with for host, address in self.topology.hosts.items() if host in self.members}
 
     def _known_hosts(self) -> set[str]:
         """Return the ids that may still have a process, though the topology names it no more."""

@@ -42,8 +42,9 @@ class RayEngine:
     `host_capacity_bytes` bounds the expert weights of one host, `expert_memory_bytes` those of them that stay in
     memory; `pool_window_s` is how long it lets rows wait for other attention workers' rows; `wire` is how rows travel,
     see `dispatch/links/wire.py`; `weights` is "stored" or "int8". `num_threads` are an attention worker's,
-    `expert_threads` a host's. Tests strike the hosts of an `armable` cluster. `telemetry` is how its
-    processes log and trace.
+    `expert_threads` a host's. A worker waits `placement_timeout_s` for room on a node, with `demand_roles` on one that
+    offers its role's resource; all together have `start_timeout_s` to load. Tests strike the hosts of an `armable`
+    cluster. `telemetry` is how its processes log and trace.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a cluster
@@ -68,6 +69,8 @@ class RayEngine:
         labels: Mapping[Role, Mapping[str, str]] | None = None,
         progress: OnProgress | None = None,
         start_timeout_s: float = 300.0,
+        placement_timeout_s: float | None = None,
+        demand_roles: bool = False,
         resume_ttl_s: float = 10.0,
         replay_timeout_s: float = 30.0,
         autoscale: AutoscalePolicy | None = None,
@@ -123,7 +126,13 @@ class RayEngine:
         with ExitStack() as resources:
             resources.callback(ensure_ray(ray_address).close)
             resources.callback(shutil.rmtree, run_dir, ignore_errors=True)
-            spawner = RaySpawner(run_id=run_id, labels=labels, tell_autoscaler=ray_address is not None)
+            spawner = RaySpawner(
+                run_id=run_id,
+                labels=labels,
+                tell_autoscaler=ray_address is not None,
+                placement_timeout_s=placement_timeout_s,
+                demand_roles=demand_roles,
+            )
             self._processes = ClusterProcesses(plan, spawner, progress=progress, on_engines=self._use_engines)
             resources.callback(self._processes.close)
             self.control = DriverControl(self._processes)

@@ -31,9 +31,10 @@ from llama4_dist.telemetry.tracing import configure_tracing
 
 log = logging.getLogger(__name__)
 
-PLACEMENT_TIMEOUT_S = 60.0
+PLACEMENT_TIMEOUT_S = 60.0  # for room on any node, unless another is given
 NODE_TIMEOUT_S = 5.0  # for room on the node we chose
 NODE_LABEL = "ray.io/node-id"
+MACHINE_VARIABLE = "LLAMA4_DIST_MACHINE"
 CONCURRENT_CALLS = 8  # a worker answers progress and status while it loads, the controller while it starts them
 
 # Several workers share the cores of a node, so a thread that waits must soon sleep; but not at once, since the
@@ -57,7 +58,9 @@ class RaySpawner:
     """Creates workers, each in a placement group of its own, and a controller beside the driver.
 
     On nodes that offer the custom resource `llama4_expert` or `llama4_attention`, workers of that role go there only.
-    `labels` maps a role to the node labels it demands.
+    With `demand_roles` they wait for such a node where none has come yet, instead of going to any. `labels` maps a role
+    to the node labels it demands. For `placement_timeout_s` a worker waits for room: a node may have
+    to come first.
     """
 
     def __init__(
@@ -66,8 +69,12 @@ class RaySpawner:
         run_id: str,
         labels: Mapping[Role, Mapping[str, str]] | None = None,
         tell_autoscaler: bool = False,
+        placement_timeout_s: float | None = None,
+        demand_roles: bool = False,
     ) -> None:
+        self._demand_roles = demand_roles
         self._run_id = run_id
+        self._placement_timeout_s = PLACEMENT_TIMEOUT_S if placement_timeout_s is None else placement_timeout_s
         self._tell_autoscaler = tell_autoscaler
         self._labels = labels or {}
         self._lock = threading.Lock()
@@ -86,10 +93,10 @@ class RaySpawner:
             for config in late:  # somebody else's work is there: any node will do
                 self.end(config.worker)
                 self._reserve(config, choose_node=False)
-        if late := self._late(configs, PLACEMENT_TIMEOUT_S):
+        if late := self._late(configs, self._placement_timeout_s):
             for config in configs:
                 self.end(config.worker)
-            bundle, labels = worker_bundle(late[0], ray.cluster_resources()), dict(self._labels.get(late[0].role, {}))
+            bundle, labels = self._bundle(late[0]), dict(self._labels.get(late[0].role, {}))
             raise UnavailableError(
                 f"Ray has no room for {len(late)} of {len(configs)} {late[0].role} workers of {bundle} with labels "
                 f"{labels}: the nodes offer {ray.cluster_resources()}",
@@ -149,7 +156,7 @@ class RaySpawner:
     def _reserve(self, config: WorkerConfig, *, choose_node: bool) -> None:
         """Ask for room for one worker, on the node with the fewest of its role where there are several."""
         labels = dict(self._labels.get(config.role, {}))
-        bundle = worker_bundle(config, ray.cluster_resources())
+        bundle = self._bundle(config)
         node = emptiest(self._nodes(config.role), bundle, labels) if choose_node else None
         wanted = labels if node is None else labels | {NODE_LABEL: node}
         group = placement_group(
@@ -157,6 +164,9 @@ class RaySpawner:
         )
         with self._lock:
             self._homes[config.worker] = Home(config.role, bundle, node, group, None)
+
+    def _bundle(self, config: WorkerConfig) -> dict[str, float]:
+        return worker_bundle(config, ray.cluster_resources(), demand_role=self._demand_roles)
 
     def _late(self, configs: Sequence[WorkerConfig], timeout_s: float) -> list[WorkerConfig]:
         """Wait for the groups; return those of these workers that have no room yet."""
@@ -208,12 +218,14 @@ class RaySpawner:
         return handle
 
 
-def worker_bundle(config: WorkerConfig, cluster_resources: Mapping[str, float]) -> dict[str, float]:
+def worker_bundle(
+    config: WorkerConfig, cluster_resources: Mapping[str, float], *, demand_role: bool = False
+) -> dict[str, float]:
     """Return the Ray resources one worker holds: its threads, a GPU if it computes there, its role's own resource."""
     bundle: dict[str, float] = {"CPU": config.num_threads}
     if config.device.startswith("cuda"):
         bundle["GPU"] = 1
-    if (resource := f"llama4_{config.role}") in cluster_resources:
+    if (resource := f"llama4_{config.role}") in cluster_resources or demand_role:
         bundle[resource] = 1
     return bundle
 
@@ -224,8 +236,12 @@ def alive_nodes() -> list[dict[str, Any]]:
 
 
 def this_node() -> Location:
-    """Say where this process runs, in Ray's words."""
-    return Location(node=ray.get_runtime_context().get_node_id(), address=ray.util.get_node_ip_address())
+    """Say where this process runs, in Ray's words; a pod is told its machine by LLAMA4_DIST_MACHINE."""
+    return Location(
+        node=ray.get_runtime_context().get_node_id(),
+        address=ray.util.get_node_ip_address(),
+        machine=os.environ.get(MACHINE_VARIABLE, ""),
+    )
 
 
 class Actor:

@@ -69,10 +69,19 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Location:
-    """The machine a worker runs on: workers of one `node` share a file system; `address` is what others dial."""
+    """Where a worker runs: workers of one `node` share a file system; `address` is what others dial.
+
+    Where a node of Ray is a pod, several may lie on one `machine`, and die with it; "" = the node is the machine.
+    """
 
     node: str
     address: str
+    machine: str = ""
+
+    @property
+    def dies_with(self) -> str:
+        """What takes everything on it along: copies of an expert are kept apart by it."""
+        return self.machine or self.node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +93,12 @@ class HostAddress:
     node: str
     unix: str
     tcp: str
+    machine: str = ""
+
+    @property
+    def dies_with(self) -> str:
+        """As `Location.dies_with`."""
+        return self.machine or self.node
 
     def seen_from(self, node: str) -> str:
         """Return the address that a worker on `node` should dial."""

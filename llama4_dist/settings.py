@@ -17,7 +17,14 @@ from llama4_dist.telemetry.settings import Telemetry
 ENV_PREFIX = "LLAMA4_DIST_"
 # Read by other parts of the program, not by this file's model.
 OTHER_VARIABLES = frozenset(
-    {"LLAMA4_DIST_CLUSTER_SECRET_FILE", "LLAMA4_DIST_LOG_LEVEL", "LLAMA4_DIST_NATIVE", "LLAMA4_DIST_TOKEN"}
+    {
+        "LLAMA4_DIST_CLUSTER_SECRET_FILE",
+        "LLAMA4_DIST_LOG_LEVEL",
+        "LLAMA4_DIST_MACHINE",
+        "LLAMA4_DIST_NATIVE",
+        "LLAMA4_DIST_NATIVE_LIBRARY",
+        "LLAMA4_DIST_TOKEN",
+    }
 )
 MAX_FILE_BYTES = 1024 * 1024
 
@@ -64,6 +71,21 @@ class ServeSettings(BaseModel):
     )
     replay_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="how long a request waits for an attention worker when its own is lost"
+    )
+    start_timeout_s: float = Field(
+        default=300.0, gt=0, le=86400, description="how long all workers together may take to start and load"
+    )
+    placement_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        le=86400,
+        description="how long a worker waits for room on a node of Ray",
+    )
+    demand_roles: bool = Field(
+        default=False, description="workers wait for nodes with their role's resource, where none has come yet"
+    )
+    directory_timeout_s: float = Field(
+        default=60.0, gt=0, le=86400, description="how long a gateway waits at its start for the cluster to serve"
     )
     ray_address: str | None = Field(default=None, description="existing Ray cluster; default: start one here")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -204,3 +204,16 @@ def test_sigterm_lets_a_running_stream_end(served: tuple[subprocess.Popen[str], 
     begun = time.monotonic()
     assert process.wait(20) == 0
     assert time.monotonic() - begun < 20
+
+
+def test_a_gateway_waits_for_its_cluster_no_longer_than_told(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("0123456789abcdef0123456789abcdef")
+    (tmp_path / "secret").chmod(0o600)
+    began = time.monotonic()
+    answer = run(
+        *("gateway", "--model", str(model), "--directory", "127.0.0.1:9", "--address", "127.0.0.1:0", "--json"),
+        LLAMA4_DIST_DIRECTORY_TIMEOUT_S="0.5",
+        LLAMA4_DIST_CLUSTER_SECRET_FILE=str(tmp_path / "secret"),
+    )
+    assert answer.returncode == 4, answer.stdout + answer.stderr
+    assert time.monotonic() - began < 30, "the default would be 60 s"

@@ -36,6 +36,7 @@ class World(Protocol):
     @property
     def newest_epoch(self) -> int: ...
     def node_of(self, worker: str) -> str: ...
+    def machine_of(self, worker: str) -> str: ...
     def hosts(self) -> "dict[str, FakeHost]": ...
     def serving(self) -> "list[FakeAttention]": ...
     def note(self, kept: bool, breach: str) -> None: ...
@@ -55,7 +56,8 @@ class FakeWorker:
         return self.config.worker
 
     def location(self) -> Location:
-        return Location(node=self.world.node_of(self.name), address="127.0.0.1")
+        machine = self.world.machine_of(self.name)
+        return Location(node=self.world.node_of(self.name), address="127.0.0.1", machine=machine)
 
     def progress(self) -> LoadProgress:
         state = State.READY if self.loaded else State.LOADING
@@ -80,7 +82,14 @@ class FakeHost(FakeWorker):
         if not self.loaded:
             return None
         node = self.world.node_of(self.name)
-        return HostAddress(host=self.name, incarnation=self.incarnation, node=node, unix="unix:/x", tcp="tcp:x:1")
+        return HostAddress(
+            host=self.name,
+            incarnation=self.incarnation,
+            node=node,
+            unix="unix:/x",
+            tcp="tcp:x:1",
+            machine=self.world.machine_of(self.name),
+        )
 
     def load(self, pairs: Sequence[Pair]) -> HostAddress | None:
         self.held |= set(pairs)
