@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -26,6 +27,7 @@ from llama4_dist.engine.port import EngineStats, OnOutputs
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.expert_cut import ExpertCut
 from llama4_dist.model.weight_format import STORED, check_weight_format_name, expert_bytes
+from llama4_dist.partition import WHOLE, Partition, check_partition
 from llama4_dist.request import EngineLimits, EngineRequest
 from llama4_dist.rpc.cluster_secret import cluster_secret
 from llama4_dist.rpc.directory import DirectoryServer
@@ -70,12 +72,14 @@ class RayEngine:
         replay_timeout_s: float = 30.0,
         autoscale: AutoscalePolicy | None = None,
         armable: bool = False,
+        partition: Partition = WHOLE,
         secret: bytes | None = None,
         directory: DirectoryServer | None = None,
     ) -> None:
         model_dir = Path(model_dir).resolve()
         check_weight_format_name(weights, device)  # whether there is a compiler each worker says for its own node
         geometry = read_geometry(model_dir, dtype, weights, expert_slices)
+        check_cut(model_dir, partition)
         secret, run_id = secret or cluster_secret(), f"llama4-{secrets.token_hex(4)}"
         run_dir = Path(tempfile.gettempdir()) / run_id
 
@@ -99,17 +103,20 @@ class RayEngine:
                     wire=wire,
                     resume_ttl_s=resume_ttl_s,
                     armable=armable,
+                    partition=partition if role is Role.ATTENTION else WHOLE,
                 )
                 for index in range(count)
             )
+
+        threads = num_threads or default_threads(num_attention_workers * partition.num_members)
+        attention = configs(Role.ATTENTION, num_attention_workers, threads if partition == WHOLE else 1)
 
         plan = ClusterPlan(
             model=(options.model_name if options else None) or model_dir.name,
             geometry=geometry,
             experts=configs(Role.EXPERT, num_expert_hosts, expert_threads),
-            attention=configs(
-                Role.ATTENTION, num_attention_workers, num_threads or default_threads(num_attention_workers)
-            ),
+            attention=attention,
+            stages=tuple(stage for leader in attention for stage in stages_of(leader, num_threads=threads)),
             num_replicas=num_replicas,
             host_capacity_bytes=host_capacity_bytes,
             autoscale=autoscale,
@@ -178,6 +185,35 @@ class RayEngine:
         """End streams, controller, workers, placement groups and, if it was started here, Ray."""
         atexit.unregister(self.close)
         self._resources.close()
+
+
+def stages_of(leader: WorkerConfig, *, num_threads: int) -> tuple[WorkerConfig, ...]:
+    """Return what the members of a leader's group are told; none where the leader computes all layers itself."""
+    if not leader.leads:
+        return ()
+    return tuple(
+        replace(
+            leader,
+            worker=f"{leader.worker}-stage-{stage}-rank-{rank}",
+            role=Role.STAGE,
+            num_threads=num_threads,
+            group=leader.worker,
+            stage=stage,
+            rank=rank,
+        )
+        for stage, rank in leader.partition.places
+    )
+
+
+def check_cut(model_dir: Path, partition: Partition) -> None:
+    """Raise ConfigError, before any process starts, where a checkpoint's model cannot be cut so."""
+    checkpoint = Checkpoint.open(model_dir)
+    try:
+        check_partition(checkpoint.config, partition)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    finally:
+        checkpoint.close()
 
 
 def default_threads(num_workers: int) -> int:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 PLACEMENT_TIMEOUT_S = 60.0
 NODE_TIMEOUT_S = 5.0  # for room on the node we chose
+LEADER_CPU = 0.1  # of an attention group: it plans and samples, and holds no layer
 NODE_LABEL = "ray.io/node-id"
 CONCURRENT_CALLS = 8  # a worker answers progress and status while it loads, the controller while it starts them
 
@@ -206,11 +207,17 @@ class RaySpawner:
 
 
 def worker_bundle(config: WorkerConfig, cluster_resources: Mapping[str, float]) -> dict[str, float]:
-    """Return the Ray resources one worker holds: its threads, a GPU if it computes there, its role's own resource."""
+    """Return the Ray resources one worker holds: its threads, a GPU if it computes there, its role's own resource.
+
+    Members of an attention group hold what attention workers do; their leader computes nothing and needs little.
+    """
+    if config.leads:
+        return {"CPU": LEADER_CPU}
     bundle: dict[str, float] = {"CPU": config.num_threads}
     if config.device.startswith("cuda"):
         bundle["GPU"] = 1
-    if (resource := f"llama4_{config.role}") in cluster_resources:
+    role = Role.ATTENTION if config.role is Role.STAGE else config.role
+    if (resource := f"llama4_{role}") in cluster_resources:
         bundle[resource] = 1
     return bundle
 
@@ -263,13 +270,25 @@ class ExpertHostActor(Actor):
 
 @ray.remote
 class AttentionWorkerActor(Actor):
-    """An attention worker in a Ray actor."""
+    """An attention worker in a Ray actor, or the leader of an attention group."""
 
     def __init__(self, config: WorkerConfig) -> None:
         from cluster.attention_worker import AttentionWorker
+        from cluster.group_leader import GroupLeader
 
         log_to_stderr()
-        self.plain = AttentionWorker(config, this_node())
+        self.plain = GroupLeader(config, this_node()) if config.leads else AttentionWorker(config, this_node())
+
+
+@ray.remote
+class StageWorkerActor(Actor):
+    """A member of an attention group in a Ray actor."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        from cluster.stage_worker import StageWorker
+
+        log_to_stderr()
+        self.plain = StageWorker(config, this_node())
 
 
 @ray.remote
@@ -284,5 +303,6 @@ class ControllerActor(Actor):
 ACTORS: Mapping[Role, Any] = {
     Role.EXPERT: ExpertHostActor,
     Role.ATTENTION: AttentionWorkerActor,
+    Role.STAGE: StageWorkerActor,
     Role.CONTROLLER: ControllerActor,
 }

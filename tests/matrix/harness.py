@@ -143,12 +143,12 @@ class Cluster:
     @property
     def stats(self) -> DispatchStats:
         """The counters of the first worker's dispatcher."""
-        return self.workers[0]._dispatcher.stats()
+        return self.workers[0]._follower.dispatcher.stats()
 
     @property
     def live(self) -> frozenset[str]:
         """Hosts that the first worker has a link to."""
-        return frozenset(self.workers[0]._dispatcher.links)
+        return frozenset(self.workers[0]._follower.dispatcher.links)
 
     @property
     def num_adopted(self) -> int:

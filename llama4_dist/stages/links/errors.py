@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama4_dist.stages.links.defect import defect
 from llama4_dist.errors import (
     DeadlineExceededError,
     EngineError,
@@ -13,6 +12,7 @@ from llama4_dist.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from llama4_dist.stages.links.defect import defect
 
 MAX_MESSAGE = 1024
 MAX_REASON = 64
