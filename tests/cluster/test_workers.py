@@ -341,7 +341,9 @@ def test_a_link_that_fell_while_a_topology_was_on_its_way_is_dialled_again(
 
     def take_and_fall(addresses: Any, in_use: Any) -> Any:
         taken = take(addresses, in_use)
-        worker._engine.between_steps(lambda: worker._follower.dispatcher._exchange.posting.lose(("expert-1",), "LINK_DOWN"))
+        worker._engine.between_steps(
+            lambda: worker._follower.dispatcher._exchange.posting.lose(("expert-1",), "LINK_DOWN")
+        )
         return taken
 
     monkeypatch.setattr(worker._follower.links, "take", take_and_fall)
