@@ -9,7 +9,7 @@ import psutil
 
 from cluster.epochs import Epochs
 from cluster.serving import Serving
-from cluster.topology_follower import TopologyFollower
+from cluster.topology_follower import follower_of
 from cluster.worker import (
     Adopted,
     HostAddress,
@@ -53,7 +53,7 @@ class AttentionWorker:
         checkpoint = Checkpoint.open(config.model_dir)
         self._resources.callback(checkpoint.close)
         dtype = resolve_dtype(config.dtype, checkpoint.config.dtype)
-        follower = self._follower = TopologyFollower(
+        follower = self._follower = follower_of(
             config,
             checkpoint,
             self._epochs,

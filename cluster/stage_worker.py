@@ -13,7 +13,7 @@ import torch
 
 from cluster.epochs import Epochs
 from cluster.stage_door import StageDoor
-from cluster.topology_follower import TopologyFollower
+from cluster.topology_follower import follower_of
 from cluster.worker import (
     Adopted,
     Formation,
@@ -93,7 +93,7 @@ class StageWorker:
         if is_native(dtype, config.device):
             threads.leave_to_native()
         self._plan = self._planned(None)  # again: what weights take of a device's memory no page has
-        follower = self._follower = TopologyFollower(
+        follower = self._follower = follower_of(
             config,
             checkpoint,
             self._epochs,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
 from cluster.epochs import Epochs
-from cluster.host_links import HostLinks
+from cluster.host_links import Dial, HostLinks
 from cluster.placement import routing_table
 from cluster.referee import Referee
 from cluster.worker import Adopted, HostAddress, Topology, WorkerConfig
@@ -36,50 +36,28 @@ class BetweenSteps(Protocol):
     def __call__(self, action: Callable[[], T]) -> T: ...
 
 
+OnLost = Callable[[str, int, str], None]  # host, incarnation, reason
+
+
 class TopologyFollower:
-    """A dispatcher whose links and table follow what is published. `close` after the engine has ended."""
+    """A dispatcher whose links and table follow what is published. `close` before the dispatcher is closed."""
 
     def __init__(
         self,
-        config: WorkerConfig,
-        checkpoint: Checkpoint,
+        worker: str,
         epochs: Epochs,
         *,
-        incarnation: int,
-        node: str,
-        device: str,
+        dispatcher_of: Callable[[OnLost], Dispatcher],
+        dial: Dial,
         between_steps: BetweenSteps,
+        num_slices: int = 1,
     ) -> None:
-        """`device` is where the dispatcher is given rows."""
         self.epochs = epochs
-        self._config = config
-        self._checkpoint = checkpoint
-        self._incarnation = incarnation
-        self._node = node
+        self.links = HostLinks(dial, self._restore)
+        self.dispatcher = dispatcher_of(self.links.lost)
+        self._worker = worker
         self._between_steps = between_steps
-        self._dtype = resolve_dtype(config.dtype, checkpoint.config.dtype)
-        self.dispatcher = Dispatcher(
-            worker=config.worker,
-            incarnation=incarnation,
-            table=RoutingTable(epoch=0, replicas={}),
-            links={},
-            width=checkpoint.config.hidden_size,
-            dtype=self._dtype,
-            device=device,
-            checks=CrossCheck(
-                every=config.cross_check_every,
-                referee=Referee(
-                    checkpoint,
-                    dtype=self._dtype,
-                    device=config.device,
-                    weights=config.weights,
-                    num_slices=config.expert_slices,
-                    wire=config.wire,
-                ),
-            ),
-            on_lost=lambda *loss: self.links.lost(*loss),
-        )
-        self.links = HostLinks(self._dial, self._restore)
+        self._num_slices = num_slices
 
     def connect(self, hosts: Mapping[str, HostAddress]) -> None:
         """Dial hosts that a topology to come will name; raises HandshakeError or LinkDownError where one refuses."""
@@ -99,7 +77,7 @@ class TopologyFollower:
                 topology.placement,
                 epoch=topology.epoch,
                 incarnations=incarnations,
-                num_slices=self._config.expert_slices,
+                num_slices=self._num_slices,
             )
             in_use = dict(self.dispatcher.links)
             taken = self.links.take(topology.hosts, in_use)
@@ -117,7 +95,7 @@ class TopologyFollower:
 
             switch_s = self._between_steps(switch)
             self.epochs.note(topology)
-        log.info("topology_adopted worker=%s epoch=%d hosts=%d", self._config.worker, topology.epoch, len(taken))
+        log.info("topology_adopted worker=%s epoch=%d hosts=%d", self._worker, topology.epoch, len(taken))
         return Adopted(epoch=topology.epoch, switch_s=switch_s)
 
     def close(self) -> None:
@@ -139,28 +117,72 @@ class TopologyFollower:
 
         self._between_steps(switch)
 
-    def _dial(self, address: HostAddress) -> Link:
-        config = self._checkpoint.config
-        hello = Hello(
-            role=LinkRole.ATTENTION,
-            id=self._config.worker,
-            incarnation=self._incarnation,
-            model_hash=self._checkpoint.model_hash,
-            num_layers=config.num_layers,
-            num_experts=config.num_experts,
-            num_slices=self._config.expert_slices,
-            width=config.hidden_size,
-            dtype=dtype_name(self._dtype),
-            wire=self._config.wire,
-            arithmetic=arithmetic(self._dtype, self._config.device, self._config.weights),
-        )
+
+def follower_of(
+    config: WorkerConfig,
+    checkpoint: Checkpoint,
+    epochs: Epochs,
+    *,
+    incarnation: int,
+    node: str,
+    device: str,
+    between_steps: BetweenSteps,
+) -> TopologyFollower:
+    """Return the follower of a worker on `node`, whose dispatcher is given rows on `device`."""
+    geometry = checkpoint.config
+    dtype = resolve_dtype(config.dtype, geometry.dtype)
+    hello = Hello(
+        role=LinkRole.ATTENTION,
+        id=config.worker,
+        incarnation=incarnation,
+        model_hash=checkpoint.model_hash,
+        num_layers=geometry.num_layers,
+        num_experts=geometry.num_experts,
+        num_slices=config.expert_slices,
+        width=geometry.hidden_size,
+        dtype=dtype_name(dtype),
+        wire=config.wire,
+        arithmetic=arithmetic(dtype, config.device, config.weights),
+    )
+
+    def dial(address: HostAddress) -> Link:
         return connect(
-            address.seen_from(self._node),
+            address.seen_from(node),
             hello=hello,
-            secret=self._config.secret,
+            secret=config.secret,
             limits=LinkLimits(),
             timeout_s=CONNECT_TIMEOUT_S,
         )
+
+    def dispatcher_of(on_lost: OnLost) -> Dispatcher:
+        referee = Referee(
+            checkpoint,
+            dtype=dtype,
+            device=config.device,
+            weights=config.weights,
+            num_slices=config.expert_slices,
+            wire=config.wire,
+        )
+        return Dispatcher(
+            worker=config.worker,
+            incarnation=incarnation,
+            table=RoutingTable(epoch=0, replicas={}),
+            links={},
+            width=geometry.hidden_size,
+            dtype=dtype,
+            device=device,
+            checks=CrossCheck(every=config.cross_check_every, referee=referee),
+            on_lost=on_lost,
+        )
+
+    return TopologyFollower(
+        config.worker,
+        epochs,
+        dispatcher_of=dispatcher_of,
+        dial=dial,
+        between_steps=between_steps,
+        num_slices=config.expert_slices,
+    )
 
 
 def usable(

@@ -394,7 +394,7 @@ def test_a_closed_host_leaves_neither_socket_file_nor_folder_nor_listener(
     host.close()
     assert not (tmp_path / "run").exists()
     with pytest.raises(LinkDownError):
-        worker._follower._dial(address)
+        worker._follower.links._dial(address)
     assert host.status().state is State.LOST
 
 

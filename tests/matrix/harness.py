@@ -45,9 +45,14 @@ class WorkerOnNode(AttentionWorker):
 
     node: Node | None = None
 
-    def _dial(self, address: HostAddress) -> Link:
-        dial = super()._dial
-        return dial(address) if self.node is None else self.node.inside(lambda: dial(address))
+    def load(self) -> None:
+        super().load()
+        links, dial = self._follower.links, self._follower.links._dial
+
+        def dial_from_node(address: HostAddress) -> Link:
+            return dial(address) if self.node is None else self.node.inside(lambda: dial(address))
+
+        links._dial = dial_from_node
 
 
 class Cluster:
