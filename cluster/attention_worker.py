@@ -26,6 +26,7 @@ from llama4_dist.engine.build import build_engine, resolve_dtype
 from llama4_dist.engine.devices import rows_device
 from llama4_dist.engine.local import LocalEngine
 from llama4_dist.native import threads
+from llama4_dist.telemetry import tracing
 
 
 class AttentionWorker:
@@ -40,6 +41,11 @@ class AttentionWorker:
         self._serving = Serving(config, location)
         self._epochs = Epochs()
         self._resources = ExitStack()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in use."""
+        return self._epochs.epoch
 
     def location(self) -> Location:
         """Say where this worker runs."""
@@ -118,11 +124,13 @@ class AttentionWorker:
             addresses=self._serving.addresses,
             epoch=self._epochs.epoch,
             memory_bytes=psutil.Process().memory_info().rss,
+            cpu_s=sum(psutil.Process().cpu_times()[:2]),
         )
 
     def close(self) -> None:
-        """Stop the service, the engine and the links, in that order."""
+        """Stop the service, the engine and the links, in that order; what was traced is sent."""
         self._resources.close()
+        tracing.flush()
 
     def _report(self, done: int, total: int) -> None:
         self._loaded = (done, total)

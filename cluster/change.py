@@ -154,9 +154,9 @@ class ChangeRun:
         wait([one.call("connect", others) for one in attention if one.worker in answers], timeout=COMMIT_TIMEOUT_S)
 
     def _start_hosts(self) -> dict[str, str]:
-        """Have new hosts started; return the node of every host there will be."""
+        """Have new hosts started; return what every host there will be dies with."""
         wish = self._wish
-        nodes = {host: self._site.topology.hosts[host].node for host in wish.staying}
+        nodes = {host: self._site.topology.hosts[host].dies_with for host in wish.staying}
         if wish.joining:
             handles = self._site.provisioning.obtain(
                 wish.joining, Role.EXPERT, timeout_s=START_TIMEOUT_S, check=self._check_cancelled
@@ -164,7 +164,7 @@ class ChangeRun:
             self._site.members.add(handles)
             calls = {handle: handle.call("location") for handle in handles}
             locations = self._follow(calls, "say where it runs", timeout_s=START_TIMEOUT_S)
-            nodes |= {worker: location.node for worker, location in locations.items()}
+            nodes |= {worker: location.dies_with for worker, location in locations.items()}
             self._site.ledger.update(self._name, hosts_ready=len(handles))
         return nodes
 

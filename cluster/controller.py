@@ -26,6 +26,7 @@ from cluster.placement import Placement
 from cluster.plan import ClusterPlan, Group
 from cluster.planner import Planner
 from cluster.provisioning import Provisioning
+from cluster.reading import ClusterReading, read_cluster
 from cluster.standing import Engines, Orders
 from cluster.takeover import strangers, take_stock
 from cluster.watch import Watch
@@ -69,13 +70,10 @@ class Controller:
         """Place, load, publish epoch 1 and open the engine services within `timeout_s`; return address by worker."""
         deadline = time.monotonic() + timeout_s
         self.state = State.LOADING
-        experts, attention, followers = (
-            self.members.of(Role.EXPERT),
-            self.members.of(Role.ATTENTION),
-            self.members.followers,
-        )
+        experts, attention = self.members.of(Role.EXPERT), self.members.of(Role.ATTENTION)
+        followers = self.members.followers
         locations = self.members.ask(experts, "location", deadline=deadline)
-        nodes = {worker: location.node for worker, location in locations.items()}
+        nodes = {worker: location.dies_with for worker, location in locations.items()}
         try:
             plan = self.plan(Wish(staying=tuple(nodes)), nodes)
         except PreconditionError as error:
@@ -135,11 +133,7 @@ class Controller:
     def status(self) -> tuple[WorkerStatus, ...]:
         """Describe the controller and every worker; one that does not answer is LOST."""
         own = own_status(self._location, incarnation=self.incarnation, state=self.state, epoch=self.topology.epoch)
-        missing = [
-            *((Role.EXPERT, host) for host in self.missing_hosts),
-            *((role, worker) for worker, role in self.missing_attention.items()),
-        ]
-        return (own, *in_order(self.members.statuses(), missing))
+        return (own, *in_order(self.members.statuses(), self.missing))
 
     def view(self) -> ClusterView:
         """Describe the cluster."""
@@ -149,7 +143,7 @@ class Controller:
             num_replicas=self._plan.num_replicas,
             workers=self.status(),
             operation=self.ledger.running,
-            num_slices=self._plan.geometry.num_slices,
+            num_slices=self.num_slices,
         )
 
     def placement(self) -> PlacementView:
@@ -160,6 +154,10 @@ class Controller:
         """Read every live host's counters."""
         answers, _ = self.members.try_each(self.members.of(Role.EXPERT), "load_now")
         return tuple(answers[worker] for worker in sorted(answers, key=order))
+
+    def reading(self) -> ClusterReading:
+        """Say what is measured, without waiting for a worker that is silent."""
+        return read_cluster(self, self._watch)
 
     def scale(self, num_hosts: int, options: ChangeOptions) -> Operation:
         """Begin to bring the pool to `num_hosts`."""
@@ -224,6 +222,14 @@ class Controller:
         return self._planner.pays(kind, plan)
 
     @property
+    def epoch(self) -> int:
+        return self.topology.epoch
+
+    @property
+    def num_slices(self) -> int:
+        return self._plan.geometry.num_slices
+
+    @property
     def autoscale(self) -> AutoscalePolicy | None:
         return self._plan.autoscale
 
@@ -246,6 +252,12 @@ class Controller:
     def leads(self, worker: str) -> bool:
         """Tell whether a worker leads a group, and serves only with one."""
         return any(group.leader == worker for group in self._plan.groups)
+
+    @property
+    def missing(self) -> list[tuple[Role, str]]:
+        """Workers that there should be and that have no process."""
+        hosts = [(Role.EXPERT, host) for host in self.missing_hosts]
+        return [*hosts, *((role, worker) for worker, role in self.missing_attention.items())]
 
     @property
     def is_complete(self) -> bool:
@@ -305,8 +317,8 @@ class Controller:
         self._watch.start()
 
     def _live_nodes(self) -> dict[str, str]:
-        """Return the node of every host that is there."""
-        return {host: address.node for host, address in self.topology.hosts.items() if host in self.members}
+        """Return what every host that is there dies with."""
+        return {host: address.dies_with for host, address in self.topology.hosts.items() if host in self.members}
 
     def _known_hosts(self) -> set[str]:
         """Return the ids that may still have a process, though the topology names it no more."""

@@ -23,6 +23,7 @@ def own_status(location: Location, *, incarnation: int, state: State, epoch: int
         node=location.node,
         epoch=epoch,
         memory_bytes=psutil.Process().memory_info().rss,
+        cpu_s=sum(psutil.Process().cpu_times()[:2]),
     )
 
 

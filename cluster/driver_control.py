@@ -3,7 +3,9 @@
 from cluster.control import DEFAULT_OPTIONS
 from cluster.operation import ChangeOptions, ClusterView, HostLoad, Operation, PlacementView
 from cluster.processes import ClusterProcesses
+from cluster.reading import ClusterReading
 
+READING_TIMEOUT_S = 3.0  # a controller that answers waits for workers a second less
 CHANGE_TIMEOUT_S = 60.0  # a plan for a large model takes seconds
 
 
@@ -57,6 +59,15 @@ class DriverControl:
         """Read every live host's counters."""
         answer: tuple[HostLoad, ...] = self._processes.ask("loads")
         return answer
+
+    def reading(self) -> ClusterReading:
+        """Return what is measured of the cluster."""
+        answer: ClusterReading = self._processes.ask("reading", timeout_s=READING_TIMEOUT_S)
+        return answer
+
+    def head_answers(self) -> bool:
+        """Tell whether the head of Ray answers: without it nothing can be changed."""
+        return self._processes.head_answers()
 
     def _change(self, method: str, *arguments: object) -> Operation:
         self._processes.check_head()

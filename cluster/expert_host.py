@@ -11,6 +11,7 @@ import psutil
 
 from cluster.operation import HostLoad
 from cluster.placement import Pair
+from cluster.reading import HostReading
 from cluster.unhurried import unhurried
 from cluster.worker import HostAddress, LoadProgress, Location, Role, State, WorkerConfig, WorkerStatus, url_host
 from llama4_dist.checkpoint.reader import Checkpoint
@@ -106,7 +107,12 @@ class ExpertHost:
         self._resources.callback(self._halt, server, thread)
         self._server = server
         self._address = HostAddress(
-            host=config.worker, incarnation=self.incarnation, node=location.node, unix=unix.address, tcp=tcp.address
+            host=config.worker,
+            incarnation=self.incarnation,
+            node=location.node,
+            unix=unix.address,
+            tcp=tcp.address,
+            machine=location.machine,
         )
         self._state = State.READY
         log.info(
@@ -175,6 +181,19 @@ class ExpertHost:
             residency_misses=residency.misses if residency is not None else 0,
         )
 
+    def reading(self) -> HostReading:
+        """Return what is measured of this host."""
+        stats = self.stats()
+        return HostReading(
+            load=self.load_now(),
+            frames=stats.frames_in,
+            pooled_frames=stats.pooled_frames,
+            links=stats.links,
+            adopted=stats.adopted,
+            refusals=dict(stats.refusals),
+            closed_links=dict(stats.closed_links),
+        )
+
     def status(self) -> WorkerStatus:
         """Describe this host."""
         address = self._address
@@ -188,6 +207,7 @@ class ExpertHost:
             addresses=(address.unix, address.tcp) if address is not None else (),
             experts=tuple(sorted(self._store.holds)) if self._store is not None else (),
             memory_bytes=psutil.Process().memory_info().rss,
+            cpu_s=sum(psutil.Process().cpu_times()[:2]),
         )
 
     def close(self) -> None:

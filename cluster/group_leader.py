@@ -36,6 +36,7 @@ from llama4_dist.stages.links.leader import LedGroup, lead_group
 from llama4_dist.stages.links.output_codec import OutputRules
 from llama4_dist.stages.pipeline import PipelinedModel
 from llama4_dist.stages.ports import worker_lost
+from llama4_dist.telemetry import tracing
 
 log = logging.getLogger(__name__)
 
@@ -155,15 +156,17 @@ class GroupLeader:
             addresses=self._serving.addresses,
             epoch=self._epochs.epoch,
             memory_bytes=psutil.Process().memory_info().rss,
+            cpu_s=sum(psutil.Process().cpu_times()[:2]),
             group=self._config.worker,
             formation=0 if group is None or group.lost is not None else group.number,
             last_formation=0 if door is None else door.number,
         )
 
     def close(self) -> None:
-        """Hang up on the group, so that no step waits for it; then stop the service and the engine."""
+        """Hang up on the group, so that no step waits for it; then stop service and engine, and send what was traced."""
         self._leave()
         self._resources.close()
+        tracing.flush()
 
     def _listening(self) -> StageDoor:
         if self._door is None:

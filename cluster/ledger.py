@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,12 +38,20 @@ class OperationLedger:
         self._ended = threading.Condition(self._lock)
         self._entries: dict[str, _Entry] = {}  # oldest first
         self._num_begun = 0
+        self.num_ended: Counter[tuple[Kind, Phase]] = Counter()  # since this controller began
 
     @property
     def running(self) -> str:
         """Name of the operation under way, "" if none."""
         with self._lock:
             return self._running()
+
+    @property
+    def under_way(self) -> tuple[Kind, Phase] | None:
+        """Kind and phase of the operation under way."""
+        with self._lock:
+            name = self._running()
+            return (self._entries[name].operation.kind, self._entries[name].operation.phase) if name else None
 
     def repeated(self, kind: Kind, asked: Hashable, request_id: str) -> Operation | None:
         """Return the operation that this request began before; DuplicateRequestError if that one asked otherwise."""
@@ -112,6 +121,7 @@ class OperationLedger:
                 error_reason="" if error is None else error.reason,
                 error_message="" if error is None else error.message,
             )
+            self.num_ended[entry.operation.kind, phase] += 1
             self._ended.notify_all()
             return entry.operation
 

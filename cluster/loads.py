@@ -1,7 +1,7 @@
 """Measured load of each (layer, expert), from readings of the hosts' counters. It reads none itself, and no clock."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from cluster.operation import HostLoad
@@ -46,6 +46,11 @@ class LoadMeter:
             self._compute_s += load.compute_s - before.compute_s
             self._seen_rows += sum(rows.values())
             self._seen_s[load.host] = self._seen_s.get(load.host, 0.0) + load.at_s - before.at_s
+
+    @property
+    def rows(self) -> Mapping[Pair, int]:
+        """Rows by (layer, expert), over all hosts and their lives: these only grow."""
+        return self._rows
 
     def loads(self, geometry: ExpertGeometry) -> ExpertLoads:
         """Return measured loads, or equal ones until enough rows were seen."""

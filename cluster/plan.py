@@ -6,6 +6,7 @@ from cluster.autoscale import AutoscalePolicy
 from cluster.placement import ExpertGeometry
 from cluster.worker import Role, WorkerConfig
 from llama4_dist.errors import ConfigError
+from llama4_dist.telemetry.settings import DEFAULT, Telemetry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,7 @@ class ClusterPlan:
     num_replicas: int = 2
     host_capacity_bytes: int | None = None
     autoscale: AutoscalePolicy | None = None  # None = the number of hosts is the operator's
+    telemetry: Telemetry = DEFAULT  # the controller's
 
     def __post_init__(self) -> None:
         if not self.experts or not self.attention:

@@ -114,9 +114,13 @@ class ClusterProcesses:
         answers = results({handle: handle.call(method, *arguments)}, time.monotonic() + STATUS_TIMEOUT_S, doing=method)
         return answers[worker]
 
+    def head_answers(self) -> bool:
+        """Tell whether processes can be started and ended."""
+        return self._spawner.answers(HEAD_TIMEOUT_S)
+
     def check_head(self) -> None:
         """Raise UnavailableError while no process can be started or ended."""
-        if not self._spawner.answers(HEAD_TIMEOUT_S):
+        if not self.head_answers():
             raise UnavailableError(
                 "the head of Ray does not answer: serving goes on, changes have to wait",
                 reason="HEAD_LOST",

@@ -32,6 +32,7 @@ from llama4_dist.request import EngineLimits, EngineRequest
 from llama4_dist.rpc.cluster_secret import cluster_secret
 from llama4_dist.rpc.directory import DirectoryServer
 from llama4_dist.rpc.remote_group import RemoteGroup
+from llama4_dist.telemetry.settings import DEFAULT, Telemetry
 
 
 class RayEngine:
@@ -43,7 +44,9 @@ class RayEngine:
     `host_capacity_bytes` bounds the expert weights of one host, `expert_memory_bytes` those of them that stay in
     memory; `pool_window_s` is how long it lets rows wait for other attention workers' rows; `wire` is how rows travel,
     see `dispatch/links/wire.py`; `weights` is "stored" or "int8". `num_threads` are an attention worker's,
-    `expert_threads` a host's. Tests strike the hosts of an `armable` cluster.
+    `expert_threads` a host's. A worker waits `placement_timeout_s` for room on a node, with `demand_roles` on one that
+    offers its role's resource; all together have `start_timeout_s` to load. Tests strike the hosts of an `armable`
+    cluster. `telemetry` is how its processes log and trace.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a cluster
@@ -68,6 +71,8 @@ class RayEngine:
         labels: Mapping[Role, Mapping[str, str]] | None = None,
         progress: OnProgress | None = None,
         start_timeout_s: float = 300.0,
+        placement_timeout_s: float | None = None,
+        demand_roles: bool = False,
         resume_ttl_s: float = 10.0,
         replay_timeout_s: float = 30.0,
         autoscale: AutoscalePolicy | None = None,
@@ -75,6 +80,7 @@ class RayEngine:
         partition: Partition = WHOLE,
         secret: bytes | None = None,
         directory: DirectoryServer | None = None,
+        telemetry: Telemetry = DEFAULT,
     ) -> None:
         model_dir = Path(model_dir).resolve()
         check_weight_format_name(weights, device)  # whether there is a compiler each worker says for its own node
@@ -104,6 +110,7 @@ class RayEngine:
                     resume_ttl_s=resume_ttl_s,
                     armable=armable,
                     partition=partition if role is Role.ATTENTION else WHOLE,
+                    telemetry=telemetry,
                 )
                 for index in range(count)
             )
@@ -120,12 +127,19 @@ class RayEngine:
             num_replicas=num_replicas,
             host_capacity_bytes=host_capacity_bytes,
             autoscale=autoscale,
+            telemetry=telemetry,
         )
         self._directory = directory
         with ExitStack() as resources:
             resources.callback(ensure_ray(ray_address).close)
             resources.callback(shutil.rmtree, run_dir, ignore_errors=True)
-            spawner = RaySpawner(run_id=run_id, labels=labels, tell_autoscaler=ray_address is not None)
+            spawner = RaySpawner(
+                run_id=run_id,
+                labels=labels,
+                tell_autoscaler=ray_address is not None,
+                placement_timeout_s=placement_timeout_s,
+                demand_roles=demand_roles,
+            )
             self._processes = ClusterProcesses(plan, spawner, progress=progress, on_engines=self._use_engines)
             resources.callback(self._processes.close)
             self.control = DriverControl(self._processes)
@@ -166,6 +180,14 @@ class RayEngine:
     def stats(self) -> EngineStats:
         """Return the sum over the attention workers."""
         return self._group.stats()
+
+    def stats_by_worker(self) -> Mapping[str, EngineStats | None]:
+        """Return each attention worker's counters; None for one that does not answer."""
+        return self._group.stats_by_worker()
+
+    def replays(self) -> Mapping[str, int]:
+        """Return how many requests went on elsewhere, by the attention worker that was lost."""
+        return self._group.replays()
 
     def status(self) -> tuple[WorkerStatus, ...]:
         """Describe the controller and every worker; UnavailableError when the controller is gone."""

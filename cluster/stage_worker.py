@@ -166,6 +166,7 @@ class StageWorker:
             node=self._location.node,
             epoch=self._epochs.epoch,
             memory_bytes=psutil.Process().memory_info().rss,
+            cpu_s=sum(psutil.Process().cpu_times()[:2]),
             group=config.group,
             stage=config.stage,
             rank=config.rank,

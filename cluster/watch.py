@@ -6,6 +6,7 @@ The reflex is the attention workers' own: rows went elsewhere long before this n
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,9 @@ from cluster.autoscaling import Autoscaling
 from cluster.forming import Forming
 from cluster.handle import Handle
 from cluster.operation import Phase
+from cluster.reading import WorkerReading
 from cluster.revival import Revival
-from cluster.worker import Role, WorkerStatus
+from cluster.worker import Role, State, WorkerStatus
 from llama4_dist.errors import ConflictError, Llama4Error, NotFoundError
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class Watch:
         self._controller = controller
         self._clock = clock
         self._heard_s: dict[Handle, float] = {}
+        self._statuses: dict[str, WorkerStatus] = {}
+        self.lost: Counter[tuple[Role, str]] = Counter()  # processes found gone
         self._revival = Revival(controller, clock)
         self._forming = Forming(controller, clock)
         policy = controller.autoscale
@@ -61,6 +65,18 @@ class Watch:
                 self.look()
             except Exception:  # a defect here must not end the watch
                 log.exception("watch_failed")
+
+    def readings(self) -> tuple[WorkerReading, ...]:
+        """Say what every worker last said of itself, and how long ago."""
+        heard_s, statuses, now_s = self._heard_s, self._statuses, self._clock()
+        return tuple(
+            WorkerReading(
+                status=statuses.get(handle.worker)
+                or WorkerStatus(worker=handle.worker, role=handle.role, state=State.NEW),
+                heard_s_ago=now_s - heard_s[handle] if handle in heard_s else None,
+            )
+            for handle in self._controller.members.all
+        )
 
     def look(self) -> None:
         """Ask everybody once, and act on who is gone."""
@@ -100,9 +116,12 @@ class Watch:
             if error.reason == "WORKER_LOST" or (since_s is not None and now_s - since_s >= SILENCE_S):
                 log.warning("worker_gone worker=%s reason=%s", worker.worker, error.reason)
                 gone.append(worker)
+                self.lost[worker.role, worker.worker] += 1
             elif since_s is not None:
                 heard_s[worker] = since_s
         self._heard_s = heard_s
+        known = {one.worker for one in heard_s}
+        self._statuses = {name: one for name, one in {**self._statuses, **answers}.items() if name in known}
         controller.dismiss(gone)
         return answers
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from cluster.placement import Pair, Placement
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.partition import WHOLE, Partition
+from llama4_dist.telemetry.settings import DEFAULT, Telemetry
 
 
 def url_host(address: str) -> str:
@@ -47,8 +48,8 @@ class WorkerConfig:
     gateway is gone. `capacity_bytes` bounds the weights an expert host holds, `expert_memory_bytes` those of them it
     keeps in memory (None = no bound); there rows wait for other attention workers' rows of their layer for at most
     `pool_window_s`. `wire` is how rows travel, the same for all workers. Tests strike an `armable` one at a moment of
-    their choice. An attention worker of a `partition` leads a group; a member of it knows the `group`, which is its
-    leader's name, and which `stage` and `rank` it is.
+    their choice. `telemetry` is how it logs and traces. An attention worker of a `partition` leads a group; a member of
+    it knows the `group`, which is its leader's name, and which `stage` and `rank` it is.
     """
 
     worker: str
@@ -69,6 +70,7 @@ class WorkerConfig:
     cross_check_every: int = 256
     resume_ttl_s: float = 10.0
     armable: bool = False
+    telemetry: Telemetry = DEFAULT
     partition: Partition = WHOLE
     group: str = ""
     stage: int = 0
@@ -82,10 +84,19 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Location:
-    """The machine a worker runs on: workers of one `node` share a file system; `address` is what others dial."""
+    """Where a worker runs: workers of one `node` share a file system; `address` is what others dial.
+
+    Where a node of Ray is a pod, several may lie on one `machine`, and die with it; "" = the node is the machine.
+    """
 
     node: str
     address: str
+    machine: str = ""
+
+    @property
+    def dies_with(self) -> str:
+        """What takes everything on it along: copies of an expert are kept apart by it."""
+        return self.machine or self.node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +108,12 @@ class HostAddress:
     node: str
     unix: str
     tcp: str
+    machine: str = ""
+
+    @property
+    def dies_with(self) -> str:
+        """As `Location.dies_with`."""
+        return self.machine or self.node
 
     def seen_from(self, node: str) -> str:
         """Return the address that a worker on `node` should dial."""
@@ -170,7 +187,8 @@ class WorkerStatus:
     """A worker or the controller now. `memory_bytes` is resident memory, shared pages of the checkpoint included.
 
     A process of an attention group names it, and the `formation` it is in, 0 while it is in none; `last_formation` is
-    the highest number it was told of. A member has `layers` from the first to before the last.
+    the highest number it was told of. A member has `layers` from the first to before the last. `cpu_s` is the processor
+    time it has taken, in user and system mode.
     """
 
     worker: str
@@ -189,3 +207,4 @@ class WorkerStatus:
     layers: tuple[int, int] = (0, 0)
     formation: int = 0
     last_formation: int = 0
+    cpu_s: float = 0.0

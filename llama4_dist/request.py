@@ -81,7 +81,8 @@ class EngineRequest:
     limits and positions, and are not emitted again. `timeout_s` counts from submission. `sequence_index` is the
     sequence's place among the request's `n` and enters the seed. `tenant` says whose it is: tenants share no cached
     prefix. `digest` is of what the caller asked for: whoever
-    knows id and digest may take the request over when its owner is gone; empty means nobody may.
+    knows id and digest may take the request over when its owner is gone; empty means nobody may. `trace` is the W3C
+    `traceparent` of the span it belongs to, empty where it is not traced.
     """
 
     request_id: str
@@ -93,6 +94,7 @@ class EngineRequest:
     priority: int = 0
     digest: bytes = b""
     tenant: str = ""
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

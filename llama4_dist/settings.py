@@ -12,11 +12,19 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llama4_dist.errors import ConfigError
+from llama4_dist.telemetry.settings import Telemetry
 
 ENV_PREFIX = "LLAMA4_DIST_"
 # Read by other parts of the program, not by this file's model.
 OTHER_VARIABLES = frozenset(
-    {"LLAMA4_DIST_CLUSTER_SECRET_FILE", "LLAMA4_DIST_LOG_LEVEL", "LLAMA4_DIST_NATIVE", "LLAMA4_DIST_TOKEN"}
+    {
+        "LLAMA4_DIST_CLUSTER_SECRET_FILE",
+        "LLAMA4_DIST_LOG_LEVEL",
+        "LLAMA4_DIST_MACHINE",
+        "LLAMA4_DIST_NATIVE",
+        "LLAMA4_DIST_NATIVE_LIBRARY",
+        "LLAMA4_DIST_TOKEN",
+    }
 )
 MAX_FILE_BYTES = 1024 * 1024
 
@@ -64,6 +72,21 @@ class ServeSettings(BaseModel):
     replay_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="how long a request waits for an attention worker when its own is lost"
     )
+    start_timeout_s: float = Field(
+        default=300.0, gt=0, le=86400, description="how long all workers together may take to start and load"
+    )
+    placement_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        le=86400,
+        description="how long a worker waits for room on a node of Ray",
+    )
+    demand_roles: bool = Field(
+        default=False, description="workers wait for nodes with their role's resource, where none has come yet"
+    )
+    directory_timeout_s: float = Field(
+        default=60.0, gt=0, le=86400, description="how long a gateway waits at its start for the cluster to serve"
+    )
     ray_address: str | None = Field(default=None, description="existing Ray cluster; default: start one here")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     weights: Literal["stored", "int8"] = Field(
@@ -85,7 +108,11 @@ class ServeSettings(BaseModel):
     tls_client_ca: Path | None = Field(default=None, description="require client certificates of this CA")
     reuse_port: bool = Field(default=False, description="share the port with other gateways of this machine")
     reflection: bool = True
-    metrics_address: str | None = Field(default=None, description="host:port for Prometheus; loopback only")
+    metrics_address: str | None = Field(default=None, description="host:port for Prometheus; port 0 picks one")
+    metrics_token_file: Path | None = Field(
+        default=None, description="bearer tokens of those who scrape, one a line; needed beyond loopback"
+    )
+    expert_metrics: bool = Field(default=False, description="export a series for each expert of each layer")
     max_message_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=256 * 1024 * 1024)
     drain_timeout_s: float = Field(default=30.0, gt=0, le=3600, allow_inf_nan=False)
     max_request_s: float = Field(default=600.0, gt=0, le=86400, allow_inf_nan=False)
@@ -107,6 +134,22 @@ class ServeSettings(BaseModel):
     )
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    trace_endpoint: str = Field(
+        default="", pattern=r"^(https?://\S+)?$", description="URL of an OTLP collector; default: no traces"
+    )
+    trace_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="share of requests traced, of those whose caller did not decide"
+    )
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """How every process of the deployment logs and traces."""
+        return Telemetry(
+            log_level=self.log_level,
+            log_format=self.log_format,
+            trace_endpoint=self.trace_endpoint,
+            trace_ratio=self.trace_ratio,
+        )
 
     @model_validator(mode="after")
     def _check_together(self) -> "ServeSettings":

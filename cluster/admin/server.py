@@ -14,8 +14,7 @@ from cluster.admin.expert_service import ExpertService
 from cluster.admin.operations_service import OperationsService
 from cluster.admin.settings import AdminSettings
 from cluster.control import ControlPlane
-from llama4_dist.engine.port import EngineStats
-from llama4_dist.errors import Llama4Error, UnavailableError
+from llama4_dist.errors import Llama4Error
 from llama4_dist.gateway.health import Health
 from llama4_dist.gateway.metrics import Metrics
 from llama4_dist.gateway.server import Services, build_admin_server
@@ -49,7 +48,7 @@ async def running_admin_server(
         settings.transport,
         services_of(control, calls, settings.watch_interval_s),
         health=health,
-        metrics=metrics or Metrics(no_engine),
+        metrics=metrics or Metrics(),
     )
     await server.start()
     health.set("startup", True)
@@ -92,8 +91,3 @@ async def watch_readiness(control: ControlPlane, calls: AdminCalls, health: Heal
             ready = False
         health.set("readiness", ready)
         await calls.pause(READINESS_INTERVAL_S)
-
-
-def no_engine() -> EngineStats:
-    """Stand for the engine of a gateway's metrics: there is none behind this port."""
-    raise UnavailableError("no engine is served here")

@@ -13,6 +13,7 @@ from typing import BinaryIO
 from llama4_dist.checkpoint.fault import fault, shown
 
 MAX_SMALL_FILE_BYTES = 25_000_000
+BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's own
 
 
 def check_directory(directory: Path) -> None:
@@ -76,6 +77,11 @@ def read_small_file(directory: Path, name: str) -> bytes:
 def has_file(directory: Path, name: str) -> bool:
     """Whether `name` exists in any form, a dangling link included."""
     return os.path.lexists(directory / name)
+
+
+def allocated_bytes(path: Path) -> int:
+    """Bytes of disk that a file really takes; fewer than it is long where it has holes."""
+    return path.stat().st_blocks * BLOCK_BYTES
 
 
 def _belongs(target: Path, directory: Path) -> bool:

@@ -40,6 +40,11 @@ def down_name(layer: int) -> str:
     return f"model.layers.{layer}.feed_forward.experts.down_proj"
 
 
+def is_routed(name: str) -> bool:
+    """Whether a canonical name is that of routed experts' weights, in either layout."""
+    return ".feed_forward.experts." in name
+
+
 def expert_linear_name(layer: int, expert: int, projection: str) -> str:
     """`projection` is gate, up or down."""
     return f"model.layers.{layer}.feed_forward.experts.{expert}.{projection}_proj.weight"

@@ -7,31 +7,35 @@ of devices and never casts.
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
 
 from llama4_dist.checkpoint import names
+from llama4_dist.checkpoint.blocks import Block, matrix_block
 from llama4_dist.checkpoint.config_file import CONFIG, read_config
 from llama4_dist.checkpoint.directory import has_file
+from llama4_dist.checkpoint.expert_blocks import ExpertBlocks, ExpertRun, Stored, expert_blocks, part_blocks
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.checkpoint.generation_file import GenerationDefaults, read_generation_defaults
-from llama4_dist.checkpoint.header import TensorEntry
+from llama4_dist.checkpoint.header import ITEM_BYTES, TensorEntry
 from llama4_dist.checkpoint.index import Index, read_index
-from llama4_dist.checkpoint.names import ExpertLayout
-from llama4_dist.checkpoint.shard import EVERYTHING, Shard
+from llama4_dist.checkpoint.part import held_runs, read_part
+from llama4_dist.checkpoint.shard import Shard
 from llama4_dist.checkpoint.text_tensors import select_text_tensors
 from llama4_dist.checkpoint.verify import check_digest, check_finite, read_manifest
 from llama4_dist.config import ModelConfig
+from llama4_dist.errors import UnavailableError
 
 
 class Checkpoint:
     """An opened checkpoint. Safe to use from several threads; views outlive `close`."""
 
     def __init__(self, path: Path, config: ModelConfig, generation: GenerationDefaults, index: Index) -> None:
-        selected = select_text_tensors(config, index)
+        self.part = read_part(path, config)  # None = the whole checkpoint, as published
+        selected = select_text_tensors(config, index, self.part)
         self.path = path
         self.config = config
         self.generation = generation
@@ -39,7 +43,8 @@ class Checkpoint:
         self.entries: Mapping[str, TensorEntry] = selected.entries  # by canonical name
         self.unused = selected.unused
         self.unused_bytes = sum(index.entries[name].num_bytes for name in selected.unused)
-        self.model_hash = _model_hash(config, selected.entries)
+        self.model_hash = self.part.model_hash if self.part else _model_hash(config, selected.entries)
+        self._held = held_runs(self.part) if self.part else None  # None = all of every expert
         self.bytes_mapped = 0  # of all views handed out; says nothing of pages really read
         self._lock = threading.Lock()
         self._shards = {name: Shard(path, name, identity) for name, identity in index.shards.items()}
@@ -66,11 +71,19 @@ class Checkpoint:
     def num_shards(self) -> int:
         return len(self._shards)
 
+    @property
+    def shard_names(self) -> tuple[str, ...]:
+        """The files, in order."""
+        return tuple(self._shards)
+
     def tensor(self, name: str) -> Tensor:
         """Return a text tensor by canonical name in its stored dtype; ValueError if this geometry has none such."""
         if name == names.LM_HEAD and self.config.tie_word_embeddings:
             name = names.EMBEDDING
-        return self._matrix(name)
+        if name not in self.entries:
+            raise self._absent(name)
+        entry = self.entries[name]
+        return self._view(entry, matrix_block(entry.shape)).view(entry.shape)
 
     def expert(self, layer: int, expert: int, start: int = 0, stop: int | None = None) -> ExpertWeights:
         """Return columns [start, stop) of the width F of a routed expert; the whole expert by default."""
@@ -80,29 +93,33 @@ class Checkpoint:
             raise ValueError(f"slice [{start}, {stop}) does not lie in the expert width {width}")
         if layer not in self.config.moe_layer_ids or not 0 <= expert < self.config.num_experts:
             raise ValueError(f"there is no routed expert {expert} in layer {layer}")
-        if self.layout is ExpertLayout.FUSED:
-            return self._fused_expert(layer, expert, start, stop)
-        cut = slice(start, stop)
-        return ExpertWeights(
-            gate_DF=self._matrix(names.expert_linear_name(layer, expert, "gate"), rows=cut).T,
-            up_DF=self._matrix(names.expert_linear_name(layer, expert, "up"), rows=cut).T,
-            down_FD=self._matrix(names.expert_linear_name(layer, expert, "down"), columns=cut).T,
-        )
+        blocks = self._blocks(ExpertRun(layer, expert, start, stop))
+        if blocks.gate_up is not None:
+            gate_up_D2F = self._input_major(blocks.gate_up)
+            gate_DF, up_DF = gate_up_D2F[:, : stop - start], gate_up_D2F[:, stop - start :]
+        else:
+            gate_up_D2F = None
+            gate_DF, up_DF = self._input_major(blocks.gate), self._input_major(blocks.up)
+        down_FD = self._input_major(blocks.down)
+        return ExpertWeights(gate_DF=gate_DF, up_DF=up_DF, down_FD=down_FD, gate_up_D2F=gate_up_D2F)
 
-    def release_expert(self, layer: int, expert: int, start: int = 0, stop: int | None = None) -> None:
+    def release_expert(
+        self, layer: int, expert: int, start: int = 0, stop: int | None = None, *, around: int = 0
+    ) -> None:
         """Give the memory of columns [start, stop) of a routed expert back; views read the file again when touched.
 
-        Of a matrix that is cut across its rows all goes: the kernel maps more around each touched page than its row.
+        So does what lies `around` bytes beside. Of a matrix that is cut across its rows all goes: the kernel maps more
+        around each touched page than its row.
         """
-        for name, index, rows, _ in self._expert_parts(layer, expert, start, stop):
+        for name, block in self._stored(layer, expert, start, stop):
             entry = self.entries[name]
-            self._shards[entry.file].release(entry, index, rows=rows)
+            self._shards[entry.file].release(entry, block, around=around)
 
     def read_ahead_expert(self, layer: int, expert: int, start: int = 0, stop: int | None = None) -> None:
         """Have the kernel begin to read columns [start, stop) of a routed expert; returns before they are there."""
-        for name, index, rows, columns in self._expert_parts(layer, expert, start, stop):
+        for name, block in self._stored(layer, expert, start, stop):
             entry = self.entries[name]
-            self._shards[entry.file].read_ahead(entry, index, rows=rows, columns=columns)
+            self._shards[entry.file].read_ahead(entry, block)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read every byte: manifest.sha256 if there is one, then NaN and infinities. `progress` gets bytes done, total.
@@ -122,59 +139,49 @@ class Checkpoint:
 
         for name, digest in digests.items():
             check_digest(self.path, name, digest, advance)
-        check_finite(((entry, self._view(entry)) for entry in self.entries.values()), advance)
+        stored = self.entries.values()
+        check_finite(((e, self._shards[e.file].matrix(e, matrix_block(e.shape))) for e in stored), advance)
 
     def close(self) -> None:
         """Let go of the memory maps; views handed out stay valid."""
         for shard in self._shards.values():
             shard.close()
 
-    def _expert_parts(
-        self, layer: int, expert: int, start: int, stop: int | None
-    ) -> list[tuple[str, int | None, slice, slice]]:
-        """Return (name, index in a stack, rows, columns) of all that columns [start, stop) of an expert lie in."""
-        width = self.config.expert_width
-        cut = slice(start, width if stop is None else stop)
-        if self.layout is ExpertLayout.FUSED:
-            name = names.gate_up_name(layer)
-            upper = slice(width + cut.start, width + cut.stop)
-            gate_up = [cut, upper] if cut != slice(0, width) else [EVERYTHING]
-            return [(name, expert, EVERYTHING, columns) for columns in gate_up] + [
-                (names.down_name(layer), expert, cut, EVERYTHING)
-            ]
-        gate, up, down = (names.expert_linear_name(layer, expert, part) for part in ("gate", "up", "down"))
-        return [(gate, None, cut, EVERYTHING), (up, None, cut, EVERYTHING), (down, None, EVERYTHING, cut)]
+    def _stored(self, layer: int, expert: int, start: int, stop: int | None) -> Iterator[tuple[str, Block]]:
+        """Yield where a slice lies; of a part, where whatever it holds of the expert lies."""
+        if self._held is None or (start, stop) != (0, None):
+            runs = [ExpertRun(layer, expert, start, self.config.expert_width if stop is None else stop)]
+        else:
+            runs = list(self._held.get((layer, expert), ()))
+        for run in runs:
+            blocks = self._blocks(run)
+            for stored in [blocks.gate_up, blocks.down] if blocks.gate_up else blocks:
+                yield stored.name, stored.block
 
-    def _fused_expert(self, layer: int, expert: int, start: int, stop: int) -> ExpertWeights:
-        width = self.config.expert_width
-        name = names.gate_up_name(layer)
-        down_FD = self._matrix(names.down_name(layer), expert, rows=slice(start, stop))
-        if stop - start == width:
-            gate_up_D2F = self._matrix(name, expert)
-            return ExpertWeights(
-                gate_DF=gate_up_D2F[:, :width],
-                up_DF=gate_up_D2F[:, width:],
-                down_FD=down_FD,
-                gate_up_D2F=gate_up_D2F,
-            )
-        gate_DF = self._matrix(name, expert, columns=slice(start, stop))
-        up_DF = self._matrix(name, expert, columns=slice(width + start, width + stop))
-        return ExpertWeights(gate_DF=gate_DF, up_DF=up_DF, down_FD=down_FD)
+    def _blocks(self, run: ExpertRun) -> ExpertBlocks:
+        if self._held is None:
+            return expert_blocks(self.config, self.layout, run)
+        for held in self._held.get((run.layer, run.expert), ()):
+            if held.start <= run.start and run.stop <= held.stop:
+                return part_blocks(self.config, self.layout, held, run)
+        raise self._absent(f"routed expert {run.expert} of layer {run.layer}, columns {run.start} to {run.stop}")
 
-    def _matrix(
-        self, name: str, index: int | None = None, *, rows: slice = EVERYTHING, columns: slice = EVERYTHING
-    ) -> Tensor:
-        if name not in self.entries:
-            raise ValueError(f"the checkpoint has no text tensor {name!r}")
-        view = self._view(self.entries[name], index, rows=rows, columns=columns)
+    def _absent(self, what: str) -> Exception:
+        if self.part is None:
+            return ValueError(f"the checkpoint has no text tensor {what!r}")
+        return UnavailableError(
+            f"{what} is not in {self.path}, which holds {self.part.label} of the checkpoint: open what has it",
+            reason="NOT_IN_PART",
+        )
+
+    def _input_major(self, stored: Stored) -> Tensor:
+        matrix = self._view(self.entries[stored.name], stored.block)
+        return matrix.T if stored.is_transposed else matrix
+
+    def _view(self, entry: TensorEntry, block: Block) -> Tensor:
         with self._lock:
-            self.bytes_mapped += view.numel() * view.element_size()
-        return view
-
-    def _view(
-        self, entry: TensorEntry, index: int | None = None, *, rows: slice = EVERYTHING, columns: slice = EVERYTHING
-    ) -> Tensor:
-        return self._shards[entry.file].matrix(entry, index, rows=rows, columns=columns)
+            self.bytes_mapped += block.num_elements * ITEM_BYTES[entry.dtype]
+        return self._shards[entry.file].matrix(entry, block)
 
 
 def _model_hash(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> str:

@@ -15,11 +15,14 @@ from llama4_dist.checkpoint.names import (
     is_vision,
     stored_prefix,
 )
+from llama4_dist.checkpoint.part import Part
 from llama4_dist.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
-_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# What only a checkpoint in Meta's layout has (`writing.meta_layout`).
+META_EMBEDDING = "tok_embeddings.weight"
+STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,17 +34,24 @@ class TextTensors:
     unused: tuple[str, ...]
 
 
-def select_text_tensors(config: ModelConfig, index: Index) -> TextTensors:
-    """Raise CheckpointError for the first tensor that is missing or of another shape or dtype; log unknown ones."""
+def select_text_tensors(config: ModelConfig, index: Index, part: Part | None = None) -> TextTensors:
+    """Pick what the config, or a part's manifest, calls for.
+
+    Raise CheckpointError for the first tensor that is missing or of another shape or dtype; log unknown ones."""
     prefix = stored_prefix(config)
-    layout = _layout(config, index, prefix)
+    layout = part.layout if part else _layout(config, index, prefix)
+    expected = part.shapes(config) if part else expected_tensors(config, layout)
     entries: dict[str, TensorEntry] = {}
-    for name, shape in expected_tensors(config, layout).items():
+    for name, shape in expected.items():
         entry = index.entries.get(prefix + name)
         if entry is None or entry.name in index.unlisted:
             file = SINGLE if SINGLE in index.shards else INDEX
+            if META_EMBEDDING in index.entries:
+                raise fault(
+                    file, "is in Meta's layout: run `llama4-dist checkpoint convert --to hf` and open the result"
+                )
             raise fault(file, "is missing, though config.json calls for it", tensor=prefix + name)
-        _check(entry, shape, _STORED[config.dtype])
+        check_entry(entry, shape, STORED_DTYPES[config.dtype])
         entries[name] = entry
     used = {entry.name for entry in entries.values()}
     unused = tuple(sorted(index.entries.keys() - used))
@@ -58,7 +68,8 @@ def _layout(config: ModelConfig, index: Index, prefix: str) -> ExpertLayout:
     return ExpertLayout.PER_EXPERT
 
 
-def _check(entry: TensorEntry, shape: Shape, dtype: str) -> None:
+def check_entry(entry: TensorEntry, shape: Shape, dtype: str) -> None:
+    """Raise CheckpointError unless a tensor has the shape and dtype (safetensors' name) that are called for."""
     if entry.shape != shape:
         cause = f"has shape {list(entry.shape)}; config.json calls for {list(shape)}"
         raise fault(entry.file, cause, tensor=entry.name)

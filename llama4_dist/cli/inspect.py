@@ -1,41 +1,43 @@
-"""`llama4-dist inspect DIR`: what a checkpoint is, holds and costs; reads headers only, unless told to verify."""
+"""`llama4-dist checkpoint inspect DIR`: what a checkpoint is, holds and costs; reads headers only."""
 
 from dataclasses import asdict
 from pathlib import Path
 
 from llama4_dist.checkpoint.describe import CheckpointSummary, describe
 from llama4_dist.checkpoint.reader import Checkpoint
-from llama4_dist.cli.output import console, human_bytes, print_json, print_pairs, reporting
-from llama4_dist.cli.progress import byte_progress
+from llama4_dist.checkpoint.synthetic import Origin
+from llama4_dist.cli.output import human_bytes, print_json, print_pairs, print_rows, reporting
 
 
-def run_inspect(directory: Path, verify: bool, as_json: bool) -> None:
-    """Describe the checkpoint; with `verify` read every byte of it too."""
+def run_inspect(directory: Path, as_json: bool) -> None:
+    """Describe the checkpoint."""
     with reporting(as_json):
         checkpoint = Checkpoint.open(directory)
         try:
             summary = describe(checkpoint)
-            unused = checkpoint.unused
-            if verify:
-                with byte_progress("Verifying", show=not as_json) as progress:
-                    checkpoint.verify(progress)
         finally:
             checkpoint.close()
     if as_json:
-        print_json({**asdict(summary), "unused": unused, "verified": verify})
+        print_json({**asdict(summary), "is_sparse": summary.is_sparse, "unused": checkpoint.unused})
         return
     print_pairs(str(directory), summary_rows(summary))
-    if verify:
-        console.print("[green]every byte read: hashes agree, no NaN, no Inf[/]")
+    rows = [
+        (kind, count, f"{count / summary.num_parameters:.2%}") for kind, count in summary.parameters_by_kind.items()
+    ]
+    print_rows("parameters", ["kind", "number", "share"], rows)
 
 
 def summary_rows(summary: CheckpointSummary) -> dict[str, str]:
     """Put the numbers into words; serve's start-up table shows the same rows."""
     nope, chunked = summary.num_nope_layers, summary.num_chunked_layers
-    rows = {
+    rows = {} if summary.origin is None else {"synthetic": _origin(summary.origin)}
+    if summary.part is not None:
+        rows["part"] = f"{summary.part}, of a checkpoint of the hash below"
+    rows |= {
         "architecture": f"{summary.architecture}, {summary.dtype}, {summary.layout} experts",
         "parameters": f"{summary.num_parameters:,}, {summary.num_active_parameters:,} active per token",
-        "size": f"{human_bytes(summary.num_bytes)} in {summary.num_shards} files",
+        "size": f"{human_bytes(summary.num_bytes)} in {summary.num_shards} files"
+        + (f", sparse: {human_bytes(summary.allocated_bytes)} on the disk" if summary.is_sparse else ""),
         "layers": f"{summary.num_layers}: {summary.num_moe_layers} MoE, {nope} NoPE, {chunked} chunked"
         + (f" at {summary.chunk_size}" if chunked else ""),
         "experts": f"{summary.num_experts}, {summary.experts_per_token} per token, "
@@ -52,3 +54,8 @@ def summary_rows(summary: CheckpointSummary) -> dict[str, str]:
             f"{summary.num_unused_tensors} tensors, {human_bytes(summary.unused_bytes)} (vision or unknown)"
         )
     return rows
+
+
+def _origin(origin: Origin) -> str:
+    """Nobody may take what these weights compute for a model's words."""
+    return f"{origin.geometry}, scale {origin.scale}; weights: {origin.weights}, seed {origin.seed}"

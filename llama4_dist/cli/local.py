@@ -39,6 +39,10 @@ def engine_of(settings: ServeSettings, *, show_progress: bool, **cluster: Any) -
             "wire": settings.wire,
             "resume_ttl_s": settings.resume_ttl_s,
             "replay_timeout_s": settings.replay_timeout_s,
+            "telemetry": settings.telemetry,
+            "start_timeout_s": settings.start_timeout_s,
+            "placement_timeout_s": settings.placement_timeout_s,
+            "demand_roles": settings.demand_roles,
         }
     with shown(show_progress) as progress:
         return open_engine(

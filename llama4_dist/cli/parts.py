@@ -12,15 +12,18 @@ from llama4_dist.rpc.directory_engine import DirectoryEngine
 from llama4_dist.settings import ServeSettings, host_and_port
 
 if TYPE_CHECKING:  # one process needs no Ray, and none is then imported
+    from prometheus_client.registry import Collector
+
     from cluster.control import ControlPlane
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Parts:
-    """What is served: an engine, a cluster's control plane and directory if this process has one, and its secret."""
+    """What is served: an engine; of a cluster also its control plane, metrics, directory and secret."""
 
     engine: Engine
     control: "ControlPlane | None" = None
+    collectors: "tuple[Collector, ...]" = ()
     directory: str = ""
     secret: bytes | None = field(default=None, repr=False)
 
@@ -29,7 +32,12 @@ def open_parts(settings: ServeSettings, resources: ExitStack, *, show_progress: 
     """Start what the settings ask for: one process, a cluster, or a gateway to a cluster of another process."""
     if settings.directory is not None:
         secret = cluster_secret(shared=True)
-        remote = DirectoryEngine(settings.directory, secret=secret, replay_timeout_s=settings.replay_timeout_s)
+        remote = DirectoryEngine(
+            settings.directory,
+            secret=secret,
+            timeout_s=settings.directory_timeout_s,
+            replay_timeout_s=settings.replay_timeout_s,
+        )
         resources.callback(remote.close)
         return Parts(engine=remote, secret=secret)
     if settings.experts == 0:
@@ -43,6 +51,7 @@ def open_parts(settings: ServeSettings, resources: ExitStack, *, show_progress: 
         directory = DirectoryServer(host=host, port=port, secret=secret)
         resources.callback(directory.close)
     from cluster.autoscale import AutoscalePolicy
+    from cluster.observe.collector import ClusterCollector
     from cluster.ray_engine import RayEngine
 
     policy = None
@@ -52,4 +61,7 @@ def open_parts(settings: ServeSettings, resources: ExitStack, *, show_progress: 
     resources.callback(cluster.close)
     assert isinstance(cluster, RayEngine)
     address = directory.address if directory is not None else ""
-    return Parts(engine=cluster, control=cluster.control, directory=address, secret=secret)
+    collector = ClusterCollector(
+        cluster.control.reading, cluster.control.head_answers, per_expert=settings.expert_metrics
+    )
+    return Parts(engine=cluster, control=cluster.control, collectors=(collector,), directory=address, secret=secret)

@@ -2,25 +2,31 @@
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llama4_dist.checkpoint.describe import CheckpointSummary
 from llama4_dist.cli.inspect import summary_rows
 from llama4_dist.cli.local import open_text
-from llama4_dist.cli.logs import configure_logging
 from llama4_dist.cli.output import human_bytes, print_json, print_pairs, print_rows, reporting
 from llama4_dist.cli.parts import Parts, open_parts
 from llama4_dist.engine.port import Engine
 from llama4_dist.gateway.engine_ids import engine_id_key
+from llama4_dist.gateway.metrics import Metrics
+from llama4_dist.gateway.observe.engine_collector import EngineCollector
+from llama4_dist.gateway.observe.exporter import exporter
 from llama4_dist.gateway.run import Gateway, serve
 from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.request import Sampling
 from llama4_dist.settings import ServeSettings, load_settings
+from llama4_dist.telemetry import tracing
+from llama4_dist.telemetry.logs import configure_logging
+from llama4_dist.telemetry.tracing import configure_tracing
 from llama4_dist.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -28,18 +34,35 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ROLE = "gateway"  # of this process in logs and traces
+
+
+class Ports(NamedTuple):
+    """The ports that this process listens on; None where it does not."""
+
+    gateway: int | None = None
+    metrics: int | None = None
+    admin: int | None = None
+
+
+def ports_of(gateway: Gateway, admin_port: int | None) -> Ports:
+    """Collect the ports of a process that serves clients."""
+    return Ports(gateway=gateway.port, metrics=gateway.metrics_port, admin=admin_port)
+
 
 def run_serve(flags: Mapping[str, Any], file: Path | None, as_json: bool) -> None:
     """Serve until SIGTERM or SIGINT. With `as_json` one line tells the addresses once everything answers."""
     with reporting(as_json), ExitStack() as resources:
         settings = load_settings(flags, file=file)
-        configure_logging(settings.log_level, settings.log_format)
+        configure_logging(settings.log_level, settings.log_format, of_process=lambda: {"role": ROLE})
+        configure_tracing(settings.telemetry, instance=f"{ROLE}-{os.getpid()}", role=ROLE)
+        resources.callback(tracing.flush)
         text = open_text(settings.model)
         parts = open_parts(settings, resources, show_progress=not as_json)
         gateway_settings = settings_of_gateway(settings, text.sampling, parts.secret)
 
-        def on_ready(gateway: Gateway | None, admin_port: int | None) -> None:
-            event = ready_event(settings, gateway, parts, admin_port)
+        def on_ready(ports: Ports) -> None:
+            event = ready_event(settings, ports, parts)
             if as_json:
                 print_json({**event, "workers": workers_of(parts.engine)})
                 return
@@ -55,7 +78,7 @@ async def run_servers(
     parts: Parts,
     tokenizer: Tokenizer | None,
     gateway_settings: GatewaySettings,
-    on_ready: "Callable[[Gateway | None, int | None], None]",
+    on_ready: "Callable[[Ports], None]",
 ) -> None:
     """Serve clients, operators, or both, until told to stop."""
     async with AsyncExitStack() as stack:
@@ -67,11 +90,19 @@ async def run_servers(
             admin_port = admin.port
         if settings.gateway:
             await serve(
-                parts.engine, tokenizer, gateway_settings, on_ready=lambda gateway: on_ready(gateway, admin_port)
+                parts.engine,
+                tokenizer,
+                gateway_settings,
+                collectors=parts.collectors,
+                on_ready=lambda gateway: on_ready(ports_of(gateway, admin_port)),
             )
             return
         parts.engine.start(lambda outputs: None)  # opens the streams that `stats` and `score` use
-        on_ready(None, admin_port)
+        metrics = Metrics([EngineCollector(parts.engine), *parts.collectors])
+        metrics_port = stack.enter_context(
+            exporter(metrics.registry, settings.metrics_address, token_file=settings.metrics_token_file)
+        )
+        on_ready(Ports(admin=admin_port, metrics=metrics_port))
         await told_to_stop()
 
 
@@ -107,6 +138,7 @@ def settings_of_gateway(settings: ServeSettings, sampling: Sampling, secret: byt
         reuse_port=settings.reuse_port,
         reflection=settings.reflection,
         metrics_address=settings.metrics_address,
+        metrics_token_file=settings.metrics_token_file,
         max_message_bytes=settings.max_message_bytes,
         max_requests=settings.max_num_seqs + settings.max_waiting,
         max_queue_s=settings.max_queue_s,
@@ -138,9 +170,7 @@ def workers_of(engine: Engine) -> list[dict[str, object]]:
     ]
 
 
-def ready_event(
-    settings: ServeSettings, gateway: Gateway | None, parts: Parts, admin_port: int | None
-) -> dict[str, object]:
+def ready_event(settings: ServeSettings, ports: Ports, parts: Parts) -> dict[str, object]:
     """Say where everything listens, for scripts that wait for it."""
 
     def at(address: str | None, port: int | None) -> str | None:
@@ -149,9 +179,9 @@ def ready_event(
     return {
         "event": "ready",
         "model": parts.engine.limits.model,
-        "address": at(settings.address, gateway.port if gateway else None),
-        "metrics_address": at(settings.metrics_address, gateway.metrics_port if gateway else None),
-        "admin_address": at(settings.admin_address, admin_port),
+        "address": at(settings.address, ports.gateway),
+        "metrics_address": at(settings.metrics_address, ports.metrics),
+        "admin_address": at(settings.admin_address, ports.admin),
         "directory_address": parts.directory or None,
     }
 

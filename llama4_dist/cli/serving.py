@@ -14,10 +14,13 @@ TokenFile = Annotated[Path | None, typer.Option(help="Bearer tokens, one a line.
 TlsCertificate = Annotated[Path | None, typer.Option(help="PEM certificate chain.")]
 TlsKey = Annotated[Path | None, typer.Option(help="PEM private key.")]
 TlsClientCa = Annotated[Path | None, typer.Option(help="Require client certificates of this CA.")]
-MetricsAddress = Annotated[str | None, typer.Option(help="host:port for Prometheus; loopback only.")]
+MetricsAddress = Annotated[str | None, typer.Option(help="host:port for Prometheus.")]
+MetricsTokenFile = Annotated[Path | None, typer.Option(help="Tokens of those who scrape; needed beyond loopback.")]
 MaxWaiting = Annotated[int | None, typer.Option(help="Requests that may wait.")]
 LogFormat = Annotated[str | None, typer.Option(help="text or json.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.")]
+TraceEndpoint = Annotated[str | None, typer.Option(help="URL of an OTLP collector, e.g. http://127.0.0.1:4317.")]
+TraceRatio = Annotated[float | None, typer.Option(help="Share of requests traced, where the caller did not decide.")]
 MaxQueue = Annotated[
     float | None, typer.Option(help="Refuse a request that would wait longer for its first token, in seconds.")
 ]
@@ -54,6 +57,10 @@ def serve(
     tls_key: TlsKey = None,
     tls_client_ca: TlsClientCa = None,
     metrics_address: MetricsAddress = None,
+    metrics_token_file: MetricsTokenFile = None,
+    expert_metrics: Annotated[
+        bool | None, typer.Option("--expert-metrics", help="Export a series for each expert of each layer.")
+    ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences running at once.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
     max_waiting: MaxWaiting = None,
@@ -63,6 +70,8 @@ def serve(
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory of the KV cache, in bytes.")] = None,
     log_format: LogFormat = None,
     log_level: LogLevel = None,
+    trace_endpoint: TraceEndpoint = None,
+    trace_ratio: TraceRatio = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Serve a checkpoint over gRPC, in one process or with expert hosts on Ray."""
@@ -83,12 +92,15 @@ def serve_gateway(
     tls_key: TlsKey = None,
     tls_client_ca: TlsClientCa = None,
     metrics_address: MetricsAddress = None,
+    metrics_token_file: MetricsTokenFile = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Requests at once, with max_waiting.")] = None,
     max_waiting: MaxWaiting = None,
     max_queue_s: MaxQueue = None,
     reuse_port: ReusePort = None,
     log_format: LogFormat = None,
     log_level: LogLevel = None,
+    trace_endpoint: TraceEndpoint = None,
+    trace_ratio: TraceRatio = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Be one more gateway of a cluster that another process serves; clients may change between gateways."""

@@ -114,6 +114,7 @@ class Dispatcher:
                 link.abort()
         self._exchange = self._new_exchange(table, links, last_number=old.last_number)
         self._num_slices = table.num_slices
+        self._stats.transports |= {host: link.transport for host, link in links.items()}
         # Sockets read host memory; links inside the process take a GPU's rows as they are.
         on_host = self.overlaps
         device = torch.device("cpu") if on_host else self._device

@@ -175,7 +175,9 @@ class Exchange:
         piece = in_flight.pieces[number]
         if piece.host != host or in_flight.origin != header[2:5] or piece.num_rows != header.num_rows:
             raise FrameError(f"host {host!r} answered frame {number} with {header}", reason="REPLY_MISMATCH")
-        self._times.observe(host, piece.num_rows, self._clock.monotonic() - piece.sent_at)
+        answered_after_s = self._clock.monotonic() - piece.sent_at
+        self._times.observe(host, piece.num_rows, answered_after_s)
+        self._stats.count_reply(host, answered_after_s)
         if header.kind == FrameKind.NACK:
             self._refused(in_flight, header, header.reason, [expert for expert, _ in header.groups])
             return

@@ -110,7 +110,7 @@ class InFlight:
         if not all_finite(rows_RD):
             return None
         answered_N = self._account()
-        wanted_R = ~answered_N[positions]
+        wanted_R = self._wanted(piece)
         wanted = _as_indices(positions)[wanted_R]
         order_R = self.order_N[wanted]
         self._passes.put_if_finite(rows_RD[torch.from_numpy(wanted_R)], order_R, slice(0, len(wanted)), output_ND)
@@ -125,7 +125,7 @@ class InFlight:
         positions = _as_indices(piece.positions)
         if self._answered_N is None:
             return positions
-        wanted_R = ~self._answered_N[positions]
+        wanted_R = self._wanted(piece)
         for other in self.pieces.values():
             if other is not piece:
                 wanted_R &= ~np.isin(positions, _as_indices(other.positions))
@@ -175,6 +175,11 @@ class InFlight:
         if self._output_ND is None:
             self._output_ND = torch.empty_like(self.rows_ND)
         return self._output_ND
+
+    def _wanted(self, piece: Piece) -> NDArray[np.bool_]:
+        """Tell for each row of a piece whether a reply would still count."""
+        wanted_R: NDArray[np.bool_] = ~self._account()[piece.positions]
+        return wanted_R
 
     def _account(self) -> NDArray[np.bool_]:
         """Begin to account for single rows; what was answered until now is what no open frame asks for."""

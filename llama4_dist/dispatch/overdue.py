@@ -48,7 +48,7 @@ class Overdue:
         if not len(positions) or found is None:
             return
         log.info("rows_hedged host=%s layer=%d rows=%d", piece.host, in_flight.layer, len(positions))
-        self._stats.hedged_rows += len(positions)
+        self._stats.hedged[piece.host] += len(positions)
         in_flight.expect_twice()
         self._posting.send_again(in_flight, positions, found)
 

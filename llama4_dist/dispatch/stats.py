@@ -1,7 +1,10 @@
 """Counters of the two halves of dispatch; plain numbers, read by metrics and by the rebalancer."""
 
-from collections import Counter
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+
+from llama4_dist.stations import BOUNDS_S
 
 
 @dataclass(slots=True)
@@ -15,12 +18,25 @@ class DispatchStats:
     bytes_in: Counter[str] = field(default_factory=Counter)
     wait_seconds: float = 0.0  # spent in `combine` without anything to do
     resent_rows: int = 0  # hedges included
-    hedged_rows: int = 0  # asked of a replica too, because a host was slow
+    hedged: Counter[str] = field(default_factory=Counter)  # rows asked of a replica too, per host that was slow
     checked_frames: int = 0  # answers compared with another host's
     wrong_answers: Counter[str] = field(default_factory=Counter)  # per host proved wrong
     late_replies: int = 0  # late, duplicate or stale; dropped
     refusals: Counter[str] = field(default_factory=Counter)  # NACK reason
     lost_hosts: Counter[str] = field(default_factory=Counter)  # reason a link was given up
+    reply_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # per host, summed
+    replies_by_bucket: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
+    transports: dict[str, str] = field(default_factory=dict)  # how rows get to a host: inproc, unix or tcp
+
+    @property
+    def hedged_rows(self) -> int:
+        """Rows asked of a replica too, over all hosts."""
+        return self.hedged.total()
+
+    def count_reply(self, host: str, seconds: float) -> None:
+        """Count the time from the posting of a frame to the arrival of its answer."""
+        self.reply_seconds[host] += seconds
+        self.replies_by_bucket[bisect_left(BOUNDS_S, seconds)] += 1
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,7 +123,7 @@ def lead(
 
 
 @apart
-def build_single_process(  # noqa: PLR0913 - each is a user's choice
+def build_single_process(  # noqa: PLR0913 - the settings of an engine, all by name
     model_dir: Path,
     *,
     dtype: str = "auto",
@@ -141,7 +142,8 @@ def build_single_process(  # noqa: PLR0913 - each is a user's choice
     `expert_slices` cuts every expert as a cluster of so many would: tokens have its bits. `expert_memory_bytes` is how
     much of the experts stays in memory (`model.residency`). On a CUDA device with one host and whole experts these need
     no links: they are the model's own (`llama4_dist.gpu`). With a `partition` of several stages or ranks each member is
-    a thread with expert hosts of its own. Raises ConfigError for a name or a value that cannot be computed here.
+    a thread with expert hosts of its own, and a part of that memory. Raises ConfigError for a name or a value that
+    cannot be computed here.
     """
     if num_threads is not None:
         threads.set_count(num_threads)
@@ -162,14 +164,23 @@ def build_single_process(  # noqa: PLR0913 - each is a user's choice
             )
             if is_native(torch_dtype, device):
                 threads.leave_to_native()
+            start_hosts = partial(
+                start_inproc_hosts,
+                checkpoint,
+                num_hosts=num_inproc_hosts,
+                dtype=torch_dtype,
+                device=device,
+                weights=weights,
+                resources=resources,
+                num_slices=expert_slices,
+                memory_bytes=None if expert_memory_bytes is None else expert_memory_bytes // partition.num_members,
+            )
             pipelined = start_inproc_members(
                 checkpoint,
                 plan,
-                num_hosts=num_inproc_hosts,
+                start_hosts,
                 device=device,
                 weights=weights,
-                num_slices=expert_slices,
-                memory_bytes=expert_memory_bytes,
                 resources=resources,
                 progress=progress,
             )

@@ -17,6 +17,8 @@ class Counters:
     finished: int = 0
     cancelled: int = 0
     failed: int = 0
+    holds: int = 0  # times that steps had to wait for an expert that no host served
+    held_s: float = 0.0  # and for how long, those that ended
     stations: Stations = field(default_factory=Stations)
 
     def next_step(self) -> int:

@@ -11,6 +11,7 @@ from llama4_dist.engine.intake import check_fits, make_sequence
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.page_allocator import PageAllocator
 from llama4_dist.engine.plan import StepPlan
+from llama4_dist.engine.request_traces import RequestTraces
 from llama4_dist.engine.sampler import Sampled
 from llama4_dist.engine.scheduler import Scheduler
 from llama4_dist.engine.sequence import SequenceState
@@ -22,6 +23,7 @@ from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.request import EngineLimits, EngineRequest, FinishReason, TokenOutput
 from llama4_dist.stages.ports import worker_lost
 from llama4_dist.stations import SCHEDULE
+from llama4_dist.telemetry.tracing import active
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,11 @@ class EngineCore:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._num_arrived = 0
         self._num_wrong_answers = 0
+        self._traces: RequestTraces | None = None
+        if (tracing := active()) is not None:
+            self._traces = RequestTraces(
+                tracing, stations=self.counters.stations, traffic=dispatcher.stats(), clock=clock
+            )
 
     @property
     def has_work(self) -> bool:
@@ -124,6 +131,7 @@ class EngineCore:
                 self.counters.prompt_tokens += sequence.num_prompt_tokens
         stations.mark(SCHEDULE)
         if plan.spans:
+            before = None if self._traces is None else self._traces.begin_step(plan.spans)
             num_decodes = sum(span.sequence.num_pending == 1 for span in plan.spans)
             results = self.runner.run(plan.spans)
             if self.runner.lost is not None:
@@ -138,6 +146,8 @@ class EngineCore:
             outputs += [self._commit(sequence, result) for sequence, result in results]
             outputs += self._hold(self.runner.held)
             stations.end_step()
+            if before is not None and self._traces is not None:
+                self._traces.end_step(before, self.counters.steps, plan.spans)
         if self.options.debug_invariants:
             self.scheduler.check()
         return outputs
@@ -157,6 +167,8 @@ class EngineCore:
             return self._end(sequence, error=result)
         sequence.append(result.token_id)
         self.counters.generated_tokens += 1
+        if sequence.first_output and self._traces is not None:
+            self._traces.note_first_token(sequence)
         reason = finish_reason(sequence)
         if reason is not None:
             self._forget(sequence, finish=reason)
@@ -180,12 +192,14 @@ class EngineCore:
         now_s = self.clock()
         if not held:
             if self.held_since_s is not None:
+                self.counters.held_s += now_s - self.held_since_s
                 log.warning("step_resumed after_s=%.3f", now_s - self.held_since_s)
             self.held_since_s = None
             return []
         if self.held_since_s is None:
             log.warning("step_held sequences=%d cause=%s", len(held), next(iter(held.values())))
             self.held_since_s = now_s
+            self.counters.holds += 1
         if now_s - self.held_since_s < self.options.expert_timeout_s:
             return []
         log.error("step_unavailable sequences=%d", len(held))
@@ -201,11 +215,14 @@ class EngineCore:
     def _end(
         self, sequence: SequenceState, *, finish: FinishReason | None = None, error: Llama4Error | None = None
     ) -> TokenOutput:
-        self._forget(sequence, finish=finish)
+        self._forget(sequence, finish=finish, reason="" if error is None else error.reason)
         return TokenOutput(request_id=sequence.request_id, finish_reason=finish, error=error)
 
-    def _forget(self, sequence: SequenceState, *, finish: FinishReason | None) -> None:
+    def _forget(self, sequence: SequenceState, *, finish: FinishReason | None, reason: str = "") -> None:
         self.scheduler.remove(sequence)
+        if self._traces is not None:
+            self._traces.end(sequence, finish, reason)
         self.counters.count_end(finish)
-        if not self.has_work:
+        if not self.has_work and self.held_since_s is not None:
+            self.counters.held_s += self.clock() - self.held_since_s
             self.held_since_s = None  # nobody waits any more; whoever comes next waits from then on

@@ -7,7 +7,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -35,7 +35,7 @@ class EngineGroup:
     while no engine is left; then it ends with UnavailableError.
     """
 
-    def __init__(self, engines: Sequence[Engine], *, replay_timeout_s: float = 30.0) -> None:
+    def __init__(self, engines: Sequence[Engine], *, names: Sequence[str] = (), replay_timeout_s: float = 30.0) -> None:
         if not engines:
             raise ValueError("a group needs at least one engine")
         self._requests = LiveRequests(lock=threading.Condition(threading.RLock()), clock=time.monotonic)
@@ -52,8 +52,9 @@ class EngineGroup:
             placed=lambda request, member: self._router.note(request, member.name),
             timeout_s=replay_timeout_s,
         )
-        for engine in engines:
-            self.add(engine)
+        given: Sequence[str | None] = names or [None] * len(engines)
+        for engine, name in zip(engines, given, strict=True):
+            self.add(engine, name=name)
 
     @property
     def limits(self) -> EngineLimits:
@@ -89,6 +90,7 @@ class EngineGroup:
                 raise ValueError(f"no engine {name!r} is in the group; it has {', '.join(self._members) or 'none'}")
             if self._members:
                 self._limits = self._smallest_limits()
+        self._router.forget(name)
         left = self._requests.leave(member)
         log.info("engine_removed engine=%s requests=%d", name, len(left))
         for request_id in left:
@@ -134,7 +136,21 @@ class EngineGroup:
         if not answers:
             raise refusal
         total = add_stats(answers)
-        return replace(total, requests_replayed=total.requests_replayed + self._replayer.num_replayed)
+        return replace(total, requests_replayed=total.requests_replayed + self._replayer.replayed.total())
+
+    def stats_by_worker(self) -> Mapping[str, EngineStats | None]:
+        """Return each engine's counters; None for one that does not answer."""
+        answers: dict[str, EngineStats | None] = {}
+        for member in self._by_load():
+            try:
+                answers[member.name] = member.engine.stats()
+            except UnavailableError:
+                answers[member.name] = None
+        return answers
+
+    def replays(self) -> Mapping[str, int]:
+        """Requests that went on elsewhere, by the engine they had before, since this group was made."""
+        return dict(self._replayer.replayed)
 
     def close(self) -> None:
         """Close every engine, also when closing one of them fails; what still runs ends as they say."""

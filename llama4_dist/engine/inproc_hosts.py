@@ -19,7 +19,7 @@ from llama4_dist.partition import Share
 WORKER = "local"
 
 
-def start_inproc_hosts(  # noqa: PLR0913 - what `build_single_process` was asked for
+def start_inproc_hosts(  # noqa: PLR0913 - what hosts are, all by name
     checkpoint: Checkpoint,
     *,
     num_hosts: int,
@@ -27,10 +27,10 @@ def start_inproc_hosts(  # noqa: PLR0913 - what `build_single_process` was asked
     device: str,
     resources: ExitStack,
     weights: str = STORED,
-    num_slices: int = 1,
-    memory_bytes: int | None = None,
     worker: str = WORKER,
     share: Share | None = None,
+    num_slices: int = 1,
+    memory_bytes: int | None = None,
 ) -> tuple[Dispatcher, list[ExpertServer]]:
     """Spread the experts over `num_hosts` hosts and return a dispatcher with a link to each, and the hosts.
 

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from llama4_dist.checkpoint.reader import Checkpoint
+from llama4_dist.dispatch.dispatcher import Dispatcher
+from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.engine.devices import load_member
-from llama4_dist.engine.inproc_hosts import start_inproc_hosts
 from llama4_dist.engine.members_plan import MembersPlan
 from llama4_dist.model.reduction import Reduction
 from llama4_dist.stages.in_process import start_group, thread_ranks
@@ -13,24 +14,22 @@ from llama4_dist.stages.member import StageRunner
 from llama4_dist.stages.pipeline import PipelinedModel
 
 Progress = Callable[[int, int], None]
+StartHosts = Callable[..., tuple[Dispatcher, list[ExpertServer]]]  # `start_inproc_hosts` but for worker and share
 
 
-def start_inproc_members(  # noqa: PLR0913 - what `build_single_process` was asked for
+def start_inproc_members(
     checkpoint: Checkpoint,
     plan: MembersPlan,
+    start_hosts: StartHosts,
     *,
-    num_hosts: int,
     device: str,
     weights: str,
     resources: ExitStack,
-    num_slices: int = 1,
-    memory_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> PipelinedModel:
-    """Start the members of a group, each with `num_hosts` expert hosts of its own, and return the leader's model.
+    """Start the members of a group, each with expert hosts of its own (`inproc_hosts`), and return the leader's model.
 
-    `num_slices` and `memory_bytes` are those of `start_inproc_hosts`; the members share the memory. `progress` is
-    told (layers read, layers in all), both summed over the members.
+    `progress` is told (layers read, layers in all), both summed over the members.
     """
     partition = plan.partition
     num_read, num_in_all = 0, sum(len(share.layers) for share in plan.shares)
@@ -44,18 +43,7 @@ def start_inproc_members(  # noqa: PLR0913 - what `build_single_process` was ask
 
     def runner_of(stage: int, rank: int) -> StageRunner:
         share = plan.share(stage, rank)
-        dispatcher, _ = start_inproc_hosts(
-            checkpoint,
-            num_hosts=num_hosts,
-            dtype=plan.dtype,
-            device=device,
-            weights=weights,
-            num_slices=num_slices,
-            memory_bytes=None if memory_bytes is None else memory_bytes // partition.num_members,
-            resources=resources,
-            worker=f"local-{stage}-{rank}",
-            share=share,
-        )
+        dispatcher, _ = start_hosts(worker=f"local-{stage}-{rank}", share=share)
         reduction = Reduction(ranks_of_stages[stage][rank]) if partition.num_ranks > 1 else None
         model = load_member(
             checkpoint,

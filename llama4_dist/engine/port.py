@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from llama4_dist.errors import NotFoundError
+from llama4_dist.errors import NotFoundError, UnavailableError
 from llama4_dist.request import EngineLimits, EngineRequest, TokenOutput
+
+LOCAL = "local"  # the worker whose engine is in the gateway's own process
 
 OnOutputs = Callable[[Sequence[TokenOutput]], None]
 
@@ -22,6 +24,14 @@ class EngineStats:
     `kv_blocks_cached` are free pages kept for the prefixes in them; `prefix_hits` admissions that found some,
     `prefix_tokens` the positions they did not compute, `prefix_evictions` cached pages that were needed for something
     else.
+
+    `step_holds` counts the times that steps waited for an expert nobody served, `step_held_s` how long, the wait of now
+    included. `wait_on_experts_s` is the time steps waited for rows with nothing to do. `resent_rows` were asked of
+    another host, `hedged_rows` among them because this one was slow; `late_replies` came after another's had counted;
+    `checked_frames` were compared with another host's, and `wrong_answers` are those of a host proved wrong.
+    `refused_frames` are by the host's reason, `lost_links` by ours. `reply_seconds` sums the time from a frame to its
+    answer, and `replies` counts them by bucket (as text: its place among the bounds of stations). `host_transports`
+    says how rows get to a host: inproc, unix or tcp.
     """
 
     requests_running: int = 0
@@ -41,12 +51,25 @@ class EngineStats:
     requests_cancelled: int = 0
     requests_failed: int = 0
     requests_replayed: int = 0
+    step_holds: int = 0
+    step_held_s: float = 0.0
+    wait_on_experts_s: float = 0.0
+    resent_rows: int = 0
+    late_replies: int = 0
+    checked_frames: int = 0
     max_queue_age_s: float = 0.0
     station_seconds: Mapping[str, float] = field(default_factory=dict)
     station_steps: Mapping[str, int] = field(default_factory=dict)
     host_rows: Mapping[str, int] = field(default_factory=dict)
     host_bytes_out: Mapping[str, int] = field(default_factory=dict)
     host_bytes_in: Mapping[str, int] = field(default_factory=dict)
+    host_transports: Mapping[str, str] = field(default_factory=dict)
+    hedged_rows: Mapping[str, int] = field(default_factory=dict)
+    wrong_answers: Mapping[str, int] = field(default_factory=dict)
+    refused_frames: Mapping[str, int] = field(default_factory=dict)
+    lost_links: Mapping[str, int] = field(default_factory=dict)
+    reply_seconds: Mapping[str, float] = field(default_factory=dict)
+    replies: Mapping[str, int] = field(default_factory=dict)
 
 
 def is_last(output: TokenOutput) -> bool:
@@ -88,3 +111,24 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop; what still runs ends with UnavailableError (reason DRAINING)."""
+
+
+@runtime_checkable
+class EngineOfMany(Protocol):
+    """An engine over several, each a worker of its own."""
+
+    def stats_by_worker(self) -> Mapping[str, EngineStats | None]:
+        """Return each worker's counters; None for one that does not answer."""
+
+    def replays(self) -> Mapping[str, int]:
+        """Return how many requests went on elsewhere, by the worker that was lost; it may be gone for good."""
+
+
+def stats_by_worker(engine: Engine) -> Mapping[str, EngineStats | None]:
+    """Return the counters of each engine behind a port; one that is alone is called "local"."""
+    if isinstance(engine, EngineOfMany):
+        return engine.stats_by_worker()
+    try:
+        return {LOCAL: engine.stats()}
+    except UnavailableError:
+        return {LOCAL: None}

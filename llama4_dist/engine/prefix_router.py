@@ -62,6 +62,13 @@ class PrefixRouter:
             while len(self._names) > self._max_entries:
                 self._names.popitem(last=False)
 
+    def forget(self, name: str) -> None:
+        """Forget an engine that is gone: another of its name begins without any prefix."""
+        with self._lock:
+            for key, names in self._names.items():
+                if name in names:
+                    self._names[key] = tuple(other for other in names if other != name)
+
 
 def _keys(request: EngineRequest) -> list[bytes]:
     tokens = request.prompt_token_ids

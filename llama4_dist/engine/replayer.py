@@ -6,6 +6,7 @@ Knows no membership: it is told which engines there are. A thread of its own pla
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
@@ -21,6 +22,7 @@ from llama4_dist.errors import (
     UnavailableError,
 )
 from llama4_dist.request import EngineRequest, FinishReason, TokenOutput
+from llama4_dist.telemetry.tracing import active, is_sampled, ours
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class Replayer:
         placed: Callable[[EngineRequest, Member], None],
         timeout_s: float,
     ) -> None:
-        self.num_replayed = 0
+        self.replayed: Counter[str] = Counter()  # by the name of the engine that was lost
         self._requests = requests
         self._members = members
         self._order = order
@@ -92,7 +94,7 @@ class Replayer:
     def _offer(self, live: LiveRequest) -> Llama4Error | None:
         """Give a request to the first engine in order that takes it; return why none did."""
         refusal: Llama4Error = UnavailableError("no engine is in the group")
-        request, left = live.continuation(time.monotonic()), live.left
+        request, left, since_s = live.continuation(time.monotonic()), live.left, live.waits_since_s
         for member in self._order(request):
             if member in live.full and not live.num_replays:
                 continue
@@ -112,13 +114,15 @@ class Replayer:
                 continue
             self._took(request, member)
             self._placed(live, member, left)
+            if left is not None:
+                record_replay(live, left, member, since_s)
             return None
         return refusal
 
     def _placed(self, live: LiveRequest, member: Member, left: Member | None) -> None:
         with self._requests.lock:
             if left is not None:
-                self.num_replayed += 1
+                self.replayed[left.name] += 1
                 live.left = None if live.left is left else live.left
                 log.info("request_replayed id=%s from=%s to=%s", live.request_id, left.name, member.name)
             cancelled = live.cancelled
@@ -182,6 +186,15 @@ class Replayer:
             words = self._requests.last_words()
             if words:
                 self._on_outputs(words)
+
+
+def record_replay(live: LiveRequest, left: Member, member: Member, since_s: float | None) -> None:
+    """Record how long a traced request was without an engine, and which ones they were."""
+    tracing, now_s = active(), time.monotonic()
+    if tracing is None or not is_sampled(live.request.trace):
+        return
+    said = ours(**{"from": left.name, "to": member.name, "replays": live.num_replays})
+    tracing.record("replay", live.request.trace, (now_s if since_s is None else since_s, now_s), said)
 
 
 def is_refusal(error: BaseException, live: LiveRequest) -> TypeGuard[Llama4Error]:

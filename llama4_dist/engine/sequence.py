@@ -35,6 +35,7 @@ class SequenceState:
     prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
     first_output: bool = True
     queue_s: float | None = None
+    first_token_s: float | None = None  # known where the request is traced
 
     @property
     def request_id(self) -> str:

@@ -13,22 +13,19 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from llama4_dist.engine.port import Engine, is_last, unknown_request
-from llama4_dist.errors import (
-    DuplicateRequestError,
-    FieldViolation,
-    InvalidRequestError,
-    Llama4Error,
-    NotFoundError,
-    UnavailableError,
-)
+from llama4_dist.errors import DuplicateRequestError, Llama4Error, UnavailableError
 from llama4_dist.gateway.delivery import Delivery
 from llama4_dist.gateway.engine_ids import EngineIds
 from llama4_dist.gateway.leaving import Leaving
 from llama4_dist.gateway.metrics import Metrics
 from llama4_dist.gateway.prompt import tokenise
+from llama4_dist.gateway.resuming import check_resume, reached
 from llama4_dist.gateway.running import RunningRequest
-from llama4_dist.request import TokenOutput
-from llama4_dist.rpc.wire import GenerationCall, invalid
+from llama4_dist.request import FinishReason, TokenOutput
+from llama4_dist.rpc.wire import GenerationCall
+from llama4_dist.telemetry import tracing
+from llama4_dist.telemetry.logs import bound
+from llama4_dist.telemetry.tracing import OpenSpan, ours
 from llama4_dist.text.output_sequence import Delta, Finished
 from llama4_dist.text.request_state import RequestState
 from llama4_dist.text.tokenizer import Tokenizer
@@ -71,10 +68,12 @@ class Generations:
         body: bytes,
         timeout_s: float,
         resume: tuple[int, ...] | None = None,
+        trace: str = "",
     ) -> AsyncIterator[RunningRequest]:
         """Join the running request of that id and body, or start one; abort it when its last reader leaves.
 
         With `resume` none is started: it runs here, or is taken over from a gateway that is gone, or is not found.
+        `trace` is the caller's `traceparent`, if it has one.
         """
         prompt_token_ids = await tokenise(call, self._tokenizer, self._engine.limits)
         if resume is not None:
@@ -85,7 +84,7 @@ class Generations:
             await self._leaving.gone(self._ids.engine_id(tenant, request_id), request_id)
         running = self._requests.get(key)
         if running is None:
-            running = self._start(key, call, prompt_token_ids, body, timeout_s, attach=resume is not None)
+            running = self._start(key, call, prompt_token_ids, body, timeout_s, attach=resume is not None, trace=trace)
             self._requests[key] = running
         elif not secrets.compare_digest(running.body, body):
             if resume is not None:
@@ -95,24 +94,30 @@ class Generations:
                 metadata={"request_id": request_id},
             )
         running.num_readers += 1
-        try:
-            if resume is not None:
-                await reached(running, resume)
-            yield running
-        finally:
-            running.num_readers -= 1
-            if running.num_readers == 0:
-                del self._requests[key]
-                log.info(
-                    "request_ended id=%s engine_id=%s prompt_tokens=%d tokens=%d seconds=%.3f outcome=%s",
-                    request_id,
-                    running.state.request_id,
-                    running.state.usage.prompt_tokens,
-                    running.state.usage.completion_tokens,
-                    self._loop.time() - running.started_s,
-                    running.outcome,
-                )
-                self._release(running)
+        with bound(request_id=request_id, trace_id=running.span.trace_id):
+            try:
+                if resume is not None:
+                    await reached(running, resume)
+                yield running
+            finally:
+                running.num_readers -= 1
+                if running.num_readers == 0:
+                    del self._requests[key]
+                    self._leave(running)
+
+    def _leave(self, running: RunningRequest) -> None:
+        """Part with a request that nobody reads any more."""
+        log.info(
+            "request_ended id=%s engine_id=%s prompt_tokens=%d tokens=%d seconds=%.3f outcome=%s",
+            running.request_id,
+            running.state.request_id,
+            running.state.usage.prompt_tokens,
+            running.state.usage.completion_tokens,
+            self._loop.time() - running.started_s,
+            running.outcome,
+        )
+        self._release(running)
+        running.span.end("" if running.state.done and running.error is None else running.outcome)
 
     def fail_all(self, error: Llama4Error) -> None:
         """End every request with `error`: the last resort of a shutdown."""
@@ -130,6 +135,7 @@ class Generations:
         timeout_s: float,
         *,
         attach: bool,
+        trace: str,
     ) -> RunningRequest:
         sampling = call.sampling
         if sampling.seed is None:
@@ -143,16 +149,18 @@ class Generations:
             timeout_s=timeout_s,
             priority=call.priority,
         )
-        running = RunningRequest(key[1], state, body=body, now_s=self._loop.time(), attached=attach)
+        span = begin_span(state, key[1], trace)
+        running = RunningRequest(key[1], state, body=body, now_s=self._loop.time(), attached=attach, span=span)
         give = self._engine.attach if attach else self._engine.submit
         for request in state.engine_requests():
             self._sequences[request.request_id] = running
             try:
-                give(replace(request, digest=body, tenant=self._ids.tenant(key[0])))
+                give(replace(request, digest=body, tenant=self._ids.tenant(key[0]), trace=span.traceparent))
             except BaseException as error:
                 del self._sequences[request.request_id]
                 self._release(running)
                 self._note(error)
+                span.end(error.reason if isinstance(error, Llama4Error) else type(error).__name__)
                 raise
         return running
 
@@ -185,21 +193,27 @@ class Generations:
             self._observe(running, sum([len(event.token_ids) for event in events if isinstance(event, Delta)]), now_s)
         for event in events:
             if isinstance(event, Finished):
-                self._end(output, event)
+                self._end(running, output, event, now_s)
         if running.error is not None:
             self._note(running.error)
             self._sequences.pop(output.request_id, None)
             self._release(running)
             self._metrics.requests.labels("error").inc()
+            running.span.end(running.error.reason)
         return running
 
     def _note(self, error: BaseException) -> None:
         if isinstance(error, UnavailableError):
             self.last_unavailable_s = self._loop.time()
 
-    def _end(self, output: TokenOutput, end: Finished) -> None:
+    def _end(self, running: RunningRequest, output: TokenOutput, end: Finished, now_s: float) -> None:
         del self._sequences[output.request_id]
         self._metrics.requests.labels(end.finish_reason.value).inc()
+        if running.state.done and not running.attached and end.finish_reason is not FinishReason.CANCELLED:
+            self._metrics.request_seconds.observe(now_s - running.started_s)
+        running.span.event("finished", ours(sequence=end.index, finish_reason=end.finish_reason.value))
+        if running.state.done:
+            running.span.end()
         if not is_last(output):
             self._abort(output.request_id)  # a stop string ended it; the engine knows no strings
 
@@ -211,36 +225,24 @@ class Generations:
             return
         if running.last_token_s is None:
             self._metrics.first_token_seconds.observe(now_s - running.started_s)
-            self._metrics.queue_seconds.observe(running.state.queue_s or 0.0)
+            queue_s = running.state.queue_s or 0.0
+            self._metrics.queue_seconds.observe(queue_s)
+            running.span.event("admitted", after_s=queue_s)
+            running.span.event("first_token")
         elif running.state.sampling.n == 1:
             self._metrics.inter_token_seconds.observe((now_s - running.last_token_s) / num_tokens)
         running.last_token_s = now_s
 
 
-def check_resume(call: GenerationCall, resume: tuple[int, ...]) -> None:
-    """Refuse a resume that names no request, or not each of its sequences."""
-    if not call.request_id:
-        raise invalid("request.request_id", "is missing: a resume names the request it goes on with")
-    if len(resume) != call.sampling.n:
-        raise out_of_range(f"has {len(resume)} entries: give one for each of the {call.sampling.n} sequences")
-
-
-async def reached(running: RunningRequest, resume: tuple[int, ...]) -> None:
-    """Wait for the tokens that there were; refuse to go on after tokens that were never generated."""
-    while not running.caught_up and running.error is None:
-        await running.changed()
-    if isinstance(running.error, NotFoundError) or (running.error is not None and not running.begun):
-        raise running.error
-    for index, (position, produced) in enumerate(zip(resume, running.state.num_tokens, strict=True)):
-        if position > produced:
-            raise out_of_range(f"asks for token {position} of sequence {index}, which has {produced}: start again")
-
-
-def out_of_range(description: str) -> InvalidRequestError:
-    """Build the error of a resume at a place that does not exist."""
-    return InvalidRequestError(
-        [FieldViolation(field="resume.next_token_index", description=description)], reason="OUT_OF_RANGE"
+def begin_span(state: RequestState, request_id: str, trace: str) -> OpenSpan:
+    """Begin the span of a request, if this process traces; its prompt stays out of it."""
+    said = ours(
+        request_id=request_id,
+        engine_id=state.request_id,
+        prompt_tokens=state.usage.prompt_tokens,
+        sequences=state.sampling.n,
     )
+    return tracing.begin("generate", trace, said, kind="SERVER")
 
 
 def shutting_down() -> UnavailableError:

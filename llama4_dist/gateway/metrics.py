@@ -1,49 +1,61 @@
-"""Prometheus metrics of the gateway under vLLM's base names; owns its registry and knows no request."""
+"""The gateway's own Prometheus metrics under vLLM's base names; owns the registry of its process, knows no request."""
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.utils import floatToGoString
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, disable_created_metrics
+from prometheus_client.registry import Collector
 
-from llama4_dist.engine.port import EngineStats
-from llama4_dist.errors import Llama4Error
-from llama4_dist.stations import BOUNDS_S, buckets
+from llama4_dist.gateway.observe.family import counter, gauge, histogram
+from llama4_dist.stations import BOUNDS_S
+from llama4_dist.version import __version__
 
-PREFIX = "llama4_dist"
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 TOKEN_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+PROCESS_NAMESPACE = "llama4_dist_gateway"
+
+BUILD = gauge("build_info", "1, with the version that serves.", "version")
+CALLS = counter("rpc_calls", "Finished calls.", "method", "code")
+REFUSALS = counter("rpc_errors", "Failed calls.", "method", "reason")
+CALL_SECONDS = histogram("rpc_seconds", "Duration of calls that were answered.", LATENCY_BUCKETS_S, "method")
+REQUESTS = counter("requests", "Ended generations.", "finish_reason")
+IN_FLIGHT = gauge("gateway_requests", "Generations in the gateway.")
+STREAMED_TOKENS = counter("streamed_tokens", "Tokens given to clients.")
+STREAM_MESSAGES = counter("stream_messages", "Messages they took.")
+FIRST_TOKEN = histogram("time_to_first_token_seconds", "From the call to the first token.", LATENCY_BUCKETS_S)
+INTER_TOKEN = histogram("inter_token_latency_seconds", "Between two tokens of a stream.", TOKEN_BUCKETS_S)
+END_TO_END = histogram("e2e_request_latency_seconds", "From the call to the last token.", LATENCY_BUCKETS_S)
+QUEUE = histogram("queue_time_seconds", "From submission to admission.", LATENCY_BUCKETS_S)
+# The station after the engine's own: a step's tokens on their way to the streams that carry them.
+STREAM = histogram("stream_seconds", "From a step's end to the waking of its last reader.", BOUNDS_S)
+
+GATEWAY_FAMILIES = (
+    BUILD, CALLS, REFUSALS, CALL_SECONDS, REQUESTS, IN_FLIGHT, STREAMED_TOKENS, STREAM_MESSAGES, FIRST_TOKEN,
+    INTER_TOKEN, END_TO_END, QUEUE, STREAM,
+)  # fmt: skip
 
 
 class Metrics:
-    """The gateway's own counters; `stats` supplies the engine's at every scrape."""
+    """The gateway's own counters; `collectors` add what others count, at every scrape."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(EngineCollector(stats))
-        self.calls = Counter(f"{PREFIX}_rpc_calls", "Finished calls.", ("method", "code"), registry=self.registry)
-        self.refusals = Counter(f"{PREFIX}_rpc_errors", "Failed calls.", ("method", "reason"), registry=self.registry)
-        self.call_seconds = Histogram(
-            f"{PREFIX}_rpc_seconds",
-            "Duration of calls.",
-            ("method",),
-            buckets=LATENCY_BUCKETS_S,
-            registry=self.registry,
-        )
-        self.requests = Counter(f"{PREFIX}_requests", "Ended generations.", ("finish_reason",), registry=self.registry)
-        self.in_flight = Gauge(f"{PREFIX}_gateway_requests", "Generations in the gateway.", registry=self.registry)
-        self.streamed_tokens = Counter(f"{PREFIX}_streamed_tokens", "Tokens given to clients.", registry=self.registry)
-        self.stream_messages = Counter(f"{PREFIX}_stream_messages", "Messages they took.", registry=self.registry)
-        self.first_token_seconds = self._latency("time_to_first_token_seconds", LATENCY_BUCKETS_S)
-        self.inter_token_seconds = self._latency("inter_token_latency_seconds", TOKEN_BUCKETS_S)
-        self.request_seconds = self._latency("e2e_request_latency_seconds", LATENCY_BUCKETS_S)
-        self.queue_seconds = self._latency("queue_time_seconds", LATENCY_BUCKETS_S)
-        # The station after the engine's own: a step's tokens on their way to the streams that carry them.
-        self.stream_seconds = self._latency("stream_seconds", BOUNDS_S)
-
-    def _latency(self, name: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"{PREFIX}_{name}", name.replace("_", " "), buckets=buckets, registry=self.registry)
+    def __init__(self, collectors: Iterable[Collector] = ()) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asks for
+        self.registry = registry = CollectorRegistry()
+        for collector in collectors:
+            registry.register(collector)
+        ProcessCollector(namespace=PROCESS_NAMESPACE, registry=registry)
+        BUILD.gauge(registry).labels(__version__).set(1)
+        self.calls = CALLS.counter(registry)
+        self.refusals = REFUSALS.counter(registry)
+        self.call_seconds = CALL_SECONDS.histogram(registry)
+        self.requests = REQUESTS.counter(registry)
+        self.in_flight: Gauge = IN_FLIGHT.gauge(registry)
+        self.streamed_tokens = STREAMED_TOKENS.counter(registry)
+        self.stream_messages = STREAM_MESSAGES.counter(registry)
+        self.first_token_seconds = FIRST_TOKEN.histogram(registry)
+        self.inter_token_seconds = INTER_TOKEN.histogram(registry)
+        self.request_seconds = END_TO_END.histogram(registry)
+        self.queue_seconds = QUEUE.histogram(registry)
+        self.stream_seconds = STREAM.histogram(registry)
 
     def observe_call(self, method: str, code: str, seconds: float) -> None:
         """Count a call that was answered."""
@@ -54,69 +66,3 @@ class Metrics:
         """Count a call that failed."""
         self.calls.labels(method, code).inc()
         self.refusals.labels(method, reason).inc()
-
-
-class EngineCollector:
-    """Reads the engine's counters when scraped, so that no step pays for metrics."""
-
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
-
-    def describe(self) -> list[Metric]:
-        """Name nothing in advance: reading the engine at registration would be too early."""
-        return []
-
-    def collect(self) -> list[Metric]:
-        """Translate one snapshot; an engine that cannot answer is down, and the gateway's own metrics go on."""
-        up = GaugeMetricFamily(f"{PREFIX}_engine_up", "whether the engine answers", value=1.0)
-        try:
-            stats = self._stats()
-        except Llama4Error:
-            return [GaugeMetricFamily(up.name, up.documentation, value=0.0)]
-        used = stats.kv_blocks_total - stats.kv_blocks_free
-        gauges = {
-            "requests_running": stats.requests_running,
-            "requests_waiting": stats.requests_waiting,
-            "kv_cache_usage_ratio": used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0,
-            "prefix_cache_usage_ratio": (
-                stats.kv_blocks_cached / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
-            ),
-            "queue_age_seconds": stats.max_queue_age_s,
-        }
-        counters = {
-            "engine_steps": stats.steps,
-            "prompt_tokens": stats.prompt_tokens,
-            "generation_tokens": stats.generated_tokens,
-            "preemptions": stats.preemptions,
-            "prefix_cache_hits": stats.prefix_hits,
-            "prefix_cache_tokens": stats.prefix_tokens,
-            "prefix_cache_evictions": stats.prefix_evictions,
-            "requests_admitted": stats.requests_admitted,
-            "requests_finished": stats.requests_finished,
-            "requests_cancelled": stats.requests_cancelled,
-            "requests_failed": stats.requests_failed,
-            "requests_replayed": stats.requests_replayed,
-        }
-        return [
-            up,
-            *(GaugeMetricFamily(f"{PREFIX}_{name}", "engine", value=value) for name, value in gauges.items()),
-            *(CounterMetricFamily(f"{PREFIX}_{name}", "engine", value=value) for name, value in counters.items()),
-            self._by_host("dispatch_rows", {"out": stats.host_rows}),
-            self._by_host("dispatch_bytes", {"out": stats.host_bytes_out, "in": stats.host_bytes_in}),
-            self._stations(stats),
-        ]
-
-    def _by_host(self, name: str, directions: dict[str, object]) -> CounterMetricFamily:
-        family = CounterMetricFamily(f"{PREFIX}_{name}", "per expert host", labels=("host", "direction"))
-        for direction, values in directions.items():
-            for host, value in dict(values).items():  # type: ignore[call-overload]
-                family.add_metric((host, direction), value)
-        return family
-
-    def _stations(self, stats: EngineStats) -> HistogramMetricFamily:
-        family = HistogramMetricFamily(f"{PREFIX}_station_seconds", "time of a step by station", labels=("station",))
-        for station, seconds in stats.station_seconds.items():
-            numbers = itertools.accumulate(buckets(stats.station_steps, station))
-            bounds = [*map(floatToGoString, BOUNDS_S), "+Inf"]
-            family.add_metric((station,), list(zip(bounds, numbers, strict=True)), seconds)
-        return family

@@ -5,25 +5,26 @@ import gc
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import grpc
-from prometheus_client import start_http_server
+from prometheus_client.registry import Collector
 
 from llama4_dist.engine.port import Engine
-from llama4_dist.errors import ConfigError, Llama4Error
+from llama4_dist.errors import Llama4Error
 from llama4_dist.gateway.admission import Admission
 from llama4_dist.gateway.engine_ids import EngineIds
 from llama4_dist.gateway.generations import Generations, shutting_down
 from llama4_dist.gateway.health import Health
 from llama4_dist.gateway.metrics import Metrics
+from llama4_dist.gateway.observe.engine_collector import EngineCollector
+from llama4_dist.gateway.observe.exporter import exporter
 from llama4_dist.gateway.server import NO_SERVICES, Services, build_server
 from llama4_dist.gateway.service import InferenceService
 from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.gateway.tokenizer_service import TokenizerService
-from llama4_dist.settings import host_and_port
 from llama4_dist.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -71,9 +72,10 @@ async def running_gateway(
     settings: GatewaySettings,
     *,
     extra_services: Services = NO_SERVICES,
+    collectors: Iterable[Collector] = (),
 ) -> AsyncIterator[Gateway]:
-    """Start a gateway; stop it on exit."""
-    metrics = Metrics(engine.stats)
+    """Start a gateway; stop it on exit. `collectors` add to what it exports."""
+    metrics = Metrics([EngineCollector(engine), *collectors])
     admission = Admission(settings.max_requests, time.monotonic, max_queue_s=settings.max_queue_s)
     generations = Generations(engine, tokenizer, metrics, EngineIds(settings.engine_id_key))
     health = Health()
@@ -89,7 +91,7 @@ async def running_gateway(
         admission=admission,
         extra_services=extra_services,
     )
-    with exporter(metrics, settings.metrics_address) as metrics_port:
+    with exporter(metrics.registry, settings.metrics_address, token_file=settings.metrics_token_file) as metrics_port:
         generations.start()
         await server.start()
         health.set("startup", True)
@@ -137,31 +139,13 @@ def can_serve(engine: Engine, max_queue_age_s: float) -> bool:
     return False
 
 
-@contextmanager
-def exporter(metrics: Metrics, address: str | None) -> Iterator[int | None]:
-    """Serve Prometheus text over HTTP while inside; yield the port."""
-    if address is None:
-        yield None
-        return
-    host, port = host_and_port(address)
-    try:
-        server, thread = start_http_server(port, addr=host, registry=metrics.registry)
-    except OSError as error:
-        raise ConfigError(f"metrics_address {address}: {error.strerror}") from None
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
 async def serve(
     engine: Engine,
     tokenizer: Tokenizer | None,
     settings: GatewaySettings,
     *,
     extra_services: Services = NO_SERVICES,
+    collectors: Iterable[Collector] = (),
     on_ready: Callable[[Gateway], None] = lambda gateway: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT: the first drains, a second stops at once."""
@@ -171,7 +155,9 @@ async def serve(
     for number in signals:
         loop.add_signal_handler(number, told.release)
     try:
-        async with running_gateway(engine, tokenizer, settings, extra_services=extra_services) as gateway:
+        async with running_gateway(
+            engine, tokenizer, settings, extra_services=extra_services, collectors=collectors
+        ) as gateway:
             with settled_heap():
                 on_ready(gateway)
                 await told.acquire()

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from llama4_dist.errors import Llama4Error
 from llama4_dist.request import TokenOutput
+from llama4_dist.telemetry.tracing import UNTRACED, OpenSpan
 from llama4_dist.text.output_sequence import Delta, Finished
 from llama4_dist.text.request_state import Event, RequestState
 
@@ -18,11 +19,18 @@ class RunningRequest:
     """A request in the engine, its events, and how many calls read them.
 
     `request_id` is the client's name for it; the engine knows `state.request_id`. An `attached` one was submitted by
-    another gateway: its record is made again from its first token on.
+    another gateway: its record is made again from its first token on. `span` is its place in the caller's trace.
     """
 
     def __init__(
-        self, request_id: str, state: RequestState, *, body: bytes, now_s: float, attached: bool = False
+        self,
+        request_id: str,
+        state: RequestState,
+        *,
+        body: bytes,
+        now_s: float,
+        attached: bool = False,
+        span: OpenSpan = UNTRACED,
     ) -> None:
         self.request_id = request_id
         self.state = state
@@ -30,6 +38,7 @@ class RunningRequest:
         self.events: list[Event] = []
         self.error: Llama4Error | None = None
         self.attached = attached
+        self.span = span
         self.num_readers = 0
         self.started_s = now_s
         self.last_token_s: float | None = None

@@ -20,6 +20,7 @@ from llama4_dist.rpc.wire import GenerationCall, GenerationMessage, call_from_pr
 from llama4_dist.rpc.wire_results import model_to_proto
 from llama4_dist.v1 import inference_pb2, types_pb2
 
+TRACE_KEY = "traceparent"
 StreamMessage = inference_pb2.StreamGenerateRequest | inference_pb2.StreamChatRequest
 
 
@@ -126,7 +127,12 @@ class InferenceService:
             try:
                 async with asyncio.timeout(timeout_s):
                     opening = self._generations.open(
-                        call, tenant=tenant_of(context), body=digest(message), timeout_s=timeout_s, resume=resume
+                        call,
+                        tenant=tenant_of(context),
+                        body=digest(message),
+                        timeout_s=timeout_s,
+                        resume=resume,
+                        trace=trace_of(context),
                     )
                     async with opening as running:
                         yield running, call, note_begun
@@ -139,6 +145,11 @@ def tenant_of(context: Context) -> str:
     credentials = [str(value) for key, value in context.invocation_metadata() or () if key == "authorization"]
     identities = [identity.hex() for identity in context.peer_identities() or ()]
     return hashlib.sha256("\n".join([*credentials, *identities]).encode()).hexdigest()
+
+
+def trace_of(context: Context) -> str:
+    """Return the W3C `traceparent` the caller sent, "" for none; nobody here reads it but who makes spans."""
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == TRACE_KEY), "")
 
 
 def digest(message: GenerationMessage) -> bytes:

@@ -26,6 +26,7 @@ class GatewaySettings:
     reuse_port: bool = False  # share the port with other gateways of this user; the kernel deals out connections
     reflection: bool = True
     metrics_address: str | None = None
+    metrics_token_file: Path | None = None
     max_message_bytes: int = 4 * 1024 * 1024
     max_response_bytes: int = 64 * 1024 * 1024
     max_requests: int = 4096  # in the gateway at once; the engine bounds its own queue besides
@@ -54,8 +55,11 @@ class GatewaySettings:
                 f"address {self.address} is reachable from other machines: give token_file or tls_client_ca, "
                 "or bind 127.0.0.1"
             )
-        if self.metrics_address is not None and not is_loopback(self.metrics_address):
-            raise ConfigError(f"metrics_address {self.metrics_address} must be a loopback address, e.g. 127.0.0.1:9100")
+        if self.metrics_address is not None and not is_loopback(self.metrics_address) and not self.metrics_token_file:
+            raise ConfigError(
+                f"metrics_address {self.metrics_address} is reachable from other machines: give metrics_token_file, or "
+                "a loopback address, e.g. 127.0.0.1:9100"
+            )
 
 
 def is_loopback(address: str) -> bool:

@@ -24,9 +24,10 @@ Pair = tuple[int, int]  # (layer, expert); where experts are cut, a slice of one
 class Experts:
     """Holds weights by (layer, expert) and applies them to rows. Weights already in `dtype` on `device` are not copied.
 
-    `width` is the model's width D. An expert is copied when its first rows come, with `weight_format` int8 into that,
-    and otherwise if its rows are not contiguous; `on_copied` is told that what was put is not read any more.
-    `quantisation_error` says what was lost so far. Raises ConfigError where the format cannot be computed.
+    `width` is the model's width D. An expert is copied when its first rows come: with `weight_format` int8 into that,
+    otherwise if its rows are not contiguous, or with `compact` are cut. `on_copied` is told that what was put is not
+    read any more; `quantisation_error` says what was lost so far. Raises ConfigError where the format cannot be
+    computed.
     """
 
     def __init__(
@@ -37,12 +38,13 @@ class Experts:
         dtype: torch.dtype,
         device: torch.device | str,
         weight_format: str = STORED,
+        compact: bool = False,
         on_copied: Callable[[Pair], None] = lambda pair: None,
     ) -> None:
         check_weight_format(weight_format, dtype=dtype, device=device)
         self.weight_format = weight_format
         self.quantisation_error = QuantisationError()
-        self._on_copied = on_copied
+        self._compact, self._on_copied = compact, on_copied
         self.width = width
         self.dtype = dtype
         self.device = torch.device(device)
@@ -98,7 +100,7 @@ class Experts:
                 start = stop
 
     def _as_stored(self, pair: Pair, weights: ExpertWeights) -> Network:
-        network = network_of(weights)
+        network = network_of(weights, compact=self._compact)
         if not network.reads(weights.gate_DF):
             self._on_copied(pair)
         return network

@@ -24,6 +24,7 @@ from llama4_dist.model.residency import Residency, check_residency
 from llama4_dist.model.weight_format import INT8, STORED
 
 NUM_GOLDEN_ROWS = 4
+KERNEL_MAPS = 2 * 1024 * 1024  # bytes of a file that Linux maps at once at most, where one is touched
 
 
 class RoutedExperts(Protocol):
@@ -75,6 +76,7 @@ class ExpertStore:
             dtype=dtype,
             device=device,
             weight_format=weight_format,
+            compact=residency_bytes is not None,
             on_copied=self._copied,
         )
         self.residency: Residency | None = None
@@ -190,7 +192,9 @@ class ExpertStore:
 
     def _copied(self, pair: Pair) -> None:
         """Give the mapped pages of a copied expert back; of one that int8 did not make, only where memory is short."""
-        if self._experts.weight_format == INT8 or self.residency is not None:
+        if self.residency is not None:
+            self._release(pair, around=KERNEL_MAPS)
+        elif self._experts.weight_format == INT8:
             self._release(pair)
 
     def _read_ahead(self, pair: Pair) -> None:
@@ -199,10 +203,10 @@ class ExpertStore:
     def _let_go(self, pair: Pair) -> None:
         """Take a held expert out of memory; its next rows bring it back."""
         self._experts.cool(pair)
-        self._release(pair)
+        self._release(pair, around=KERNEL_MAPS)
 
-    def _release(self, pair: Pair) -> None:
-        self._checkpoint.release_expert(*self._cut.place(pair))
+    def _release(self, pair: Pair, *, around: int = 0) -> None:
+        self._checkpoint.release_expert(*self._cut.place(pair), around=around)
 
 
 def golden_rows(width: int, dtype: torch.dtype) -> Tensor:

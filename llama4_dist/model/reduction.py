@@ -5,7 +5,8 @@ step, so a token's bits would depend on its company. The routed experts' rows co
 and are added after the sum, so it does not matter either which rank that was.
 
 Gathering sends each rank's rows to every other: (ranks - 1) x [T, D] to receive for each block, and [T, D] more for the
-routed rows of a mixture-of-experts block. A ring would receive 2 x (ranks - 1) / ranks x [T, D].
+routed rows of a mixture-of-experts block. A ring would receive 2 x (ranks - 1) / ranks x [T, D]. On CUDA each such
+block waits for the device once, to see whether a rank has no answer from its experts.
 """
 
 from collections.abc import Sequence

@@ -76,6 +76,14 @@ class DirectoryEngine:
         """Return the sum over the attention workers."""
         return self._remote.group.stats()
 
+    def stats_by_worker(self) -> Mapping[str, EngineStats | None]:
+        """Return each attention worker's counters; None for one that does not answer."""
+        return self._remote.group.stats_by_worker()
+
+    def replays(self) -> Mapping[str, int]:
+        """Return how many requests went on elsewhere, by the attention worker that was lost."""
+        return self._remote.group.replays()
+
     def close(self) -> None:
         """Stop listening and close the streams; the workers serve on for other gateways."""
         self._closing.set()
@@ -96,6 +104,11 @@ class DirectoryEngine:
                 if answer.engines:
                     return dict(answer.engines)
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise UnavailableError(
+                    f"the directory named no attention worker in {timeout_s:g} s: is the cluster there, and loaded? "
+                    "directory_timeout_s says how long a gateway waits"
+                ) from None
             raise from_rpc_error(error) from None
         finally:
             call.cancel()

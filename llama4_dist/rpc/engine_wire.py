@@ -35,9 +35,13 @@ STATS_NUMBERS = (
     "requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "steps", "prompt_tokens",
     "generated_tokens", "preemptions", "requests_admitted", "requests_finished", "requests_cancelled",
     "requests_failed", "requests_replayed", "max_queue_age_s", "kv_blocks_cached", "prefix_hits", "prefix_tokens",
-    "prefix_evictions",
+    "prefix_evictions", "step_holds", "step_held_s", "wait_on_experts_s", "resent_rows", "late_replies",
+    "checked_frames",
 )  # fmt: skip
-STATS_MAPS = ("station_seconds", "station_steps", "host_rows", "host_bytes_out", "host_bytes_in")
+STATS_MAPS = (
+    "station_seconds", "station_steps", "host_rows", "host_bytes_out", "host_bytes_in", "host_transports",
+    "hedged_rows", "wrong_answers", "refused_frames", "lost_links", "reply_seconds", "replies",
+)  # fmt: skip
 
 FINISH_TO_WIRE = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -89,6 +93,7 @@ def request_to_wire(request: EngineRequest) -> pb.SubmitCommand:
         priority=request.priority,
         digest=request.digest,
         tenant=request.tenant,
+        trace=request.trace,
     )
 
 
@@ -104,6 +109,7 @@ def request_from_wire(message: pb.SubmitCommand) -> EngineRequest:
         priority=message.priority,
         digest=message.digest,
         tenant=message.tenant,
+        trace=message.trace,
     )
 
 

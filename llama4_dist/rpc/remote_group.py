@@ -20,28 +20,27 @@ class RemoteGroup:
         self._secret = secret
         self._lock = threading.Lock()
         self._closed = False
-        self._known: dict[str, tuple[str, str]] = {}  # worker id to address and the group's name for the engine
+        self._known: dict[str, str] = {}  # worker id, which is the group's name for the engine, to address
         engines: dict[str, RemoteEngine] = {}
         try:
             for worker, address in addresses.items():
                 engines[worker] = RemoteEngine(address, secret=secret)
-            self.group = EngineGroup(list(engines.values()), replay_timeout_s=replay_timeout_s)
+            self.group = EngineGroup(list(engines.values()), names=list(engines), replay_timeout_s=replay_timeout_s)
         except BaseException:
             for engine in engines.values():
                 engine.close()
             raise
-        for (worker, address), name in zip(addresses.items(), self.group.names, strict=True):
-            self._known[worker] = (address, name)
+        self._known |= addresses
 
     def follow(self, addresses: Mapping[str, str]) -> bool:
         """Let those go that are gone or elsewhere now, and let new ones serve; return whether all could be reached."""
         with self._lock:
             if self._closed:
                 return True
-            for worker, (address, name) in tuple(self._known.items()):
+            for worker, address in tuple(self._known.items()):
                 if addresses.get(worker) != address:
                     del self._known[worker]
-                    self.group.remove(name)
+                    self.group.remove(worker)
             joined = [self._join(worker, address) for worker, address in addresses.items()]
             return all(joined)
 
@@ -59,5 +58,6 @@ class RemoteGroup:
         except Llama4Error as error:
             log.warning("engine_unreachable worker=%s reason=%s", worker, error.reason)
             return False
-        self._known[worker] = (address, self.group.add(engine))
+        self.group.add(engine, name=worker)
+        self._known[worker] = address
         return True

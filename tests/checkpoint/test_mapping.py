@@ -112,3 +112,17 @@ def test_a_checkpoint_of_four_terabytes_opens_in_two_seconds(tmp_path: Path) -> 
     assert last_row.shape == (16384,)
     assert resident_bytes(tmp_path) <= READ_AHEAD
     assert seconds < 2.0
+
+
+def test_reading_ahead_brings_a_slice_into_the_page_cache_and_releasing_it_takes_it_out_of_the_process(
+    wide: Checkpoint,
+) -> None:
+    wide.read_ahead_expert(0, 3, 0, 65536)
+    weights = wide.expert(0, 3, 0, 65536)
+    touch(weights.gate_DF, weights.down_FD)
+    assert resident_bytes(wide.path) >= WIDE_EXPERT // 12
+    wide.release_expert(0, 3, 0, 65536)
+    assert resident_bytes(wide.path) <= 6 * READ_AHEAD  # what the kernel mapped beside it
+    wide.release_expert(0, 3, 0, 65536, around=READ_AHEAD)
+    assert resident_bytes(wide.path) == 0
+    touch(weights.up_DF)  # views read the file again

@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
 from cluster.admin.settings import AdminSettings
 from llama4_dist.cli.app import app
-from llama4_dist.cli.flags import parse_seconds
+from llama4_dist.cli.flags import parse_bytes, parse_seconds
 from tests.cluster.admin_serving import Served, admin_serving
 from tests.cluster.memory_control import MemoryControl
 from tests.gateway.serving import eventually
@@ -213,6 +214,20 @@ def test_top_once_shows_digits_bars_and_a_legend(served: Served, control: Memory
 @pytest.mark.parametrize(("given", "seconds"), [("1s", 1.0), ("500ms", 0.5), ("2.5", 2.5), ("3s ", 3.0)])
 def test_times_are_read(given: str, seconds: float) -> None:
     assert parse_seconds(given) == seconds
+
+
+@pytest.mark.parametrize(
+    ("given", "num_bytes"),
+    [("2GB", 2_000_000_000), ("1.5 GiB", 3 << 29), ("512MiB", 512 << 20), ("64k", 64_000), ("7B", 7), ("123", 123)],
+)
+def test_sizes_are_read(given: str, num_bytes: int) -> None:
+    assert parse_bytes(given) == num_bytes
+
+
+@pytest.mark.parametrize("given", ["", "GB", "-1", "2XB", "2 GBs", "1e9"])
+def test_what_is_no_size_is_refused(given: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is no size: give"):
+        parse_bytes(given)
 
 
 def test_watch_prints_a_line_for_every_change_and_ends_cleanly(served: Served, control: MemoryControl) -> None:

@@ -1,6 +1,7 @@
 """The heatmap as text: every expert is found, the digits can be checked by hand, and it fits the terminal."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console, RenderableType
@@ -94,3 +95,23 @@ def test_a_host_has_a_bar_as_long_as_its_share() -> None:
     assert [line.count("█") for line in lines[:3]] == [30, 15, 0]
     assert "busy  50%" in lines[0]
     assert "2.0 KiB" in lines[0]
+
+
+def test_an_expert_that_is_cut_has_a_cell_for_each_slice_and_its_number() -> None:
+    slices = [
+        replace(load(0, expert, 9.0 if (expert, index) == (2, 1) else 1.0), slice=index)
+        for expert in range(6)
+        for index in range(2)
+    ]
+    ruler, row, *_ = drawn(heatmap(slices, width=80, height=None), width=80)
+    assert ruler.split()[:3] == ["layer", "0.0", "4.0"]
+    assert row.split()[1:13] == ["1"] * 5 + ["9"] + ["1"] * 6
+    crowded = [replace(load(0, expert, 1.0), slice=index) for expert in range(128) for index in range(4)]
+    assert "the busiest of 5 slices" in drawn(heatmap(crowded, width=120, height=5), width=120)[-1]
+
+
+def test_a_host_says_how_much_it_has_in_memory_where_that_is_bounded() -> None:
+    host = HostLoad(host="e", incarnation=1, rows_per_s=1.0, busy=0.0, queue_depth=0, bytes_held=10)
+    assert "in memory" not in host_bars([host], width=120).plain
+    bounded = replace(host, num_resident=3, num_mapped=9, residency_hits=1, residency_misses=3)
+    assert "3 of 12 in memory  hits 25%" in host_bars([bounded], width=120).plain

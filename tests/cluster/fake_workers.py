@@ -7,6 +7,7 @@ from typing import Protocol
 
 from cluster.operation import HostLoad
 from cluster.placement import ExpertGeometry, Pair
+from cluster.reading import HostReading
 from cluster.worker import (
     Adopted,
     HostAddress,
@@ -35,6 +36,7 @@ class World(Protocol):
     @property
     def newest_epoch(self) -> int: ...
     def node_of(self, worker: str) -> str: ...
+    def machine_of(self, worker: str) -> str: ...
     def hosts(self) -> "dict[str, FakeHost]": ...
     def serving(self) -> "list[FakeAttention]": ...
     def note(self, kept: bool, breach: str) -> None: ...
@@ -54,7 +56,8 @@ class FakeWorker:
         return self.config.worker
 
     def location(self) -> Location:
-        return Location(node=self.world.node_of(self.name), address="127.0.0.1")
+        machine = self.world.machine_of(self.name)
+        return Location(node=self.world.node_of(self.name), address="127.0.0.1", machine=machine)
 
     def progress(self) -> LoadProgress:
         state = State.READY if self.loaded else State.LOADING
@@ -79,7 +82,14 @@ class FakeHost(FakeWorker):
         if not self.loaded:
             return None
         node = self.world.node_of(self.name)
-        return HostAddress(host=self.name, incarnation=self.incarnation, node=node, unix="unix:/x", tcp="tcp:x:1")
+        return HostAddress(
+            host=self.name,
+            incarnation=self.incarnation,
+            node=node,
+            unix="unix:/x",
+            tcp="tcp:x:1",
+            machine=self.world.machine_of(self.name),
+        )
 
     def load(self, pairs: Sequence[Pair]) -> HostAddress | None:
         self.held |= set(pairs)
@@ -101,6 +111,9 @@ class FakeHost(FakeWorker):
 
     def load_now(self) -> HostLoad:
         return HostLoad(host=self.name, incarnation=self.incarnation, at_s=time.monotonic(), rows=dict(self.rows))
+
+    def reading(self) -> HostReading:
+        return HostReading(load=self.load_now(), adopted=len(self.adopted))
 
     def status(self) -> WorkerStatus:
         return WorkerStatus(

@@ -68,7 +68,7 @@ class Life:
         self.lock = threading.Lock()
 
     def pass_boundary(self, worker: str, method: str) -> None:
-        if method in ("status", "load_now"):  # the watch's, at no fixed time
+        if method in ("status", "load_now", "reading"):  # the watch's, at no fixed time
             if self.over:
                 raise SystemExit
             return
@@ -96,6 +96,7 @@ class FakeSpawner:
         self.next_life: Callable[[Life], None] = lambda life: None
         self.closed = 0
         self.num_nodes = 1
+        self.machines: dict[str, str] = {}  # where nodes are pods: the machine of a worker's
 
     def spawn(self, configs: Sequence[WorkerConfig]) -> list[FakeHandle]:
         for config in configs:
@@ -162,6 +163,9 @@ class FakeSpawner:
 
     def node_of(self, worker: str) -> str:
         return f"node-{int(worker.rpartition('-')[2]) % self.num_nodes}"
+
+    def machine_of(self, worker: str) -> str:
+        return self.machines.get(worker, "")
 
     def note(self, kept: bool, breach: str) -> None:
         if not kept:

@@ -39,8 +39,13 @@ class MemoryControl:
     next change begins and its answer does not arrive.
     """
 
-    def __init__(self, num_hosts: int = 4, *, num_experts: int = 8, by_itself: bool = False) -> None:
-        self.geometry = ExpertGeometry(moe_layers=(1, 3), num_experts=num_experts, expert_width=8, expert_bytes=100)
+    def __init__(
+        self, num_hosts: int = 4, *, num_experts: int = 8, num_slices: int = 1, by_itself: bool = False
+    ) -> None:
+        self.geometry = ExpertGeometry(
+            moe_layers=(1, 3), num_experts=num_experts, expert_width=8, expert_bytes=100, num_slices=num_slices,
+            slice_bytes=100 // num_slices,
+        )  # fmt: skip
         self.by_itself = by_itself
         self.away = False
         self.failure = ""
@@ -65,6 +70,7 @@ class MemoryControl:
                 model="models/memory",
                 epoch=self._epoch,
                 num_replicas=1,
+                num_slices=self.geometry.num_slices,
                 workers=(
                     WorkerStatus(worker="controller", role=Role.CONTROLLER, state=State.READY, pid=10, node="node-a"),
                     WorkerStatus(
@@ -136,6 +142,8 @@ class MemoryControl:
                 moe_layers=self.geometry.moe_layers,
                 expert_bytes=self.geometry.expert_bytes,
                 hosts_of=self._placement.hosts_of,
+                num_slices=self.geometry.num_slices,
+                slice_bytes=self.geometry.slice_bytes,
             )
 
     def loads(self) -> tuple[HostLoad, ...]:
@@ -147,7 +155,7 @@ class MemoryControl:
                     incarnation=incarnation,
                     at_s=time.monotonic(),
                     rows=dict(self._rows[host]),
-                    bytes_held=len(self._placement.held_by(host)) * self.geometry.expert_bytes,
+                    bytes_held=len(self._placement.held_by(host)) * self.geometry.slice_bytes,
                 )
                 for host, incarnation in self._incarnations.items()
             )
@@ -236,7 +244,7 @@ class MemoryControl:
             added=tuple(host for host in hosts if host not in self._incarnations),
             removed=tuple(host for host in self._incarnations if host not in hosts),
             num_moves=len(moves),
-            num_bytes=len(moves) * self.geometry.expert_bytes,
+            num_bytes=len(moves) * self.geometry.slice_bytes,
             balance_before=1.5,
             balance_after=1.25,
         )

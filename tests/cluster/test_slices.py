@@ -40,6 +40,19 @@ def test_slices_of_an_expert_are_asked_of_different_hosts(num_slices: int, num_h
             assert max(loads) - min(loads) <= 1 + (counts is preferred_in_layer)
 
 
+def test_a_growing_cluster_keeps_slices_apart_by_the_order_of_their_hosts() -> None:
+    model, current = geometry(2, num_layers=4, num_experts=16), None
+    for num_hosts in (4, 6, 8):
+        current = plan_placement(
+            model,
+            slots(num_hosts, 2),
+            current=current,
+            loads=ExpertLoads.uniform(model),
+            policy=PlanPolicy(num_replicas=2),
+        ).placement
+        assert together(model, current) == 0
+
+
 def test_a_host_may_have_room_for_less_than_one_expert() -> None:
     model = geometry(4, num_layers=1, num_experts=2)
     small = [HostSlot(host=f"e{i}", node="n", capacity_bytes=39) for i in range(4)]  # three slices of four

@@ -9,7 +9,7 @@ from llama4_dist import stations as places
 from llama4_dist.engine.build import build_single_process
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.snapshot import add_stats
-from llama4_dist.gateway.metrics import Metrics
+from llama4_dist.gateway.observe.engine_families import engine_metrics
 from llama4_dist.stations import BOUNDS_S, Stations, buckets
 from tests.checkpoints import make_checkpoint
 from tests.engine.sequences import request
@@ -65,7 +65,7 @@ def test_an_engine_says_where_its_steps_spent_their_time_and_engines_add_up(tmp_
     assert sum(buckets(both.station_steps, "model")) == 16
     exported = {
         (sample.name, sample.labels.get("le")): sample.value
-        for family in Metrics(lambda: stats).registry.collect()
+        for family in engine_metrics({"local": stats}, {})
         for sample in family.samples
         if sample.labels.get("station") == "model"
     }

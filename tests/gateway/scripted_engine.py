@@ -103,6 +103,7 @@ class ScriptedEngine:
             steps=self.num_steps,
             max_queue_age_s=self.queue_age_s,
             host_bytes_out={"expert-0": 5},
+            host_transports={"expert-0": "inproc"},
         )
 
     def close(self) -> None:

@@ -3,10 +3,12 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+
+from prometheus_client.registry import Collector
 
 from llama4_dist.engine.port import Engine
 from llama4_dist.errors import Llama4Error
@@ -49,6 +51,7 @@ def serving(
     settings: GatewaySettings | None = None,
     address: str = "127.0.0.1:0",
     extra_services: Services = NO_SERVICES,
+    collectors: Sequence[Collector] = (),
 ) -> Iterator[Served]:
     """Serve while inside, on a free loopback port unless `address` is given."""
     settings = replace(settings or GatewaySettings(), address=address)
@@ -58,7 +61,9 @@ def serving(
     async def main() -> None:
         stop = asyncio.Event()
         try:
-            async with running_gateway(engine, tokenizer, settings, extra_services=extra_services) as gateway:
+            async with running_gateway(
+                engine, tokenizer, settings, extra_services=extra_services, collectors=collectors
+            ) as gateway:
                 loop = asyncio.get_running_loop()
                 stops.append((loop, stop))
                 started.append(Served(address=f"127.0.0.1:{gateway.port}", gateway=gateway, loop=loop))

@@ -31,7 +31,7 @@ class HandDriven(ScriptedEngine):
 
 async def test_a_large_step_lets_the_loop_breathe_and_arrives_whole_and_in_order() -> None:
     engine, number = HandDriven(), 5 * SLICE
-    generations = Generations(engine, None, Metrics(engine.stats), EngineIds(None))
+    generations = Generations(engine, None, Metrics(), EngineIds(None))
     generations.start()
     async with AsyncExitStack() as stack:
         running = [await stack.enter_async_context(opened(generations)) for _ in range(number)]
@@ -56,7 +56,7 @@ async def test_a_large_step_lets_the_loop_breathe_and_arrives_whole_and_in_order
 async def test_steps_that_come_faster_than_they_go_do_not_pile_up() -> None:
     """A sixteenth of what waits goes in each pass, so what waits cannot exceed sixteen times what comes in one."""
     engine = HandDriven()
-    generations = Generations(engine, None, Metrics(engine.stats), EngineIds(None))
+    generations = Generations(engine, None, Metrics(), EngineIds(None))
     generations.start()
     number, num_steps = 4 * SLICE, 400
     async with AsyncExitStack() as stack:
@@ -71,7 +71,7 @@ async def test_steps_that_come_faster_than_they_go_do_not_pile_up() -> None:
 
 async def test_every_reader_that_waits_is_woken_and_one_that_left_is_not_missed() -> None:
     engine = HandDriven()
-    generations = Generations(engine, None, Metrics(engine.stats), EngineIds(None))
+    generations = Generations(engine, None, Metrics(), EngineIds(None))
     generations.start()
     async with opened(generations) as running:
         readers = [asyncio.create_task(running.changed()) for _ in range(3)]

@@ -143,18 +143,21 @@ def test_metrics_count_requests_tokens_and_the_engine(served: Served) -> None:
     assert ended == 2
     assert after["llama4_dist_streamed_tokens_total"] - before["llama4_dist_streamed_tokens_total"] >= 8
     assert after["llama4_dist_time_to_first_token_seconds_count"] >= 2
-    assert after["llama4_dist_kv_cache_usage_ratio"] == 0.0
-    assert after["llama4_dist_engine_steps_total"] > 0
-    assert after["llama4_dist_dispatch_bytes_total direction=out host=expert-0"] == 5
+    whole = "llama4_dist_e2e_request_latency_seconds_count"
+    assert after[whole] - before[whole] == 2
+    assert after["llama4_dist_kv_cache_usage_ratio worker=local"] == 0.0
+    assert after["llama4_dist_engine_steps_total worker=local"] > 0
+    assert after["llama4_dist_dispatch_bytes_total direction=out host=expert-0 transport=inproc worker=local"] == 5
     assert after["llama4_dist_gateway_requests"] == 0
 
 
 def test_metrics_go_on_while_the_engine_is_gone(served: Served, engine: ScriptedEngine) -> None:
-    assert scrape(served)["llama4_dist_engine_up"] == 1.0
+    assert scrape(served)["llama4_dist_engine_up worker=local"] == 1.0
     engine.stats_error = UnavailableError("no attention worker")
     samples = scrape(served)
     engine.stats_error = None
-    assert samples["llama4_dist_engine_up"] == 0.0
+    assert samples["llama4_dist_engine_up worker=local"] == 0.0
+    assert samples["llama4_dist_engines"] == 0.0
     assert "llama4_dist_gateway_requests" in samples
 
 

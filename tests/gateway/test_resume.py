@@ -6,10 +6,8 @@ import grpc
 import pytest
 
 from llama4_dist.client import Client, ConnectOptions
-from llama4_dist.engine.port import EngineStats
 from llama4_dist.errors import ConfigError, InvalidRequestError, Llama4Error, NotFoundError
 from llama4_dist.gateway.engine_ids import EngineIds, engine_id_key
-from llama4_dist.gateway.metrics import EngineCollector
 from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.request import Sampling
 from llama4_dist.rpc import status
@@ -146,12 +144,3 @@ def test_an_id_is_free_again_once_its_request_has_left_the_engine(served: Served
             assert stopped.text == text[:3]
             assert client.generate([1], Sampling(max_tokens=9), request_id="again").token_ids == expected_tokens([1], 9)
     assert eventually(lambda: engine.num_held == 0)
-
-
-def test_replayed_requests_are_counted_for_prometheus() -> None:
-    samples = [
-        (sample.name, sample.value)
-        for metric in EngineCollector(lambda: EngineStats(requests_replayed=3)).collect()
-        for sample in metric.samples
-    ]
-    assert ("llama4_dist_requests_replayed_total", 3) in samples

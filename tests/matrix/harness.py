@@ -38,6 +38,7 @@ class Spec:
     model_dirs: Mapping[str, Path] = field(default_factory=dict)  # of hosts that have a copy of their own
     cross_check_every: int = 256
     expert_timeout_s: float = 20.0
+    expert_slices: int = 1
 
 
 class WorkerOnNode(AttentionWorker):
@@ -77,7 +78,8 @@ class Cluster:
 
     def place(self, names: Sequence[str]) -> Placement:
         slots = [HostSlot(host=name, node=self._sites[name].node) for name in names]
-        return place(read_geometry(self._model_dir, "auto"), slots, num_replicas=self.spec.num_replicas)
+        geometry = read_geometry(self._model_dir, "auto", expert_slices=self.spec.expert_slices)
+        return place(geometry, slots, num_replicas=self.spec.num_replicas)
 
     def spawn(self, name: str) -> HostProcess:
         """Start a life of a host; it holds nothing yet."""
@@ -87,6 +89,7 @@ class Cluster:
             model_dir=self.spec.model_dirs.get(name, self._model_dir),
             run_dir=self._run_dir,
             secret=SECRET,
+            expert_slices=self.spec.expert_slices,
         )
         self._resources.callback(host.close)
         return host
@@ -108,6 +111,7 @@ class Cluster:
         config = WorkerConfig(
             worker=f"attention-{index}", role=Role.ATTENTION, model_dir=self._model_dir, dtype="auto", device="cpu",
             num_threads=1, run_dir=self._run_dir, secret=SECRET, cross_check_every=self.spec.cross_check_every,
+            expert_slices=self.spec.expert_slices,
             options=EngineOptions(
                 num_blocks=256, max_num_seqs=8, expert_timeout_s=self.spec.expert_timeout_s, debug_invariants=True
             ),

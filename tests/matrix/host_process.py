@@ -68,6 +68,7 @@ class Puppet:
         config = WorkerConfig(
             worker=order["host"], role=Role.EXPERT, model_dir=Path(order["model_dir"]), dtype="auto", device="cpu",
             num_threads=1, run_dir=Path(order["run_dir"]), secret=bytes.fromhex(order["secret"]),
+            expert_slices=order["expert_slices"],
         )  # fmt: skip
         location = Location(node=order["node"], address=order["address"])
         self._host = ExpertHost(config, location, faults=self._faults)

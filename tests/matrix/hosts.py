@@ -99,10 +99,13 @@ class Nursery:
         self._orders.settimeout(START_TIMEOUT_S)
         assert self._orders.recv(64) == b"ready", "the nursery died at its start"
 
-    def spawn(self, name: str, *, site: Site, model_dir: Path, run_dir: Path, secret: bytes) -> HostProcess:
+    def spawn(
+        self, name: str, *, site: Site, model_dir: Path, run_dir: Path, secret: bytes, expert_slices: int = 1
+    ) -> HostProcess:
         order = {
             "host": name, "node": site.node, "address": site.address, "namespace": site.namespace,
             "model_dir": str(model_dir), "run_dir": str(run_dir), "secret": secret.hex(),
+            "expert_slices": expert_slices,
         }  # fmt: skip
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with far:

@@ -86,5 +86,7 @@ def test_limits_and_stats_survive_the_wire_with_every_field() -> None:
     limits = EngineLimits(**{f.name: "m" if f.name == "model" else 11 + i for i, f in enumerate(fields(EngineLimits))})
     assert wire.limits_from_wire(wire.limits_to_wire(limits)) == limits
     numbers = {f.name: 11 + i for i, f in enumerate(fields(EngineStats)) if f.name not in wire.STATS_MAPS}
-    stats = EngineStats(**numbers, **{name: {name: 5} for name in wire.STATS_MAPS})
+    stats = EngineStats(
+        **numbers, **{name: {name: "tcp" if name == "host_transports" else 5} for name in wire.STATS_MAPS}
+    )
     assert wire.stats_from_wire(wire.stats_to_wire(stats)) == stats

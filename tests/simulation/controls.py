@@ -13,7 +13,7 @@ from cluster.watch import Watch
 from llama4_dist.dispatch.cross_check import CrossCheck
 from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.exchange import Exchange
-from llama4_dist.dispatch.in_flight import _Books
+from llama4_dist.dispatch.in_flight import InFlight
 from llama4_dist.dispatch.overdue import Overdue
 from llama4_dist.dispatch.posting import Posting
 from llama4_dist.dispatch.routes import Routes
@@ -33,7 +33,7 @@ def _no_hedge(overdue: Overdue, in_flight: Any, number: int, now_s: float) -> No
     in_flight.pieces[number] = in_flight.pieces[number]._replace(hedged=True)
 
 
-def _count_again(books: _Books, piece: Any) -> Any:
+def _count_again(in_flight: InFlight, piece: Any) -> Any:
     return np.ones(piece.num_rows, dtype=np.bool_)
 
 
@@ -79,7 +79,7 @@ OFF: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "resend of orphans": (Posting, "resend_orphans", _no_resend),
     "adoption": (Routes, "_adopt", _no_adoption),
     "hedging": (Overdue, "_hedge", _no_hedge),
-    "late replies dropped": (_Books, "wanted", _count_again),
+    "late replies dropped": (InFlight, "_wanted", _count_again),
     "frame numbers go on": (Dispatcher, "_new_exchange", _numbers_again),
     "refusals": (Exchange, "_refused", _ignore_refusal),
     "strayed experts": (Routes, "stray", _nothing),

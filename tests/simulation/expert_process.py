@@ -18,6 +18,7 @@ from llama4_dist.dispatch.fault_points import FaultPoints
 from llama4_dist.dispatch.handshake import Hello, HostIdentity
 from llama4_dist.dispatch.handshake import Role as LinkRole
 from llama4_dist.errors import LinkDownError
+from llama4_dist.model.expert_cut import ExpertCut
 from llama4_dist.model.expert_store import ExpertStore
 from tests.simulation.links import LIMITS, HostsEnd
 from tests.simulation.tiny_model import MODULUS, NUM_EXPERTS, NUM_LAYERS, WIDTH, compute
@@ -41,7 +42,8 @@ class TinyStore(ExpertStore):
         self._changing = threading.Lock()
         self._adopted: set[Pair] = set()
         self._held: frozenset[Pair] = frozenset()
-        self.expert_bytes = EXPERT_BYTES
+        self._cut = ExpertCut(bounds=(range(WIDTH),), slice_bytes=(EXPERT_BYTES,))
+        self.residency = None
 
     @property
     def holds(self) -> frozenset[Pair]:
@@ -64,13 +66,13 @@ class TinyStore(ExpertStore):
 
     def _add(self, pairs: Collection[Pair], progress: Any = None) -> None:
         wanted = set(pairs) - self._held
-        self._check_room(len(wanted))
+        self._check_room(wanted)
         self._held |= wanted
 
     def _remove(self, pairs: Collection[Pair]) -> int:
         self._held -= set(pairs)
         self._adopted.difference_update(pairs)
-        return len(pairs) * self.expert_bytes
+        return sum(map(self._bytes_of, pairs))
 
 
 class SimPoints(FaultPoints):

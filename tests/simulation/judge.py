@@ -93,7 +93,7 @@ class Judge:
             published = worker.dispatcher.published
             if published.incarnations.get(host.name) != host.incarnation or worker.name in self.excused:
                 continue
-            used = [pair for pair in pairs if any(one.on(host.name) for one in published.replicas[pair])]
+            used = [pair for pair in pairs if any(one.host == host.name for one in published.replicas[pair])]
             self.note(not used, f"{host.name} lets go of {sorted(used)}, which {worker.name} sends to it")
 
     def on_lost(self, worker: "SimAttention", name: str, incarnation: int, reason: str) -> None:
@@ -185,4 +185,4 @@ class Judge:
 
 def _is_on(table: RoutingTable, hosts: Collection[str]) -> bool:
     """Whether these hosts hold a copy of every expert."""
-    return all(any(one.on(host) for one in replicas for host in hosts) for replicas in table.replicas.values())
+    return all(any(one.host == host for one in replicas for host in hosts) for replicas in table.replicas.values())

@@ -40,6 +40,7 @@ class InprocLink:
         self.peer = peer
         self.peer_incarnation = peer_incarnation
         self.limits = limits
+        self.transport = "inproc"
         self.drive: Callable[[], object] | None = None  # runs the other side
         self.answer: Answer | None = None  # asks the other side without a frame
         self.is_alone: Callable[[], bool] = lambda: False  # whether the other side serves us only

@@ -116,6 +116,7 @@ class Link(Protocol):
     peer: str  # id of the other side
     peer_incarnation: int
     limits: LinkLimits
+    transport: str  # inproc, unix or tcp
 
     @property
     def num_unsent(self) -> int:

@@ -54,6 +54,7 @@ class SocketLink:
             self.shared = SharedRows(memories, self._rules, self.limits.credit, initiator=initiator)
             self._rules = replace(self._rules, num_shared_bytes=self.shared.num_incoming_bytes)
         self._connection = connection
+        self.transport = "unix" if connection.family == socket.AF_UNIX else "tcp"
         self._descriptor = connection.fileno()
         self._initiator = initiator
         self._poller = select.poll()

@@ -80,6 +80,7 @@ class WireLink:
         self.peer = inner.peer
         self.peer_incarnation = inner.peer_incarnation
         self.limits = inner.limits
+        self.transport = inner.transport
         self._form = form
         self._packed: deque[Tensor] = deque()  # kept until they are sent, oldest first
 

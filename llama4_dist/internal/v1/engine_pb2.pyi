@@ -31,7 +31,7 @@ class RunRequest(_message.Message):
     def __init__(self, submit: _Optional[_Union[SubmitCommand, _Mapping]] = ..., abort: _Optional[_Union[AbortCommand, _Mapping]] = ..., attach: _Optional[_Union[AttachCommand, _Mapping]] = ..., goodbye: _Optional[_Union[GoodbyeCommand, _Mapping]] = ...) -> None: ...
 
 class SubmitCommand(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "sequence_index", "output_token_ids", "timeout_s", "priority", "digest", "tenant")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "sequence_index", "output_token_ids", "timeout_s", "priority", "digest", "tenant", "trace")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class SubmitCommand(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
@@ -50,7 +51,8 @@ class SubmitCommand(_message.Message):
     priority: int
     digest: bytes
     tenant: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., sequence_index: _Optional[int] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., timeout_s: _Optional[float] = ..., priority: _Optional[int] = ..., digest: _Optional[bytes] = ..., tenant: _Optional[str] = ...) -> None: ...
+    trace: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., sequence_index: _Optional[int] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., timeout_s: _Optional[float] = ..., priority: _Optional[int] = ..., digest: _Optional[bytes] = ..., tenant: _Optional[str] = ..., trace: _Optional[str] = ...) -> None: ...
 
 class AttachCommand(_message.Message):
     __slots__ = ("request_id", "digest")
@@ -233,7 +235,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "steps", "prompt_tokens", "generated_tokens", "preemptions", "requests_admitted", "requests_finished", "requests_cancelled", "requests_failed", "max_queue_age_s", "station_seconds", "host_rows", "host_bytes_out", "host_bytes_in", "requests_replayed", "kv_blocks_cached", "prefix_hits", "prefix_tokens", "prefix_evictions", "station_steps")
+    __slots__ = ("requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "steps", "prompt_tokens", "generated_tokens", "preemptions", "requests_admitted", "requests_finished", "requests_cancelled", "requests_failed", "max_queue_age_s", "station_seconds", "host_rows", "host_bytes_out", "host_bytes_in", "requests_replayed", "kv_blocks_cached", "prefix_hits", "prefix_tokens", "prefix_evictions", "station_steps", "step_holds", "step_held_s", "wait_on_experts_s", "resent_rows", "late_replies", "checked_frames", "host_transports", "hedged_rows", "wrong_answers", "refused_frames", "lost_links", "reply_seconds", "replies")
     class StationSecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -269,6 +271,55 @@ class GetStatsResponse(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class HostTransportsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class HedgedRowsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class WrongAnswersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class RefusedFramesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class LostLinksEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class ReplySecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class RepliesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -292,6 +343,19 @@ class GetStatsResponse(_message.Message):
     PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     STATION_STEPS_FIELD_NUMBER: _ClassVar[int]
+    STEP_HOLDS_FIELD_NUMBER: _ClassVar[int]
+    STEP_HELD_S_FIELD_NUMBER: _ClassVar[int]
+    WAIT_ON_EXPERTS_S_FIELD_NUMBER: _ClassVar[int]
+    RESENT_ROWS_FIELD_NUMBER: _ClassVar[int]
+    LATE_REPLIES_FIELD_NUMBER: _ClassVar[int]
+    CHECKED_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    HOST_TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    HEDGED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    WRONG_ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    LOST_LINKS_FIELD_NUMBER: _ClassVar[int]
+    REPLY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REPLIES_FIELD_NUMBER: _ClassVar[int]
     requests_running: int
     requests_waiting: int
     kv_blocks_total: int
@@ -315,7 +379,20 @@ class GetStatsResponse(_message.Message):
     prefix_tokens: int
     prefix_evictions: int
     station_steps: _containers.ScalarMap[str, int]
-    def __init__(self, requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., requests_admitted: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., requests_failed: _Optional[int] = ..., max_queue_age_s: _Optional[float] = ..., station_seconds: _Optional[_Mapping[str, float]] = ..., host_rows: _Optional[_Mapping[str, int]] = ..., host_bytes_out: _Optional[_Mapping[str, int]] = ..., host_bytes_in: _Optional[_Mapping[str, int]] = ..., requests_replayed: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., prefix_evictions: _Optional[int] = ..., station_steps: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    step_holds: int
+    step_held_s: float
+    wait_on_experts_s: float
+    resent_rows: int
+    late_replies: int
+    checked_frames: int
+    host_transports: _containers.ScalarMap[str, str]
+    hedged_rows: _containers.ScalarMap[str, int]
+    wrong_answers: _containers.ScalarMap[str, int]
+    refused_frames: _containers.ScalarMap[str, int]
+    lost_links: _containers.ScalarMap[str, int]
+    reply_seconds: _containers.ScalarMap[str, float]
+    replies: _containers.ScalarMap[str, int]
+    def __init__(self, requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., requests_admitted: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., requests_failed: _Optional[int] = ..., max_queue_age_s: _Optional[float] = ..., station_seconds: _Optional[_Mapping[str, float]] = ..., host_rows: _Optional[_Mapping[str, int]] = ..., host_bytes_out: _Optional[_Mapping[str, int]] = ..., host_bytes_in: _Optional[_Mapping[str, int]] = ..., requests_replayed: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., prefix_evictions: _Optional[int] = ..., station_steps: _Optional[_Mapping[str, int]] = ..., step_holds: _Optional[int] = ..., step_held_s: _Optional[float] = ..., wait_on_experts_s: _Optional[float] = ..., resent_rows: _Optional[int] = ..., late_replies: _Optional[int] = ..., checked_frames: _Optional[int] = ..., host_transports: _Optional[_Mapping[str, str]] = ..., hedged_rows: _Optional[_Mapping[str, int]] = ..., wrong_answers: _Optional[_Mapping[str, int]] = ..., refused_frames: _Optional[_Mapping[str, int]] = ..., lost_links: _Optional[_Mapping[str, int]] = ..., reply_seconds: _Optional[_Mapping[str, float]] = ..., replies: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class GetLimitsRequest(_message.Message):
     __slots__ = ()

@@ -37,10 +37,15 @@ class Network:
         return self.addresses[0] == weight.data_ptr()
 
 
-def network_of(weights: ExpertWeights) -> Network:
-    """Return an expert's network; weights whose rows are not contiguous are copied, others stay where they are."""
+def network_of(weights: ExpertWeights, *, compact: bool = False) -> Network:
+    """Return an expert's network; weights whose rows are not contiguous are copied, others stay where they are.
+
+    With `compact` a slice that is cut across the rows of its expert is copied too: the kernel maps whole rows, other
+    slices among them.
+    """
     parts = (weights.gate_DF, weights.up_DF, weights.down_FD)
-    gate, up, down = parts if all(part.stride(1) == 1 for part in parts) else [part.contiguous() for part in parts]
+    stays = all(part.stride(1) == 1 for part in parts) and not (compact and weights.gate_up_D2F is None)
+    gate, up, down = parts if stays else [part.contiguous() for part in parts]
     assert gate.stride() == up.stride(), "gate and up differ in layout"
     strides = (gate.stride(0), down.stride(0))
     return Network(gate, up, down, width=gate.shape[0], hidden=gate.shape[1], strides=strides)

@@ -1,0 +1,1 @@
+"""What an operator sees of a serving process from outside: metrics; knows no request."""
