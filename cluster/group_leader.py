@@ -163,7 +163,7 @@ class GroupLeader:
         )
 
     def close(self) -> None:
-        """Hang up on the group, so that no step waits for it; then stop service and engine, and send what was traced."""
+        """Hang up on the group, so that no step waits for it; stop service and engine, and send what was traced."""
         self._leave()
         self._resources.close()
         tracing.flush()

@@ -22,7 +22,9 @@ class StageDoor:
         self._config = config
         self._location = location
         with ExitStack() as resources:
-            path = config.run_dir / f"{config.worker}-{incarnation}.sock"
+            # Short, for the path of a Unix socket has 107 bytes.
+            name = f"{config.group}.{config.stage}.{config.rank}" if config.group else config.worker
+            path = config.run_dir / f"{name}-{incarnation}.sock"
             self._unix = Listener(f"unix:{path}", secret=config.secret)
             resources.callback(self._unix.close)
             self._tcp = Listener(f"tcp:{url_host(location.address)}:0", secret=config.secret)
