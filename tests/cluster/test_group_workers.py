@@ -89,14 +89,15 @@ class Cluster:
         for config in (self.leader, *self.stages.values()):
             self.start(config)
 
-    def start(self, config: WorkerConfig, location: Location | None = None) -> Any:
+    def start(self, config: WorkerConfig, location: Location | None = None, *, follows: bool = True) -> Any:
         """Start a worker, in place of the one of its name; the second stage is on another node."""
         location = location or (ELSEWHERE if config.stage else HERE)
         worker = GroupLeader(config, HERE) if config.leads else StageWorker(config, location)
         self.resources.callback(worker.close)
         worker.load()
-        worker.connect(self.topology.hosts)
-        worker.publish(self.topology)
+        if follows:
+            worker.connect(self.topology.hosts)
+            worker.publish(self.topology)
         self.members.add([LocalHandle(worker, config)])
         return worker
 
@@ -246,7 +247,7 @@ def test_a_member_of_another_model_is_refused_and_told_why(
 ) -> None:
     cluster = make(Partition(num_stages=2))
     other = make_checkpoint(tmp_path / "other", "scout", num_shards=3)
-    cluster.start(replace(cluster.stages["attention-0-stage-1-rank-0"], model_dir=other, dtype="auto"))
+    cluster.start(replace(cluster.stages["attention-0-stage-1-rank-0"], model_dir=other), follows=False)
     with pytest.raises(HandshakeError) as caught:
         cluster.form(1)
     assert caught.value.reason == "MODEL_HASH_DIFFERS"
