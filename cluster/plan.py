@@ -60,3 +60,21 @@ class ClusterPlan:
             for one in self.attention
             if one.leads
         )
+
+
+def stages_of(leader: WorkerConfig, *, num_threads: int) -> tuple[WorkerConfig, ...]:
+    """Return what the members of a leader's group are told; none where the leader computes all layers itself."""
+    if not leader.leads:
+        return ()
+    return tuple(
+        replace(
+            leader,
+            worker=f"{leader.worker}-stage-{stage}-rank-{rank}",
+            role=Role.STAGE,
+            num_threads=num_threads,
+            group=leader.worker,
+            stage=stage,
+            rank=rank,
+        )
+        for stage, rank in leader.partition.places
+    )

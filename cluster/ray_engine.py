@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from cluster.autoscale import AutoscalePolicy
 from cluster.driver_control import DriverControl
 from cluster.launch import ensure_ray
 from cluster.placement import ExpertGeometry
-from cluster.plan import ClusterPlan
+from cluster.plan import ClusterPlan, stages_of
 from cluster.processes import ClusterProcesses, OnProgress
 from cluster.spawn import RaySpawner
 from cluster.worker import Role, WorkerConfig, WorkerStatus
@@ -207,24 +206,6 @@ class RayEngine:
         """End streams, controller, workers, placement groups and, if it was started here, Ray."""
         atexit.unregister(self.close)
         self._resources.close()
-
-
-def stages_of(leader: WorkerConfig, *, num_threads: int) -> tuple[WorkerConfig, ...]:
-    """Return what the members of a leader's group are told; none where the leader computes all layers itself."""
-    if not leader.leads:
-        return ()
-    return tuple(
-        replace(
-            leader,
-            worker=f"{leader.worker}-stage-{stage}-rank-{rank}",
-            role=Role.STAGE,
-            num_threads=num_threads,
-            group=leader.worker,
-            stage=stage,
-            rank=rank,
-        )
-        for stage, rank in leader.partition.places
-    )
 
 
 def check_cut(model_dir: Path, partition: Partition) -> None:

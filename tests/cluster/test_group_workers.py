@@ -18,8 +18,8 @@ from cluster.forming import FormingError, form
 from cluster.group_leader import GroupLeader
 from cluster.members import Members
 from cluster.placement import HostSlot, place
-from cluster.plan import Group
-from cluster.ray_engine import read_geometry, stages_of
+from cluster.plan import Group, stages_of
+from cluster.ray_engine import read_geometry
 from cluster.stage_worker import StageWorker
 from cluster.worker import Location, Role, Topology, WorkerConfig
 from llama4_dist.dispatch.challenge import Dialler
