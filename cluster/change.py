@@ -145,7 +145,7 @@ class ChangeRun:
         """Let attention workers dial the new hosts, and then whom else they do not know; those gone are spared."""
         known = {**self._site.topology.hosts, **self._addresses}
         wish = self._wish.sparing(self._lost)
-        attention = self._told = self._site.members.of(Role.ATTENTION)
+        attention = self._told = self._site.members.followers
         new = {host: known[host] for host in wish.joining}
         calls = {worker: worker.call("connect", new) for worker in attention}
         answers = self._follow(calls, "connect", timeout_s=COMMIT_TIMEOUT_S, spare=True)
@@ -207,12 +207,12 @@ class ChangeRun:
     def _commit(self, topology: Topology) -> None:
         """Publish the next epoch; each attention worker switches between two of its steps."""
         # One that was replaced since then would dial while its step waits.
-        came = [one for one in self._site.members.of(Role.ATTENTION) if not any(one is told for told in self._told)]
+        came = [one for one in self._site.members.followers if not any(one is told for told in self._told)]
         wait([one.call("connect", topology.hosts) for one in came], timeout=COMMIT_TIMEOUT_S)
         self._site.ledger.update(self._name, epoch=topology.epoch)
         adopted = self._site.publish(topology, self._options.drain_timeout_s)
         self._site.ledger.update(self._name, paused_s=max((one.switch_s for one in adopted.values()), default=0.0))
-        for handle in self._site.members.of(Role.ATTENTION):
+        for handle in self._site.members.followers:
             if handle.worker not in adopted:
                 self._site.ledger.warn(self._name, f"{handle.worker} has not switched to epoch {topology.epoch} yet")
 

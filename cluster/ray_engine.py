@@ -15,7 +15,7 @@ from cluster.autoscale import AutoscalePolicy
 from cluster.driver_control import DriverControl
 from cluster.launch import ensure_ray
 from cluster.placement import ExpertGeometry
-from cluster.plan import ClusterPlan
+from cluster.plan import ClusterPlan, stages_of
 from cluster.processes import ClusterProcesses, OnProgress
 from cluster.spawn import RaySpawner
 from cluster.worker import Role, WorkerConfig, WorkerStatus
@@ -26,6 +26,7 @@ from llama4_dist.engine.port import EngineStats, OnOutputs
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.expert_cut import ExpertCut
 from llama4_dist.model.weight_format import STORED, check_weight_format_name, expert_bytes
+from llama4_dist.partition import WHOLE, Partition, check_partition
 from llama4_dist.request import EngineLimits, EngineRequest
 from llama4_dist.rpc.cluster_secret import cluster_secret
 from llama4_dist.rpc.directory import DirectoryServer
@@ -75,6 +76,7 @@ class RayEngine:
         replay_timeout_s: float = 30.0,
         autoscale: AutoscalePolicy | None = None,
         armable: bool = False,
+        partition: Partition = WHOLE,
         secret: bytes | None = None,
         directory: DirectoryServer | None = None,
         telemetry: Telemetry = DEFAULT,
@@ -82,6 +84,7 @@ class RayEngine:
         model_dir = Path(model_dir).resolve()
         check_weight_format_name(weights, device)  # whether there is a compiler each worker says for its own node
         geometry = read_geometry(model_dir, dtype, weights, expert_slices)
+        check_cut(model_dir, partition)
         secret, run_id = secret or cluster_secret(), f"llama4-{secrets.token_hex(4)}"
         run_dir = Path(tempfile.gettempdir()) / run_id
 
@@ -105,18 +108,21 @@ class RayEngine:
                     wire=wire,
                     resume_ttl_s=resume_ttl_s,
                     armable=armable,
+                    partition=partition if role is Role.ATTENTION else WHOLE,
                     telemetry=telemetry,
                 )
                 for index in range(count)
             )
 
+        threads = num_threads or default_threads(num_attention_workers * partition.num_members)
+        attention = configs(Role.ATTENTION, num_attention_workers, threads if partition == WHOLE else 1)
+
         plan = ClusterPlan(
             model=(options.model_name if options else None) or model_dir.name,
             geometry=geometry,
             experts=configs(Role.EXPERT, num_expert_hosts, expert_threads),
-            attention=configs(
-                Role.ATTENTION, num_attention_workers, num_threads or default_threads(num_attention_workers)
-            ),
+            attention=attention,
+            stages=tuple(stage for leader in attention for stage in stages_of(leader, num_threads=threads)),
             num_replicas=num_replicas,
             host_capacity_bytes=host_capacity_bytes,
             autoscale=autoscale,
@@ -200,6 +206,17 @@ class RayEngine:
         """End streams, controller, workers, placement groups and, if it was started here, Ray."""
         atexit.unregister(self.close)
         self._resources.close()
+
+
+def check_cut(model_dir: Path, partition: Partition) -> None:
+    """Raise ConfigError, before any process starts, where a checkpoint's model cannot be cut so."""
+    checkpoint = Checkpoint.open(model_dir)
+    try:
+        check_partition(checkpoint.config, partition)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    finally:
+        checkpoint.close()
 
 
 def default_threads(num_workers: int) -> int:

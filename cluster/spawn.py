@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 PLACEMENT_TIMEOUT_S = 60.0  # for room on any node, unless another is given
 NODE_TIMEOUT_S = 5.0  # for room on the node we chose
+LEADER_CPU = 0.1  # of an attention group: it plans and samples, and holds no layer
 NODE_LABEL = "ray.io/node-id"
 MACHINE_VARIABLE = "LLAMA4_DIST_MACHINE"
 CONCURRENT_CALLS = 8  # a worker answers progress and status while it loads, the controller while it starts them
@@ -45,9 +46,13 @@ THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000", "K
 
 
 class Home(NamedTuple):
-    """Where a worker lives: what it holds of Ray, on which node if we chose it, and its process once it is started."""
+    """Where a worker lives: what it holds of Ray, on which node if we chose it, and its process once it is started.
+
+    `stage` names a group and one of its stages, whose ranks are to live on one node.
+    """
 
     role: Role
+    stage: tuple[str, int]
     bundle: dict[str, float]
     node: str | None
     group: PlacementGroup
@@ -96,7 +101,7 @@ class RaySpawner:
         if late := self._late(configs, self._placement_timeout_s):
             for config in configs:
                 self.end(config.worker)
-            bundle, labels = self._bundle(late[0]), dict(self._labels.get(late[0].role, {}))
+            bundle, labels = self._bundle(late[0]), self._demanded(late[0])
             raise UnavailableError(
                 f"Ray has no room for {len(late)} of {len(configs)} {late[0].role} workers of {bundle} with labels "
                 f"{labels}: the nodes offer {ray.cluster_resources()}",
@@ -155,15 +160,28 @@ class RaySpawner:
 
     def _reserve(self, config: WorkerConfig, *, choose_node: bool) -> None:
         """Ask for room for one worker, on the node with the fewest of its role where there are several."""
-        labels = dict(self._labels.get(config.role, {}))
-        bundle = self._bundle(config)
-        node = emptiest(self._nodes(config.role), bundle, labels) if choose_node else None
+        labels, bundle = self._demanded(config), self._bundle(config)
+        node = self._choose(config, bundle, labels) if choose_node else None
         wanted = labels if node is None else labels | {NODE_LABEL: node}
         group = placement_group(
             [bundle], name=f"{self._run_id}-{config.worker}", bundle_label_selector=[wanted] if wanted else None
         )
         with self._lock:
-            self._homes[config.worker] = Home(config.role, bundle, node, group, None)
+            self._homes[config.worker] = Home(config.role, stage_of(config), bundle, node, group, None)
+
+    def _demanded(self, config: WorkerConfig) -> dict[str, str]:
+        """Return the labels of the nodes that a worker may run on; a group's leader may run on any."""
+        return {} if config.leads else dict(self._labels.get(pool_of(config), {}))
+
+    def _choose(self, config: WorkerConfig, bundle: Mapping[str, float], labels: Mapping[str, str]) -> str | None:
+        """Return the node of the other ranks of its stage, or the emptiest: for all ranks, if there is such a one."""
+        with self._lock:
+            beside = [home.node for home in self._homes.values() if config.group and home.stage == stage_of(config)]
+        if beside and beside[0] is not None:
+            return beside[0]
+        nodes, num_ranks = self._nodes(config.role), config.partition.num_ranks
+        together = {name: num_ranks * amount for name, amount in bundle.items()}
+        return (emptiest(nodes, together, labels) if config.group else None) or emptiest(nodes, bundle, labels)
 
     def _bundle(self, config: WorkerConfig) -> dict[str, float]:
         return worker_bundle(config, ray.cluster_resources(), demand_role=self._demand_roles)
@@ -221,13 +239,28 @@ class RaySpawner:
 def worker_bundle(
     config: WorkerConfig, cluster_resources: Mapping[str, float], *, demand_role: bool = False
 ) -> dict[str, float]:
-    """Return the Ray resources one worker holds: its threads, a GPU if it computes there, its role's own resource."""
+    """Return the Ray resources one worker holds: its threads, a GPU if it computes there, its role's own resource.
+
+    Members of an attention group hold what attention workers do; their leader computes nothing and needs little.
+    """
+    if config.leads:
+        return {"CPU": LEADER_CPU}
     bundle: dict[str, float] = {"CPU": config.num_threads}
     if config.device.startswith("cuda"):
         bundle["GPU"] = 1
-    if (resource := f"llama4_{config.role}") in cluster_resources or demand_role:
+    if (resource := f"llama4_{pool_of(config)}") in cluster_resources or demand_role:
         bundle[resource] = 1
     return bundle
+
+
+def pool_of(config: WorkerConfig) -> Role:
+    """Return whose nodes a worker goes to: members of attention groups go where attention workers would."""
+    return Role.ATTENTION if config.role is Role.STAGE else config.role
+
+
+def stage_of(config: WorkerConfig) -> tuple[str, int]:
+    """Name the stage that a member belongs to; all else is of the stage without a name."""
+    return config.group, config.stage
 
 
 def alive_nodes() -> list[dict[str, Any]]:
@@ -287,13 +320,25 @@ class ExpertHostActor(Actor):
 
 @ray.remote
 class AttentionWorkerActor(Actor):
-    """An attention worker in a Ray actor."""
+    """An attention worker in a Ray actor, or the leader of an attention group."""
 
     def __init__(self, config: WorkerConfig) -> None:
         from cluster.attention_worker import AttentionWorker
+        from cluster.group_leader import GroupLeader
 
         self.be_observed(config.telemetry, config.worker, config.role)
-        self.plain = AttentionWorker(config, this_node())
+        self.plain = GroupLeader(config, this_node()) if config.leads else AttentionWorker(config, this_node())
+
+
+@ray.remote
+class StageWorkerActor(Actor):
+    """A member of an attention group in a Ray actor."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        from cluster.stage_worker import StageWorker
+
+        self.be_observed(config.telemetry, config.worker, config.role)
+        self.plain = StageWorker(config, this_node())
 
 
 @ray.remote
@@ -308,5 +353,6 @@ class ControllerActor(Actor):
 ACTORS: Mapping[Role, Any] = {
     Role.EXPERT: ExpertHostActor,
     Role.ATTENTION: AttentionWorkerActor,
+    Role.STAGE: StageWorkerActor,
     Role.CONTROLLER: ControllerActor,
 }

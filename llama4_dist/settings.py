@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llama4_dist.errors import ConfigError
+from llama4_dist.partition import Partition
 from llama4_dist.telemetry.settings import Telemetry
 
 ENV_PREFIX = "LLAMA4_DIST_"
@@ -47,6 +48,12 @@ class ServeSettings(BaseModel):
     replicas: int = Field(default=2, ge=1, le=64, description="copies of every expert, where memory allows")
     expert_slices: int = Field(
         default=1, ge=1, le=1024, description="slices every expert is cut into, each held by hosts of its own"
+    )
+    stages: int = Field(
+        default=1, ge=1, le=1024, description="pipeline stages the layers of an attention worker are cut into"
+    )
+    tensor: int = Field(
+        default=1, ge=1, le=64, description="tensor-parallel ranks each stage is cut into; their number changes tokens"
     )
     host_capacity_bytes: int | None = Field(
         default=None, ge=1, description="expert weights one host may hold, in bytes"
@@ -150,6 +157,11 @@ class ServeSettings(BaseModel):
             trace_endpoint=self.trace_endpoint,
             trace_ratio=self.trace_ratio,
         )
+
+    @property
+    def partition(self) -> Partition:
+        """How the attention side is cut."""
+        return Partition(num_stages=self.stages, num_ranks=self.tensor)
 
     @model_validator(mode="after")
     def _check_together(self) -> "ServeSettings":

@@ -55,6 +55,7 @@ def engine_of(settings: ServeSettings, *, show_progress: bool, **cluster: Any) -
             dtype=settings.dtype,
             weights=settings.weights,
             expert_slices=settings.expert_slices,
+            partition=settings.partition,
             expert_memory_bytes=settings.expert_memory_bytes,
             device=settings.device,
             num_threads=settings.num_threads,
