@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export NO_PROXY := localhost,127.0.0.1,::1
 
-.PHONY: help setup demo test test-fast check format stubs bench chaos soak switch-off gpu-check clean
+.PHONY: help setup demo test test-fast check format stubs bench chaos soak switch-off deploy-check gpu-check clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,12 @@ soak: setup ## An hour of chaos
 
 switch-off: setup ## Take each mechanism out of a copy and see its tests fail; about 10 minutes
 	$(BIN)/python tools/switch_off.py
+
+deploy-check: setup ## Build every Kubernetes overlay and check it offline; lint image and scripts
+	$(BIN)/python tools/validate_manifests.py
+	$(BIN)/yamllint --strict -c .yamllint.yaml deploy tools/manifests
+	$(BIN)/hadolint deploy/docker/Dockerfile
+	$(BIN)/shellcheck deploy/docker/llama4-driver deploy/bare-metal/*.sh
 
 # No `setup`: on a machine with a card, any python3 that has torch, Triton, numpy and safetensors will do.
 gpu-check: ## On a CUDA device: check every kernel against float64 and time it; about 4 minutes

@@ -145,7 +145,7 @@ class ChangeRun:
         """Let attention workers dial the new hosts, and then whom else they do not know; those gone are spared."""
         known = {**self._site.topology.hosts, **self._addresses}
         wish = self._wish.sparing(self._lost)
-        attention = self._told = self._site.members.of(Role.ATTENTION)
+        attention = self._told = self._site.members.followers
         new = {host: known[host] for host in wish.joining}
         calls = {worker: worker.call("connect", new) for worker in attention}
         answers = self._follow(calls, "connect", timeout_s=COMMIT_TIMEOUT_S, spare=True)
@@ -154,9 +154,9 @@ class ChangeRun:
         wait([one.call("connect", others) for one in attention if one.worker in answers], timeout=COMMIT_TIMEOUT_S)
 
     def _start_hosts(self) -> dict[str, str]:
-        """Have new hosts started; return the node of every host there will be."""
+        """Have new hosts started; return what every host there will be dies with."""
         wish = self._wish
-        nodes = {host: self._site.topology.hosts[host].node for host in wish.staying}
+        nodes = {host: self._site.topology.hosts[host].dies_with for host in wish.staying}
         if wish.joining:
             handles = self._site.provisioning.obtain(
                 wish.joining, Role.EXPERT, timeout_s=START_TIMEOUT_S, check=self._check_cancelled
@@ -164,7 +164,7 @@ class ChangeRun:
             self._site.members.add(handles)
             calls = {handle: handle.call("location") for handle in handles}
             locations = self._follow(calls, "say where it runs", timeout_s=START_TIMEOUT_S)
-            nodes |= {worker: location.node for worker, location in locations.items()}
+            nodes |= {worker: location.dies_with for worker, location in locations.items()}
             self._site.ledger.update(self._name, hosts_ready=len(handles))
         return nodes
 
@@ -207,12 +207,12 @@ class ChangeRun:
     def _commit(self, topology: Topology) -> None:
         """Publish the next epoch; each attention worker switches between two of its steps."""
         # One that was replaced since then would dial while its step waits.
-        came = [one for one in self._site.members.of(Role.ATTENTION) if not any(one is told for told in self._told)]
+        came = [one for one in self._site.members.followers if not any(one is told for told in self._told)]
         wait([one.call("connect", topology.hosts) for one in came], timeout=COMMIT_TIMEOUT_S)
         self._site.ledger.update(self._name, epoch=topology.epoch)
         adopted = self._site.publish(topology, self._options.drain_timeout_s)
         self._site.ledger.update(self._name, paused_s=max((one.switch_s for one in adopted.values()), default=0.0))
-        for handle in self._site.members.of(Role.ATTENTION):
+        for handle in self._site.members.followers:
             if handle.worker not in adopted:
                 self._site.ledger.warn(self._name, f"{handle.worker} has not switched to epoch {topology.epoch} yet")
 

@@ -17,12 +17,13 @@ from cluster.balance import PlacementPlan
 from cluster.change import ChangeRun, change_of
 from cluster.describe import in_order, own_status, placement_view
 from cluster.first_load import load_all
+from cluster.forming import form
 from cluster.handle import Handle
 from cluster.ledger import OperationLedger
 from cluster.members import Members
 from cluster.operation import ChangeOptions, ClusterView, HostLoad, Kind, Operation, Phase, PlacementView
 from cluster.placement import Placement
-from cluster.plan import ClusterPlan
+from cluster.plan import ClusterPlan, Group
 from cluster.planner import Planner
 from cluster.provisioning import Provisioning
 from cluster.reading import ClusterReading, read_cluster
@@ -70,8 +71,9 @@ class Controller:
         deadline = time.monotonic() + timeout_s
         self.state = State.LOADING
         experts, attention = self.members.of(Role.EXPERT), self.members.of(Role.ATTENTION)
+        followers = self.members.followers
         locations = self.members.ask(experts, "location", deadline=deadline)
-        nodes = {worker: location.node for worker, location in locations.items()}
+        nodes = {worker: location.dies_with for worker, location in locations.items()}
         try:
             plan = self.plan(Wish(staying=tuple(nodes)), nodes)
         except PreconditionError as error:
@@ -80,11 +82,13 @@ class Controller:
             log.warning("placement_warning %s", warning)
         hosts = load_all(self.members, plan.placement, deadline, self._note)
         topology = Topology(epoch=1, placement=plan.placement, hosts=hosts, publisher=self.incarnation)
-        self.members.ask(attention, "connect", hosts, deadline=deadline)
-        self.members.ask(attention, "publish", topology, deadline=deadline)
+        self.members.ask(followers, "connect", hosts, deadline=deadline)
+        self.members.ask(followers, "publish", topology, deadline=deadline)
         self.topology = topology
+        for group in self._plan.groups:
+            form(self.members, group, 1)
         self.engines.set(self.members.ask(attention, "serve", deadline=deadline))
-        for progress in self.members.ask([*experts, *attention], "progress", deadline=deadline).values():
+        for progress in self.members.ask([*experts, *followers], "progress", deadline=deadline).values():
             self._note(progress)
         self._be_ready()
         return self.engines.all
@@ -236,14 +240,24 @@ class Controller:
         return tuple(sorted((host for host in named if host not in self.members), key=order))
 
     @property
-    def missing_attention(self) -> tuple[str, ...]:
-        return tuple(one.worker for one in self._plan.attention if one.worker not in self.members)
+    def missing_attention(self) -> Mapping[str, Role]:
+        """Attention workers and members of their groups that are gone, with their roles."""
+        planned = (*self._plan.attention, *self._plan.stages)
+        return {one.worker: one.role for one in planned if one.worker not in self.members}
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self._plan.groups
+
+    def leads(self, worker: str) -> bool:
+        """Tell whether a worker leads a group, and serves only with one."""
+        return any(group.leader == worker for group in self._plan.groups)
 
     @property
     def missing(self) -> list[tuple[Role, str]]:
         """Workers that there should be and that have no process."""
         hosts = [(Role.EXPERT, host) for host in self.missing_hosts]
-        return [*hosts, *((Role.ATTENTION, worker) for worker in self.missing_attention)]
+        return [*hosts, *((role, worker) for worker, role in self.missing_attention.items())]
 
     @property
     def is_complete(self) -> bool:
@@ -263,11 +277,9 @@ class Controller:
         self.dismiss(self.members.named(strangers(self.topology, statuses)))
 
     def publish(self, topology: Topology, timeout_s: float) -> Mapping[str, Adopted]:
-        """Let every attention worker switch; return the answers of those that did in time."""
+        """Let every follower switch; return the answers of those that did in time."""
         self.topology = topology  # whoever comes now gets this one
-        adopted, failures = self.members.try_each(
-            self.members.of(Role.ATTENTION), "publish", topology, timeout_s=timeout_s
-        )
+        adopted, failures = self.members.try_each(self.members.followers, "publish", topology, timeout_s=timeout_s)
         for worker, error in failures.items():
             log.warning("topology_not_adopted worker=%s epoch=%d cause=%s", worker, topology.epoch, error)
         return adopted
@@ -305,8 +317,8 @@ class Controller:
         self._watch.start()
 
     def _live_nodes(self) -> dict[str, str]:
-        """Return the node of every host that is there."""
-        return {host: address.node for host, address in self.topology.hosts.items() if host in self.members}
+        """Return what every host that is there dies with."""
+        return {host: address.dies_with for host, address in self.topology.hosts.items() if host in self.members}
 
     def _known_hosts(self) -> set[str]:
         """Return the ids that may still have a process, though the topology names it no more."""

@@ -107,7 +107,12 @@ class ExpertHost:
         self._resources.callback(self._halt, server, thread)
         self._server = server
         self._address = HostAddress(
-            host=config.worker, incarnation=self.incarnation, node=location.node, unix=unix.address, tcp=tcp.address
+            host=config.worker,
+            incarnation=self.incarnation,
+            node=location.node,
+            unix=unix.address,
+            tcp=tcp.address,
+            machine=location.machine,
         )
         self._state = State.READY
         log.info(

@@ -15,7 +15,7 @@ def load_all(
 ) -> dict[str, HostAddress]:
     """Load attention weights and placed experts; return where each host listens. Raises the first failure."""
     experts = members.of(Role.EXPERT)
-    loads = {worker: worker.call("load") for worker in members.of(Role.ATTENTION)}
+    loads = {worker: worker.call("load") for worker in members.followers}
     loads |= {worker: worker.call("load", placement.held_by(worker.worker)) for worker in experts}
     while not settled(loads, PROGRESS_INTERVAL_S) and time.monotonic() < deadline:
         asked = [worker.call("progress") for worker, load in loads.items() if not load.done()]

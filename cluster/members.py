@@ -27,6 +27,11 @@ class Members:
         """Return the workers of a role."""
         return [handle for handle in self._handles.values() if handle.role is role]
 
+    @property
+    def followers(self) -> list[Handle]:
+        """Return the workers that follow topologies: those that send rows to expert hosts, and who leads such."""
+        return [handle for handle in self._handles.values() if handle.role in (Role.ATTENTION, Role.STAGE)]
+
     def named(self, workers: Collection[str]) -> list[Handle]:
         """Return those of these that are known."""
         return [handle for worker, handle in self._handles.items() if worker in workers]

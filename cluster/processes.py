@@ -73,8 +73,8 @@ class ClusterProcesses:
         """Spawn all and let the controller bring the workers up; return where each attention worker serves."""
         deadline = time.monotonic() + timeout_s
         try:
-            for configs in (self._plan.experts, self._plan.attention):
-                for worker in self._spawner.spawn(configs):
+            for configs in (self._plan.experts, self._plan.stages, self._plan.attention):
+                for worker in self._spawner.spawn(configs) if configs else ():
                     self._workers[worker.worker] = worker
                     self._report(LoadProgress(worker=worker.worker, role=worker.role, state=State.NEW))
             controller = self._controller = self._spawner.spawn_controller(self._plan, list(self._workers.values()))
@@ -138,7 +138,7 @@ class ClusterProcesses:
             self._workers.clear()
         if controller is not None:
             controller.kill()  # it holds nothing
-        for role in (Role.ATTENTION, Role.EXPERT):
+        for role in (Role.ATTENTION, Role.STAGE, Role.EXPERT):
             wait([worker.call("close") for worker in workers if worker.role is role], timeout=CLOSE_TIMEOUT_S)
         for worker in workers:
             self._spawner.end(worker.worker)

@@ -16,7 +16,7 @@ from cluster.autoscale import AutoscalePolicy
 from cluster.driver_control import DriverControl
 from cluster.launch import ensure_ray
 from cluster.placement import ExpertGeometry
-from cluster.plan import ClusterPlan
+from cluster.plan import ClusterPlan, stages_of
 from cluster.processes import ClusterProcesses, OnProgress
 from cluster.spawn import RaySpawner
 from cluster.worker import Role, WorkerConfig, WorkerStatus
@@ -27,6 +27,7 @@ from llama4_dist.engine.port import EngineStats, OnOutputs
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.expert_cut import ExpertCut
 from llama4_dist.model.weight_format import STORED, check_weight_format_name
+from llama4_dist.partition import WHOLE, Partition
 from llama4_dist.request import EngineLimits, EngineRequest
 from llama4_dist.rpc.cluster_secret import cluster_secret
 from llama4_dist.rpc.directory import DirectoryServer
@@ -43,8 +44,9 @@ class RayEngine:
     `host_capacity_bytes` bounds the expert weights of one host, `expert_memory_bytes` those of them that stay in
     memory; `pool_window_s` is how long it lets rows wait for other attention workers' rows; `wire` is how rows travel,
     see `dispatch/links/wire.py`; `weights` is "stored" or "int8". `num_threads` are an attention worker's,
-    `expert_threads` a host's. Tests strike the hosts of an `armable` cluster. `telemetry` is how its
-    processes log and trace.
+    `expert_threads` a host's. A worker waits `placement_timeout_s` for room on a node, with `demand_roles` on one that
+    offers its role's resource; all together have `start_timeout_s` to load. Tests strike the hosts of an `armable`
+    cluster. `telemetry` is how its processes log and trace.
     """
 
     def __init__(  # noqa: PLR0913 - the settings of a cluster
@@ -69,10 +71,13 @@ class RayEngine:
         labels: Mapping[Role, Mapping[str, str]] | None = None,
         progress: OnProgress | None = None,
         start_timeout_s: float = 300.0,
+        placement_timeout_s: float | None = None,
+        demand_roles: bool = False,
         resume_ttl_s: float = 10.0,
         replay_timeout_s: float = 30.0,
         autoscale: AutoscalePolicy | None = None,
         armable: bool = False,
+        partition: Partition = WHOLE,
         secret: bytes | None = None,
         directory: DirectoryServer | None = None,
         telemetry: Telemetry = DEFAULT,
@@ -80,6 +85,7 @@ class RayEngine:
         model_dir = Path(model_dir).resolve()
         check_weight_format_name(weights, device)  # whether there is a compiler each worker says for its own node
         geometry = read_geometry(model_dir, dtype, weights, expert_slices, device)
+        check_cut(model_dir, partition)
         secret, run_id = secret or cluster_secret(), f"llama4-{secrets.token_hex(4)}"
         run_dir = Path(tempfile.gettempdir()) / run_id
 
@@ -103,18 +109,21 @@ class RayEngine:
                     wire=wire,
                     resume_ttl_s=resume_ttl_s,
                     armable=armable,
+                    partition=partition if role is Role.ATTENTION else WHOLE,
                     telemetry=telemetry,
                 )
                 for index in range(count)
             )
 
+        threads = num_threads or default_threads(num_attention_workers * partition.num_members)
+        attention = configs(Role.ATTENTION, num_attention_workers, threads if partition == WHOLE else 1)
+
         plan = ClusterPlan(
             model=(options.model_name if options else None) or model_dir.name,
             geometry=geometry,
             experts=configs(Role.EXPERT, num_expert_hosts, expert_threads),
-            attention=configs(
-                Role.ATTENTION, num_attention_workers, num_threads or default_threads(num_attention_workers)
-            ),
+            attention=attention,
+            stages=tuple(stage for leader in attention for stage in stages_of(leader, num_threads=threads)),
             num_replicas=num_replicas,
             host_capacity_bytes=host_capacity_bytes,
             autoscale=autoscale,
@@ -124,7 +133,13 @@ class RayEngine:
         with ExitStack() as resources:
             resources.callback(ensure_ray(ray_address).close)
             resources.callback(shutil.rmtree, run_dir, ignore_errors=True)
-            spawner = RaySpawner(run_id=run_id, labels=labels, tell_autoscaler=ray_address is not None)
+            spawner = RaySpawner(
+                run_id=run_id,
+                labels=labels,
+                tell_autoscaler=ray_address is not None,
+                placement_timeout_s=placement_timeout_s,
+                demand_roles=demand_roles,
+            )
             self._processes = ClusterProcesses(plan, spawner, progress=progress, on_engines=self._use_engines)
             resources.callback(self._processes.close)
             self.control = DriverControl(self._processes)
@@ -192,6 +207,17 @@ class RayEngine:
         """End streams, controller, workers, placement groups and, if it was started here, Ray."""
         atexit.unregister(self.close)
         self._resources.close()
+
+
+def check_cut(model_dir: Path, partition: Partition) -> None:
+    """Raise ConfigError, before any process starts, where a checkpoint's model cannot be cut so."""
+    checkpoint = Checkpoint.open(model_dir)
+    try:
+        checkpoint.shares_of(partition)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    finally:
+        checkpoint.close()
 
 
 def default_threads(num_workers: int) -> int:

@@ -31,9 +31,11 @@ from llama4_dist.telemetry.tracing import configure_tracing
 
 log = logging.getLogger(__name__)
 
-PLACEMENT_TIMEOUT_S = 60.0
+PLACEMENT_TIMEOUT_S = 60.0  # for room on any node, unless another is given
 NODE_TIMEOUT_S = 5.0  # for room on the node we chose
+LEADER_CPU = 0.1  # of an attention group: it plans and samples, and holds no layer
 NODE_LABEL = "ray.io/node-id"
+MACHINE_VARIABLE = "LLAMA4_DIST_MACHINE"
 CONCURRENT_CALLS = 8  # a worker answers progress and status while it loads, the controller while it starts them
 
 # Several workers share the cores of a node, so a thread that waits must soon sleep; but not at once, since the
@@ -44,9 +46,13 @@ THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000", "K
 
 
 class Home(NamedTuple):
-    """Where a worker lives: what it holds of Ray, on which node if we chose it, and its process once it is started."""
+    """Where a worker lives: what it holds of Ray, on which node if we chose it, and its process once it is started.
+
+    `stage` names a group and one of its stages, whose ranks are to live on one node.
+    """
 
     role: Role
+    stage: tuple[str, int]
     bundle: dict[str, float]
     node: str | None
     group: PlacementGroup
@@ -57,7 +63,9 @@ class RaySpawner:
     """Creates workers, each in a placement group of its own, and a controller beside the driver.
 
     On nodes that offer the custom resource `llama4_expert` or `llama4_attention`, workers of that role go there only.
-    `labels` maps a role to the node labels it demands.
+    With `demand_roles` they wait for such a node where none has come yet, instead of going to any. `labels` maps a role
+    to the node labels it demands. For `placement_timeout_s` a worker waits for room: a node may have
+    to come first.
     """
 
     def __init__(
@@ -66,8 +74,12 @@ class RaySpawner:
         run_id: str,
         labels: Mapping[Role, Mapping[str, str]] | None = None,
         tell_autoscaler: bool = False,
+        placement_timeout_s: float | None = None,
+        demand_roles: bool = False,
     ) -> None:
+        self._demand_roles = demand_roles
         self._run_id = run_id
+        self._placement_timeout_s = PLACEMENT_TIMEOUT_S if placement_timeout_s is None else placement_timeout_s
         self._tell_autoscaler = tell_autoscaler
         self._labels = labels or {}
         self._lock = threading.Lock()
@@ -86,10 +98,10 @@ class RaySpawner:
             for config in late:  # somebody else's work is there: any node will do
                 self.end(config.worker)
                 self._reserve(config, choose_node=False)
-        if late := self._late(configs, PLACEMENT_TIMEOUT_S):
+        if late := self._late(configs, self._placement_timeout_s):
             for config in configs:
                 self.end(config.worker)
-            bundle, labels = worker_bundle(late[0], ray.cluster_resources()), dict(self._labels.get(late[0].role, {}))
+            bundle, labels = self._bundle(late[0]), self._demanded(late[0])
             raise UnavailableError(
                 f"Ray has no room for {len(late)} of {len(configs)} {late[0].role} workers of {bundle} with labels "
                 f"{labels}: the nodes offer {ray.cluster_resources()}",
@@ -148,15 +160,31 @@ class RaySpawner:
 
     def _reserve(self, config: WorkerConfig, *, choose_node: bool) -> None:
         """Ask for room for one worker, on the node with the fewest of its role where there are several."""
-        labels = dict(self._labels.get(config.role, {}))
-        bundle = worker_bundle(config, ray.cluster_resources())
-        node = emptiest(self._nodes(config.role), bundle, labels) if choose_node else None
+        labels, bundle = self._demanded(config), self._bundle(config)
+        node = self._choose(config, bundle, labels) if choose_node else None
         wanted = labels if node is None else labels | {NODE_LABEL: node}
         group = placement_group(
             [bundle], name=f"{self._run_id}-{config.worker}", bundle_label_selector=[wanted] if wanted else None
         )
         with self._lock:
-            self._homes[config.worker] = Home(config.role, bundle, node, group, None)
+            self._homes[config.worker] = Home(config.role, stage_of(config), bundle, node, group, None)
+
+    def _demanded(self, config: WorkerConfig) -> dict[str, str]:
+        """Return the labels of the nodes that a worker may run on; a group's leader may run on any."""
+        return {} if config.leads else dict(self._labels.get(pool_of(config), {}))
+
+    def _choose(self, config: WorkerConfig, bundle: Mapping[str, float], labels: Mapping[str, str]) -> str | None:
+        """Return the node of the other ranks of its stage, or the emptiest: for all ranks, if there is such a one."""
+        with self._lock:
+            beside = [home.node for home in self._homes.values() if config.group and home.stage == stage_of(config)]
+        if beside and beside[0] is not None:
+            return beside[0]
+        nodes, num_ranks = self._nodes(config.role), config.partition.num_ranks
+        together = {name: num_ranks * amount for name, amount in bundle.items()}
+        return (emptiest(nodes, together, labels) if config.group else None) or emptiest(nodes, bundle, labels)
+
+    def _bundle(self, config: WorkerConfig) -> dict[str, float]:
+        return worker_bundle(config, ray.cluster_resources(), demand_role=self._demand_roles)
 
     def _late(self, configs: Sequence[WorkerConfig], timeout_s: float) -> list[WorkerConfig]:
         """Wait for the groups; return those of these workers that have no room yet."""
@@ -208,14 +236,31 @@ class RaySpawner:
         return handle
 
 
-def worker_bundle(config: WorkerConfig, cluster_resources: Mapping[str, float]) -> dict[str, float]:
-    """Return the Ray resources one worker holds: its threads, a GPU if it computes there, its role's own resource."""
+def worker_bundle(
+    config: WorkerConfig, cluster_resources: Mapping[str, float], *, demand_role: bool = False
+) -> dict[str, float]:
+    """Return the Ray resources one worker holds: its threads, a GPU if it computes there, its role's own resource.
+
+    Members of an attention group hold what attention workers do; their leader computes nothing and needs little.
+    """
+    if config.leads:
+        return {"CPU": LEADER_CPU}
     bundle: dict[str, float] = {"CPU": config.num_threads}
     if config.device.startswith("cuda"):
         bundle["GPU"] = 1
-    if (resource := f"llama4_{config.role}") in cluster_resources:
+    if (resource := f"llama4_{pool_of(config)}") in cluster_resources or demand_role:
         bundle[resource] = 1
     return bundle
+
+
+def pool_of(config: WorkerConfig) -> Role:
+    """Return whose nodes a worker goes to: members of attention groups go where attention workers would."""
+    return Role.ATTENTION if config.role is Role.STAGE else config.role
+
+
+def stage_of(config: WorkerConfig) -> tuple[str, int]:
+    """Name the stage that a member belongs to; all else is of the stage without a name."""
+    return config.group, config.stage
 
 
 def alive_nodes() -> list[dict[str, Any]]:
@@ -224,8 +269,12 @@ def alive_nodes() -> list[dict[str, Any]]:
 
 
 def this_node() -> Location:
-    """Say where this process runs, in Ray's words."""
-    return Location(node=ray.get_runtime_context().get_node_id(), address=ray.util.get_node_ip_address())
+    """Say where this process runs, in Ray's words; a pod is told its machine by LLAMA4_DIST_MACHINE."""
+    return Location(
+        node=ray.get_runtime_context().get_node_id(),
+        address=ray.util.get_node_ip_address(),
+        machine=os.environ.get(MACHINE_VARIABLE, ""),
+    )
 
 
 class Actor:
@@ -271,13 +320,25 @@ class ExpertHostActor(Actor):
 
 @ray.remote
 class AttentionWorkerActor(Actor):
-    """An attention worker in a Ray actor."""
+    """An attention worker in a Ray actor, or the leader of an attention group."""
 
     def __init__(self, config: WorkerConfig) -> None:
         from cluster.attention_worker import AttentionWorker
+        from cluster.group_leader import GroupLeader
 
         self.be_observed(config.telemetry, config.worker, config.role)
-        self.plain = AttentionWorker(config, this_node())
+        self.plain = GroupLeader(config, this_node()) if config.leads else AttentionWorker(config, this_node())
+
+
+@ray.remote
+class StageWorkerActor(Actor):
+    """A member of an attention group in a Ray actor."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        from cluster.stage_worker import StageWorker
+
+        self.be_observed(config.telemetry, config.worker, config.role)
+        self.plain = StageWorker(config, this_node())
 
 
 @ray.remote
@@ -292,5 +353,6 @@ class ControllerActor(Actor):
 ACTORS: Mapping[Role, Any] = {
     Role.EXPERT: ExpertHostActor,
     Role.ATTENTION: AttentionWorkerActor,
+    Role.STAGE: StageWorkerActor,
     Role.CONTROLLER: ControllerActor,
 }

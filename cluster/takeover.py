@@ -13,10 +13,10 @@ from cluster.worker import HostAddress, Role, State, Topology, WorkerStatus
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stock:
-    """What is there: the newest topology that an attention worker follows, or what hosts hold where none is left.
+    """What is there: the newest topology that a follower knows, or what hosts hold where none is left.
 
-    `unknown` are attention workers that did not say what they follow, or do not serve yet: nobody can tell what they
-    would do, so they have to go. `behind` are those that follow an older topology.
+    `unknown` are attention workers and stages that did not say what they follow, or do not work yet: nobody can tell
+    what they would do, so they have to go. `behind` are those that follow an older topology.
     """
 
     topology: Topology
@@ -31,25 +31,26 @@ def take_stock(members: Members, timeout_s: float, *, controller: int) -> Stock:
 
     It takes up to three times `timeout_s` if some are silent.
     """
-    attention = members.of(Role.ATTENTION)
+    followers = members.followers
     statuses, _ = members.try_each(members.all, "status", timeout_s=timeout_s)
-    told, _ = members.try_each(attention, "topology", controller, timeout_s=timeout_s)
-    engines = {
-        worker: statuses[worker].addresses[0]
+    told, _ = members.try_each(followers, "topology", controller, timeout_s=timeout_s)
+    addresses_of = {
+        worker: statuses[worker].addresses
         for worker, topology in told.items()
         if topology is not None and worker in statuses and statuses[worker].addresses
     }
-    followed = [told[worker] for worker in engines]
-    if followed:
-        newest = max(followed, key=lambda topology: topology.epoch)
+    if addresses_of:
+        newest = max((told[worker] for worker in addresses_of), key=lambda topology: topology.epoch)
     else:
         addresses, _ = members.try_each(members.of(Role.EXPERT), "address", timeout_s=timeout_s)
         newest = held_topology(statuses.values(), addresses)
     return Stock(
         topology=newest,
-        engines=engines,
-        behind=tuple(one for one in attention if one.worker in engines and told[one.worker].epoch < newest.epoch),
-        unknown=tuple(one for one in attention if one.worker not in engines),
+        engines={
+            one.worker: addresses_of[one.worker][0] for one in members.of(Role.ATTENTION) if one.worker in addresses_of
+        },
+        behind=tuple(one for one in followers if one.worker in addresses_of and told[one.worker].epoch < newest.epoch),
+        unknown=tuple(one for one in followers if one.worker not in addresses_of),
         statuses=statuses,
     )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cluster.autoscaling import Autoscaling
+from cluster.forming import Forming
 from cluster.handle import Handle
 from cluster.operation import Phase
 from cluster.reading import WorkerReading
@@ -42,6 +43,7 @@ class Watch:
         self._statuses: dict[str, WorkerStatus] = {}
         self.lost: Counter[tuple[Role, str]] = Counter()  # processes found gone
         self._revival = Revival(controller, clock)
+        self._forming = Forming(controller, clock)
         policy = controller.autoscale
         self._autoscaling = Autoscaling(controller, policy, clock=clock) if policy is not None else None
         self._loads_noted_s = clock()
@@ -84,6 +86,7 @@ class Watch:
             {one.worker: one.addresses[0] for one in answers.values() if one.role is Role.ATTENTION and one.addresses}
         )
         self._revival.revive(controller.missing_attention)
+        self._forming.look(answers)
         if controller.ledger.running:
             return
         controller.end_strangers(answers)
@@ -123,12 +126,12 @@ class Watch:
         return answers
 
     def _catch_up(self, answers: Mapping[str, WorkerStatus]) -> None:
-        """Publish the topology once more to attention workers that serve and failed to adopt it."""
+        """Publish the topology once more to followers that work and failed to adopt it."""
         controller = self._controller
         topology = controller.topology
         behind = [
             worker
-            for worker in controller.members.of(Role.ATTENTION)
+            for worker in controller.members.followers
             if (status := answers.get(worker.worker)) and status.addresses and status.epoch < topology.epoch
         ]
         _, failures = controller.members.try_each(behind, "publish", topology, timeout_s=ANSWER_TIMEOUT_S)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster.placement import Pair, Placement
 from llama4_dist.engine.options import EngineOptions
+from llama4_dist.partition import WHOLE, Partition
 from llama4_dist.telemetry.settings import DEFAULT, Telemetry
 
 
@@ -16,10 +17,14 @@ def url_host(address: str) -> str:
 
 
 class Role(StrEnum):
-    """What a process of the cluster does; an expert host and an attention worker are its workers."""
+    """What a process of the cluster does; all but the controller are its workers.
+
+    An attention worker leads an attention group where the model is cut; the members of the group are its stages.
+    """
 
     EXPERT = "expert"
     ATTENTION = "attention"
+    STAGE = "stage"
     CONTROLLER = "controller"
 
 
@@ -43,7 +48,8 @@ class WorkerConfig:
     gateway is gone. `capacity_bytes` bounds the weights an expert host holds, `expert_memory_bytes` those of them it
     keeps in memory (None = no bound); there rows wait for other attention workers' rows of their layer for at most
     `pool_window_s`. `wire` is how rows travel, the same for all workers. Tests strike an `armable` one at a moment of
-    their choice. `telemetry` is how it logs and traces.
+    their choice. `telemetry` is how it logs and traces. An attention worker of a `partition` leads a group; a member of
+    it knows the `group`, which is its leader's name, and which `stage` and `rank` it is.
     """
 
     worker: str
@@ -65,14 +71,32 @@ class WorkerConfig:
     resume_ttl_s: float = 10.0
     armable: bool = False
     telemetry: Telemetry = DEFAULT
+    partition: Partition = WHOLE
+    group: str = ""
+    stage: int = 0
+    rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the leader of a group, which computes no layer."""
+        return self.role is Role.ATTENTION and self.partition != WHOLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Location:
-    """The machine a worker runs on: workers of one `node` share a file system; `address` is what others dial."""
+    """Where a worker runs: workers of one `node` share a file system; `address` is what others dial.
+
+    Where a node of Ray is a pod, several may lie on one `machine`, and die with it; "" = the node is the machine.
+    """
 
     node: str
     address: str
+    machine: str = ""
+
+    @property
+    def dies_with(self) -> str:
+        """What takes everything on it along: copies of an expert are kept apart by it."""
+        return self.machine or self.node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,10 +108,49 @@ class HostAddress:
     node: str
     unix: str
     tcp: str
+    machine: str = ""
+
+    @property
+    def dies_with(self) -> str:
+        """As `Location.dies_with`."""
+        return self.machine or self.node
 
     def seen_from(self, node: str) -> str:
         """Return the address that a worker on `node` should dial."""
         return self.unix if node == self.node else self.tcp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageAddress:
+    """Where a process of an attention group listens, and what gloo may listen on there.
+
+    It has room for `num_pages` pages of keys; a leader says how many it counts, 0 while it counts none.
+    """
+
+    worker: str
+    node: str
+    address: str
+    unix: str
+    tcp: str
+    num_pages: int
+
+    def seen_from(self, node: str) -> str:
+        """Return the address that a process on `node` should dial."""
+        return self.unix if node == self.node else self.tcp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Formation:
+    """Who is an attention group from now on: its leader, and members in the order of `Partition.places`.
+
+    All of them have `num_pages`. `number` rises each time the group is formed.
+    """
+
+    group: str
+    number: int
+    num_pages: int
+    leader: StageAddress
+    members: tuple[StageAddress, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +186,9 @@ class LoadProgress:
 class WorkerStatus:
     """A worker or the controller now. `memory_bytes` is resident memory, shared pages of the checkpoint included.
 
-    `cpu_s` is the processor time it has taken, in user and system mode.
+    A process of an attention group names it, and the `formation` it is in, 0 while it is in none; `last_formation` is
+    the highest number it was told of. A member has `layers` from the first to before the last. `cpu_s` is the processor
+    time it has taken, in user and system mode.
     """
 
     worker: str
@@ -136,4 +201,10 @@ class WorkerStatus:
     epoch: int = 0
     experts: tuple[Pair, ...] = ()
     memory_bytes: int = 0
+    group: str = ""
+    stage: int = 0
+    rank: int = 0
+    layers: tuple[int, int] = (0, 0)
+    formation: int = 0
+    last_formation: int = 0
     cpu_s: float = 0.0

@@ -12,12 +12,20 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llama4_dist.errors import ConfigError
+from llama4_dist.partition import Partition
 from llama4_dist.telemetry.settings import Telemetry
 
 ENV_PREFIX = "LLAMA4_DIST_"
 # Read by other parts of the program, not by this file's model.
 OTHER_VARIABLES = frozenset(
-    {"LLAMA4_DIST_CLUSTER_SECRET_FILE", "LLAMA4_DIST_LOG_LEVEL", "LLAMA4_DIST_NATIVE", "LLAMA4_DIST_TOKEN"}
+    {
+        "LLAMA4_DIST_CLUSTER_SECRET_FILE",
+        "LLAMA4_DIST_LOG_LEVEL",
+        "LLAMA4_DIST_MACHINE",
+        "LLAMA4_DIST_NATIVE",
+        "LLAMA4_DIST_NATIVE_LIBRARY",
+        "LLAMA4_DIST_TOKEN",
+    }
 )
 MAX_FILE_BYTES = 1024 * 1024
 
@@ -40,6 +48,12 @@ class ServeSettings(BaseModel):
     replicas: int = Field(default=2, ge=1, le=64, description="copies of every expert, where memory allows")
     expert_slices: int = Field(
         default=1, ge=1, le=1024, description="slices every expert is cut into, each held by hosts of its own"
+    )
+    stages: int = Field(
+        default=1, ge=1, le=1024, description="pipeline stages the layers of an attention worker are cut into"
+    )
+    tensor: int = Field(
+        default=1, ge=1, le=64, description="tensor-parallel ranks each stage is cut into; their number changes tokens"
     )
     host_capacity_bytes: int | None = Field(
         default=None, ge=1, description="expert weights one host may hold, in bytes"
@@ -64,6 +78,21 @@ class ServeSettings(BaseModel):
     )
     replay_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="how long a request waits for an attention worker when its own is lost"
+    )
+    start_timeout_s: float = Field(
+        default=300.0, gt=0, le=86400, description="how long all workers together may take to start and load"
+    )
+    placement_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        le=86400,
+        description="how long a worker waits for room on a node of Ray",
+    )
+    demand_roles: bool = Field(
+        default=False, description="workers wait for nodes with their role's resource, where none has come yet"
+    )
+    directory_timeout_s: float = Field(
+        default=60.0, gt=0, le=86400, description="how long a gateway waits at its start for the cluster to serve"
     )
     ray_address: str | None = Field(default=None, description="existing Ray cluster; default: start one here")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -128,6 +157,11 @@ class ServeSettings(BaseModel):
             trace_endpoint=self.trace_endpoint,
             trace_ratio=self.trace_ratio,
         )
+
+    @property
+    def partition(self) -> Partition:
+        """How the attention side is cut."""
+        return Partition(num_stages=self.stages, num_ranks=self.tensor)
 
     @model_validator(mode="after")
     def _check_together(self) -> "ServeSettings":

@@ -36,6 +36,12 @@ def worker_to_proto(worker: WorkerStatus, *, num_slices: int, with_experts: bool
         num_experts=len(worker.experts),
         memory_bytes=worker.memory_bytes,
         experts=layers_to_proto(worker.experts, num_slices) if with_experts else (),
+        group=worker.group,
+        stage=worker.stage,
+        rank=worker.rank,
+        first_layer=worker.layers[0],
+        num_layers=worker.layers[1] - worker.layers[0],
+        formation=worker.formation,
     )
 
 

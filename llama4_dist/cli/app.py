@@ -11,6 +11,7 @@ import typer
 from llama4_dist.cli.bench import bench_app
 from llama4_dist.cli.checkpoint import checkpoint_app, inspect
 from llama4_dist.cli.cluster import cluster_app
+from llama4_dist.cli.deploy import deploy_app
 from llama4_dist.cli.experts import experts_app
 from llama4_dist.cli.flags import DtypeChoice, ExpertMemory, JsonFlag, TlsCa, Token, WeightsChoice, parse_seconds
 from llama4_dist.cli.planning import plan, simulate
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.add_typer(bench_app)
 app.add_typer(checkpoint_app)
 app.add_typer(cluster_app)
+app.add_typer(deploy_app)
 app.add_typer(experts_app)
 app.command()(inspect)
 app.command()(serve)
@@ -187,6 +189,21 @@ def doctor(as_json: JsonFlag = False) -> None:
     from llama4_dist.cli.doctor import run_doctor
 
     run_doctor(as_json)
+
+
+@app.command()
+def health(
+    server: Annotated[str, typer.Option("--server", "-s", help="host:port of a gateway or an admin port.")],
+    condition: Annotated[str, typer.Option(help="liveness, readiness or startup.")] = "readiness",
+    tls_ca: TlsCa = None,
+    tls_server_name: Annotated[str | None, typer.Option(help="Name in the certificate, where not the host's.")] = None,
+    wait: Period = "0s",  # type: ignore[assignment]
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask a server for one of its health conditions, for up to `--wait`; exit with 4 when it is off. Needs no token."""
+    from llama4_dist.cli.health import run_health
+
+    run_health(server, condition, tls_ca=tls_ca, tls_server_name=tls_server_name, wait_s=wait or 0.0, as_json=as_json)
 
 
 @app.command()

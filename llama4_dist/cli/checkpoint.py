@@ -49,7 +49,10 @@ Slices = Annotated[int, typer.Option(help="Slices that each expert's width is cu
 Replicas = Annotated[int, typer.Option(help="Hosts that hold each slice.")]
 Stages = Annotated[int, typer.Option(help="Pipeline stages of the attention side.")]
 Tensor = Annotated[int, typer.Option("--tensor", help="Tensor-parallel ranks of each stage.")]
-Plan = Annotated[Path | None, typer.Option(help="Plan file, in place of the numbers.")]
+Plan = Annotated[
+    Path | None,
+    typer.Option(help="Plan of `llama4-dist plan --out`, or who holds what (--save-plan), in place of the numbers."),
+]
 DEFAULT_SHARD = "10GB"
 
 

@@ -13,11 +13,12 @@ from rich.text import Text
 from llama4_dist.cli.admin import Admin
 from llama4_dist.cli.output import console, human_bytes, print_json, reporting, until_ctrl_c
 from llama4_dist.client.admin import AdminClient
-from llama4_dist.client.admin_results import Cluster, Operation
+from llama4_dist.client.admin_results import Cluster, Operation, Worker
 from llama4_dist.errors import UnavailableError
 
 STATE_STYLES = {"ready": "green", "loading": "yellow", "new": "yellow", "draining": "yellow", "lost": "bold red"}
 WORKER_COLUMNS = ("worker", "role", "state", "inc.", "pid", "node", "address", "epoch", "experts", "memory")
+GROUP_COLUMNS = ("place", "layers", "formation")  # shown where the model is cut
 RIGHT_ALIGNED = {"inc.", "pid", "epoch", "experts", "memory", "progress", "moves", "duration"}
 
 
@@ -75,7 +76,8 @@ def cluster_view(cluster: Cluster) -> RenderableType:
     copies = f"{cluster.num_replicas} cop{'y' if cluster.num_replicas == 1 else 'ies'} of each expert"
     copies += f" in {cluster.num_slices} slices" if cluster.num_slices > 1 else ""
     title = f"{cluster.model}: {cluster.num_hosts} expert hosts, {copies}, epoch {cluster.epoch}{change}"
-    table = new_table(title, WORKER_COLUMNS)
+    is_cut = any(worker.group for worker in cluster.workers)
+    table = new_table(title, WORKER_COLUMNS + (GROUP_COLUMNS if is_cut else ()))
     for worker in cluster.workers:
         table.add_row(
             worker.worker,
@@ -88,8 +90,20 @@ def cluster_view(cluster: Cluster) -> RenderableType:
             str(worker.epoch),
             f"{worker.num_experts:,}",
             human_bytes(worker.memory_bytes),
+            *(group_cells(worker) if is_cut else ()),
         )
     return table
+
+
+def group_cells(worker: Worker) -> tuple[str, str, RenderableType]:
+    """Say which part of the model a process of an attention group holds, and whether it is of a group now."""
+    if not worker.group:
+        return "–", "–", Text("–")
+    last = worker.first_layer + worker.num_layers - 1
+    layers = f"{worker.first_layer}–{last}" if worker.num_layers else "–"
+    place = f"stage {worker.stage}, rank {worker.rank}" if worker.num_layers else "leader"
+    formation = Text(str(worker.formation)) if worker.formation else Text("not formed", style="bold red")
+    return place, layers, formation
 
 
 def operations_view(operations: tuple[Operation, ...]) -> RenderableType:

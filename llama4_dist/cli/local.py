@@ -40,6 +40,9 @@ def engine_of(settings: ServeSettings, *, show_progress: bool, **cluster: Any) -
             "resume_ttl_s": settings.resume_ttl_s,
             "replay_timeout_s": settings.replay_timeout_s,
             "telemetry": settings.telemetry,
+            "start_timeout_s": settings.start_timeout_s,
+            "placement_timeout_s": settings.placement_timeout_s,
+            "demand_roles": settings.demand_roles,
         }
     with shown(show_progress) as progress:
         return open_engine(
@@ -52,6 +55,7 @@ def engine_of(settings: ServeSettings, *, show_progress: bool, **cluster: Any) -
             dtype=settings.dtype,
             weights=settings.weights,
             expert_slices=settings.expert_slices,
+            partition=settings.partition,
             expert_memory_bytes=settings.expert_memory_bytes,
             device=settings.device,
             num_threads=settings.num_threads,

@@ -32,7 +32,12 @@ def open_parts(settings: ServeSettings, resources: ExitStack, *, show_progress: 
     """Start what the settings ask for: one process, a cluster, or a gateway to a cluster of another process."""
     if settings.directory is not None:
         secret = cluster_secret(shared=True)
-        remote = DirectoryEngine(settings.directory, secret=secret, replay_timeout_s=settings.replay_timeout_s)
+        remote = DirectoryEngine(
+            settings.directory,
+            secret=secret,
+            timeout_s=settings.directory_timeout_s,
+            replay_timeout_s=settings.replay_timeout_s,
+        )
         resources.callback(remote.close)
         return Parts(engine=remote, secret=secret)
     if settings.experts == 0:

@@ -22,6 +22,7 @@ from llama4_dist.gateway.observe.engine_collector import EngineCollector
 from llama4_dist.gateway.observe.exporter import exporter
 from llama4_dist.gateway.run import Gateway, serve
 from llama4_dist.gateway.settings import GatewaySettings
+from llama4_dist.partition import WHOLE
 from llama4_dist.request import Sampling
 from llama4_dist.settings import ServeSettings, load_settings
 from llama4_dist.telemetry import tracing
@@ -194,7 +195,8 @@ def start_table(
     hosts = "none: one process"
     if settings.experts:
         cut = f", every expert in {settings.expert_slices} slices" if settings.expert_slices > 1 else ""
-        hosts = f"{settings.attention} attention, {settings.experts} expert hosts on Ray{cut}"
+        members = f" of {settings.stages} stages x {settings.tensor} ranks" if settings.partition != WHOLE else ""
+        hosts = f"{settings.attention} attention{members}, {settings.experts} expert hosts on Ray{cut}"
     elif settings.directory:
         hosts = f"those of the cluster at {settings.directory}"
     transport = "mTLS" if settings.tls_client_ca else "TLS" if settings.tls_certificate else "plaintext"

@@ -39,6 +39,8 @@ def serve(
     autoscale_min: Annotated[int | None, typer.Option(help="Fewest expert hosts [1].")] = None,
     replicas: Annotated[int | None, typer.Option(help="Copies of every expert, where memory allows [2].")] = None,
     expert_slices: Annotated[int | None, typer.Option(help="Slices every expert is cut into [1].")] = None,
+    stages: Annotated[int | None, typer.Option(help="Pipeline stages of each attention worker [1].")] = None,
+    tensor: Annotated[int | None, typer.Option(help="Tensor-parallel ranks of each stage [1].")] = None,
     expert_memory_bytes: ExpertMemory = None,
     gateway: Annotated[bool | None, typer.Option(help="Serve clients from this process too.")] = None,
     admin_address: Annotated[str | None, typer.Option(help="host:port of ClusterService [127.0.0.1:50052].")] = None,

@@ -12,7 +12,11 @@ from llama4_dist.v1 import cluster_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """A process of the cluster; `num_experts` counts the (layer, expert) pairs it holds, or slices of them."""
+    """A process of the cluster; `num_experts` counts the (layer, expert) pairs it holds, or slices of them.
+
+    Where the model is cut, `group` names the leader of its attention group, `formation` how often that was formed, 0
+    while it is not; a stage has `num_layers` from `first_layer` on.
+    """
 
     worker: str
     role: str
@@ -24,6 +28,12 @@ class Worker:
     epoch: int
     num_experts: int
     memory_bytes: int
+    group: str = ""
+    stage: int = 0
+    rank: int = 0
+    first_layer: int = 0
+    num_layers: int = 0
+    formation: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +135,12 @@ def worker_from_proto(message: cluster_pb2.Worker) -> Worker:
         epoch=message.epoch,
         num_experts=message.num_experts,
         memory_bytes=message.memory_bytes,
+        group=message.group,
+        stage=message.stage,
+        rank=message.rank,
+        first_layer=message.first_layer,
+        num_layers=message.num_layers,
+        formation=message.formation,
     )
 
 

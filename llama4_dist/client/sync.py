@@ -168,15 +168,19 @@ class Client:
 
     def wait_ready(self, timeout_s: float = 30.0) -> None:
         """Wait until the gateway is ready; UnavailableError if it is not in time."""
+        self.wait_for("readiness", timeout_s)
+
+    def wait_for(self, service: str, timeout_s: float) -> None:
+        """Wait until a condition holds; UnavailableError if it does not in time."""
         deadline_s = time.monotonic() + timeout_s
         while (remaining_s := deadline_s - time.monotonic()) > 0:
             try:
-                if self.health(timeout_s=remaining_s):
+                if self.health(service, timeout_s=remaining_s):
                     return
             except (UnavailableError, DeadlineExceededError):
                 pass  # not listening yet
             time.sleep(POLL_S)
-        raise UnavailableError(f"the gateway is not ready after {timeout_s} s", reason="NOT_READY")
+        raise UnavailableError(f"the gateway is not ready: {service} is off after {timeout_s} s", reason="NOT_READY")
 
     def _call(self, service: str, method: str, request: Any, timeout_s: float | None) -> Any:
         attempts = Attempts(self._options, timeout_s, len(self._endpoints))

@@ -1,35 +1,22 @@
-"""Who a peer is and how it proves it: a mutual HMAC-SHA256 challenge with the cluster secret. Does no input or output.
+"""Who a peer of a link to an expert host is, and on what both sides agree. Does no input or output.
 
-    worker to host   magic 4 | version u16 | zero u16 | nonce 32
-    host to worker   the same, with the host's nonce
-    worker to host   proof 32 | length u32 | Hello as msgpack
-    host to worker   proof 32 | length u32 | Hello as msgpack, or the reason of a refusal
-
-A proof is an HMAC over side, both nonces and every later byte, so it holds for one connection and one Hello, and no
-byte of msgpack is parsed before it is checked. The worker proves itself first: a stranger learns nothing.
+How each proves that it knows the cluster secret is `challenge`'s.
 """
 
-import hashlib
-import hmac
-import secrets
-import struct
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields, replace
 from enum import StrEnum
 
 import msgpack
 
+from llama4_dist.dispatch.challenge import MAX_HELLO_BYTES, Acceptor, Dialler
+from llama4_dist.dispatch.challenge import failed as _failed
 from llama4_dist.dispatch.frame import FrameRules
 from llama4_dist.dispatch.links.link import DTYPES, LinkLimits
 from llama4_dist.dispatch.links.wire import WireFormat
 from llama4_dist.errors import HandshakeError
 
 _MAGIC = b"L4DH"
-VERSION = 3
-_GREETING = struct.Struct("<4sHH32s")
-_PROVEN = struct.Struct("<32sI")
-_MAX_HELLO_BYTES = 2048
-_MIN_SECRET_BYTES = 16
 _MAX_ID = 128
 _REMEDIES = {
     "num_slices": ": start all workers of a cluster with the same `expert_slices`",
@@ -121,117 +108,40 @@ class HostHandshake:
         self.refusal = ""  # why the peer, though it knows the secret, is not taken; send the answer, then close
         self._hello = hello
         self._limits = limits
-        self._secret = secret
-        self._nonce = secrets.token_bytes(32)
-        self._peer_nonce = b""
-        self._buffer = b""
         self._admit = admit
         self._may_share = may_share
+        self._challenge = Acceptor(secret, self._answer, magic=_MAGIC)
 
     def feed(self, received: bytes) -> bytes:
         """Take bytes and return the bytes to answer with; HandshakeError means close without an answer."""
-        self._buffer += received
-        if not self._peer_nonce:
-            if len(self._buffer) < _GREETING.size:
-                return b""
-            self._peer_nonce = _nonce_of(self._take(_GREETING.size))
-            return _greeting(self._nonce) + self.feed(b"")
-        if len(self._buffer) < _PROVEN.size:
-            return b""
-        proof, length = _PROVEN.unpack_from(self._buffer)
-        if length > _MAX_HELLO_BYTES:
-            raise _failed("HELLO_LENGTH", f"a Hello of {length} bytes; at most {_MAX_HELLO_BYTES}")
-        if len(self._buffer) < _PROVEN.size + length:
-            return b""
-        self._take(_PROVEN.size)
-        body = self._take(length)
-        if self._buffer:
-            raise _failed("BYTES_BEFORE_ANSWER", "the peer sent more before it was accepted")
-        nonces = self._peer_nonce + self._nonce
-        if not hmac.compare_digest(proof, _proof(self._secret, b"worker", nonces, body)):
-            raise _failed("SECRET_WRONG", "the peer does not know the cluster secret")
-        return self._answer(nonces + body, body)
+        return self._challenge.feed(received)
 
     def admit_again(self, peer: Hello) -> None:
         """Ask once more whether the peer is wanted, where time has passed since the answer."""
         if self._admit is not None:
             self._admit(peer)
 
-    def _answer(self, transcript: bytes, body: bytes) -> bytes:
+    def _answer(self, body: bytes) -> bytes:
         try:
             agreement = _agree(self._hello, self._limits, self._may_share, body, Role.ATTENTION)
             if self._admit is not None:
                 self._admit(agreement.peer)
             self.agreement = agreement
-            answer = _pack(self._hello, self._limits, self._may_share)
+            return _pack(self._hello, self._limits, self._may_share)
         except HandshakeError as error:
             self.refusal = error.reason
-            answer = msgpack.packb([error.reason])
-        return _PROVEN.pack(_proof(self._secret, b"host", transcript, answer), len(answer)) + answer
-
-    def _take(self, length: int) -> bytes:
-        taken, self._buffer = self._buffer[:length], self._buffer[length:]
-        return taken
+            refusal: bytes = msgpack.packb([error.reason])
+            return refusal
 
 
-class WorkerHandshake:
-    """The worker's side: send `greeting`, then `prove` with what came back, then `finish` with the answer."""
-
-    ANSWER_PREFIX_BYTES = _PROVEN.size
-    GREETING_BYTES = _GREETING.size
+class WorkerHandshake(Dialler[Agreement]):
+    """The worker's side of one connection."""
 
     def __init__(self, hello: Hello, limits: LinkLimits, secret: bytes, *, may_share: bool = False) -> None:
-        self._may_share = may_share
-        self._hello = hello
-        self._limits = limits
-        self._secret = secret
-        self._nonce = secrets.token_bytes(32)
+        def read(body: bytes) -> Agreement:
+            return _agree(hello, limits, may_share, body, Role.EXPERT)
 
-    def greeting(self) -> bytes:
-        return _greeting(self._nonce)
-
-    def prove(self, host_greeting: bytes) -> bytes:
-        body = _pack(self._hello, self._limits, self._may_share)
-        nonces = self._nonce + _nonce_of(host_greeting)
-        self._transcript = nonces + body
-        return _PROVEN.pack(_proof(self._secret, b"worker", nonces, body), len(body)) + body
-
-    def answer_len(self, prefix: bytes) -> int:
-        """Return how many bytes follow the answer's prefix."""
-        length: int = _PROVEN.unpack(prefix)[1]
-        if length > _MAX_HELLO_BYTES:
-            raise _failed("HELLO_LENGTH", f"an answer of {length} bytes; at most {_MAX_HELLO_BYTES}")
-        return length
-
-    def finish(self, prefix: bytes, body: bytes) -> Agreement:
-        """Check the host's answer; HandshakeError with the host's reason when it refused."""
-        proof = _PROVEN.unpack(prefix)[0]
-        if not hmac.compare_digest(proof, _proof(self._secret, b"host", self._transcript, body)):
-            raise _failed("SECRET_WRONG", "the host does not know the cluster secret")
-        return _agree(self._hello, self._limits, self._may_share, body, Role.EXPERT)
-
-
-def check_secret(secret: bytes) -> None:
-    """Refuse a secret short enough to be guessed."""
-    if len(secret) < _MIN_SECRET_BYTES:
-        raise ValueError(f"the cluster secret has {len(secret)} bytes; use at least {_MIN_SECRET_BYTES} random ones")
-
-
-def _greeting(nonce: bytes) -> bytes:
-    return _GREETING.pack(_MAGIC, VERSION, 0, nonce)
-
-
-def _nonce_of(greeting: bytes) -> bytes:
-    magic, version, zero, nonce = _GREETING.unpack(greeting)
-    if magic != _MAGIC or zero:
-        raise _failed("GREETING_WRONG", "the peer does not speak this protocol")
-    if version != VERSION:
-        raise _failed("PROTOCOL_VERSION", f"the peer speaks protocol version {version}, this build {VERSION}")
-    return bytes(nonce)
-
-
-def _proof(secret: bytes, side: bytes, transcript: bytes, body: bytes) -> bytes:
-    return hmac.new(secret, side + b"\0" + transcript + body, hashlib.sha256).digest()
+        super().__init__(secret, _pack(hello, limits, may_share), read, magic=_MAGIC)
 
 
 def _pack(hello: Hello, limits: LinkLimits, may_share: bool) -> bytes:
@@ -264,7 +174,7 @@ def _agree(own: Hello, limits: LinkLimits, may_share: bool, body: bytes, role: R
 
 def _parse(body: bytes) -> tuple[Hello, int, int, int, int]:
     try:
-        values = msgpack.unpackb(body, max_str_len=_MAX_HELLO_BYTES, max_array_len=16, max_map_len=0, max_ext_len=0)
+        values = msgpack.unpackb(body, max_str_len=MAX_HELLO_BYTES, max_array_len=16, max_map_len=0, max_ext_len=0)
     except (ValueError, msgpack.UnpackException):
         raise _failed("HELLO_NOT_MSGPACK", "the peer's Hello is no msgpack array") from None
     if type(values) is list and len(values) == 1 and type(values[0]) is str:
@@ -280,7 +190,3 @@ def _parse(body: bytes) -> tuple[Hello, int, int, int, int]:
         return Hello(**dict(zip(names, values, strict=False))), *values[len(names) :]
     except ValueError as error:
         raise _failed("HELLO_RANGE", str(error)) from None
-
-
-def _failed(reason: str, message: str) -> HandshakeError:
-    return HandshakeError(message, reason=reason)

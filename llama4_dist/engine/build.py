@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 
 from llama4_dist.checkpoint.reader import Checkpoint
@@ -21,6 +20,7 @@ from llama4_dist.engine.inproc_members import start_inproc_members
 from llama4_dist.engine.kv_dtype import resolve_kv_dtype
 from llama4_dist.engine.local import LocalEngine
 from llama4_dist.engine.members_plan import MembersPlan, plan_members
+from llama4_dist.engine.memory import memory_bytes
 from llama4_dist.engine.one_device import MeasuredModel, idle_dispatcher, load_on_one_device
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError
@@ -160,7 +160,7 @@ def build_single_process(  # noqa: PLR0913 - the settings of an engine, all by n
                 options,
                 dtype=torch_dtype,
                 device=device,
-                memory_bytes=_memory_bytes(device) // partition.num_members,
+                memory_bytes=memory_bytes(device) // partition.num_members,
             )
             if is_native(torch_dtype, device):
                 threads.leave_to_native()
@@ -221,7 +221,7 @@ def build_single_process(  # noqa: PLR0913 - the settings of an engine, all by n
 def _whole_cache(checkpoint: Checkpoint, options: EngineOptions, *, dtype: torch.dtype, device: str) -> KVCache:
     config = checkpoint.config
     kv_dtype = resolve_kv_dtype(options.kv_dtype, compute_dtype=dtype, device=device)
-    num_pages = kv_sizing.num_pages(config, options, dtype_bytes=kv_dtype.itemsize, memory_bytes=_memory_bytes(device))
+    num_pages = kv_sizing.num_pages(config, options, dtype_bytes=kv_dtype.itemsize, memory_bytes=memory_bytes(device))
     return KVCache(
         config,
         num_pages=num_pages,
@@ -231,9 +231,3 @@ def _whole_cache(checkpoint: Checkpoint, options: EngineOptions, *, dtype: torch
         compute_dtype=dtype,
         model_hash=checkpoint.model_hash,
     )
-
-
-def _memory_bytes(device: str) -> int:
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().total)

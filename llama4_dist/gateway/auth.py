@@ -6,8 +6,9 @@ Health checks are exempt, so that a probe needs no secret.
 
 import hashlib
 import hmac
+import os
 import stat
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def read_tokens(file: Path) -> Tokens:
         raise ConfigError(f"token_file {file}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"token_file {file}: tokens are printable ASCII") from None
-    if info.st_mode & (stat.S_IRGRP | stat.S_IROTH | stat.S_IWGRP | stat.S_IWOTH):
+    if is_open_to_others(info, user=os.geteuid(), groups={os.getegid(), *os.getgroups()}):
         raise ConfigError(f"token_file {file} is open to other users: chmod 600 it")
     scopes = [parse_line(line, file) for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if not 1 <= len(scopes) <= MAX_TOKENS:
@@ -69,6 +70,17 @@ def read_tokens(file: Path) -> Tokens:
             f"token_file {file} holds {len(scopes)} tokens in {info.st_size} bytes: give 1 to {MAX_TOKENS}"
         )
     return Tokens(scopes)
+
+
+def is_open_to_others(info: os.stat_result, *, user: int, groups: Collection[int]) -> bool:
+    """Tell whether anybody but this user may read or write the file.
+
+    Root may hand a file to a service by the service's own group, and Kubernetes and systemd do: a Secret's volume is
+    root's, mode 0440, of the pod's fsGroup.
+    """
+    handed_over = info.st_uid == 0 and user != 0 and info.st_gid in groups
+    forbidden = stat.S_IROTH | stat.S_IWOTH | stat.S_IWGRP | (0 if handed_over else stat.S_IRGRP)
+    return bool(info.st_mode & forbidden)
 
 
 def parse_line(line: str, file: Path) -> tuple[str, Scope]:

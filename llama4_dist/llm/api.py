@@ -19,6 +19,7 @@ from llama4_dist.errors import ConfigError, FieldViolation, InvalidRequestError,
 from llama4_dist.llm.inputs import Messages, conversation_list, prompt_list, sampling_list
 from llama4_dist.llm.open_engine import Progress, open_engine, shown
 from llama4_dist.llm.runner import Runner
+from llama4_dist.partition import Partition
 from llama4_dist.request import Completion, EngineLimits, Prompt, Sampling
 from llama4_dist.text.chat import encode_chat
 from llama4_dist.text.request_state import RequestState
@@ -35,7 +36,9 @@ class LLM:
     `num_expert_hosts` 0 runs all in this process and never imports Ray; N puts the experts on N hosts and attention on
     `num_attention_workers` more, on the cluster at `ray_address` or on one started here. Every expert is cut into
     `expert_slices`, so that hosts may hold parts of it; it is part of the arithmetic. `expert_memory_bytes` is how much
-    of the experts each host keeps in memory: the others are read when they are asked for. `dtype` "auto" is the
+    of the experts each host keeps in memory: the others are read when they are asked for. The layers of an attention
+    worker are cut into `num_stages`, and each into `num_ranks`: members hold one part each, in processes of their own
+    where there are expert hosts. The number of ranks is part of the arithmetic. `dtype` "auto" is the
     checkpoint's own. `weights` "int8" takes half the memory of bfloat16 and changes tokens; it needs a processor with a
     compiler. `max_context` and `kv_cache_bytes` default to what model and memory allow; `num_threads` are CPU
     threads of the attention side. `progress` True shows a bar while weights load; a function gets (done, total).
@@ -55,6 +58,8 @@ class LLM:
         expert_slices: int = 1,
         expert_memory_bytes: int | None = None,
         num_attention_workers: int = 1,
+        num_stages: int = 1,
+        num_ranks: int = 1,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
         max_context: int | None = None,
@@ -68,6 +73,10 @@ class LLM:
             raise ConfigError(f"num_expert_hosts={num_expert_hosts} must be 0 (this process only) or more")
         if num_expert_hosts == 0 and (num_attention_workers != 1 or ray_address is not None):
             raise ConfigError("num_attention_workers and ray_address need num_expert_hosts of at least 1")
+        try:
+            partition = Partition(num_stages=num_stages, num_ranks=num_ranks)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         checkpoint = Checkpoint.open(model_dir)  # headers only; each worker maps the weights it needs
         checkpoint.close()
         self.config: ModelConfig = checkpoint.config
@@ -94,6 +103,7 @@ class LLM:
                 dtype=dtype,
                 weights=weights,
                 expert_slices=expert_slices,
+                partition=partition,
                 expert_memory_bytes=expert_memory_bytes,
                 device=device,
                 num_threads=num_threads,

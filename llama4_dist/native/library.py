@@ -2,7 +2,8 @@
 
 Compiled here and not shipped, because the passes pay only with the vector width of the very processor. The library is
 kept in the user's cache under a name that hashes sources, compiler, flags and processor, so that a home shared by
-machines of different kinds serves all of them. Without a compiler everything works, with library calls instead.
+machines of different kinds serves all of them. Without a compiler everything works, with library calls instead;
+`prebuilt.py` serves machines that shall have none.
 """
 
 import atexit
@@ -44,6 +45,12 @@ def library() -> Path | None:
     if os.environ.get(SWITCH, "1") == "0":
         log.info("native_passes_off variable=%s", SWITCH)
         return None
+    if made := os.environ.get("LLAMA4_DIST_NATIVE_LIBRARY"):
+        from llama4_dist.native.prebuilt import find_prebuilt  # which needs this module's sources
+
+        prebuilt = find_prebuilt(Path(made), _cpuinfo())
+        if prebuilt is not None:
+            return prebuilt
     wanted = os.environ.get("CXX", "g++")
     compiler = shutil.which(wanted)
     if compiler is None:
@@ -120,11 +127,18 @@ def _run(command: list[str]) -> bytes:
 
 def _processor() -> str:
     """Return what `-march=native` looks at."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
+    text = _cpuinfo()
+    if not text:
         return platform.processor()
     return "\n".join(re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", text.split("\n\n")[0], re.MULTILINE))
+
+
+def _cpuinfo() -> str:
+    """Return what the kernel says of the processors; nothing where it says nothing."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
 
 
 def _first_line(error: Exception) -> str:

@@ -6,12 +6,13 @@ It says why a layout is illegal for a geometry; whether it fits a memory is `pla
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from llama4_dist.checkpoint.expert_slices import slice_bounds
 from llama4_dist.config import ModelConfig
 from llama4_dist.errors import ConfigError
+from llama4_dist.partition import Partition, check_partition
 from llama4_dist.planner import formats
 
 MOST = {"stages": 1024, "ranks": 4096, "groups": 1 << 16, "hosts": 1 << 16, "sequences": 1 << 20}
-COLUMNS = 128  # an expert is cut at multiples of so many columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +83,12 @@ def objections(layout: Layout, config: ModelConfig) -> Iterator[str]:
     if not config.moe_layer_ids:
         yield "the model has no routed experts: there is nothing to spread over expert hosts"
         return
-    yield from _group_objections(layout, config)
     units = config.num_experts * layout.slices
-    if layout.slices > config.expert_width // COLUMNS and layout.slices > 1:
-        yield f"slices={layout.slices} are more than expert width {config.expert_width} has blocks of {COLUMNS} columns"
+    try:
+        check_partition(config, Partition(num_stages=layout.stages, num_ranks=layout.ranks))
+        slice_bounds(config.expert_width, layout.slices)
+    except ValueError as error:  # what the engine says of it
+        yield str(error)
     if layout.hosts < layout.slices * layout.replicas:
         copies = f"{layout.slices} slices x {layout.replicas} replicas of an expert"
         yield f"{copies} need {layout.slices * layout.replicas} hosts, not {layout.hosts}"
@@ -96,13 +99,3 @@ def objections(layout: Layout, config: ModelConfig) -> Iterator[str]:
         )
     if layout.microbatches > layout.sequences:
         yield f"microbatches={layout.microbatches} exceed the batch of {layout.sequences} sequences"
-
-
-def _group_objections(layout: Layout, config: ModelConfig) -> Iterator[str]:
-    ranks, kv_heads = layout.ranks, config.num_kv_heads
-    if layout.stages > config.num_layers:
-        yield f"stages={layout.stages} exceed the {config.num_layers} layers"
-    if config.num_heads % ranks:
-        yield f"T={ranks} does not divide the {config.num_heads} query heads: choose a divisor"
-    if (kv_heads % ranks) if ranks <= kv_heads else (ranks % kv_heads):
-        yield f"T={ranks} neither divides nor is a multiple of the {kv_heads} KV heads"

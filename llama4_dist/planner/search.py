@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from llama4_dist.checkpoint.expert_slices import GRAINS
 from llama4_dist.errors import ConfigError
 from llama4_dist.planner import formats
-from llama4_dist.planner.layout import COLUMNS, Layout
+from llama4_dist.planner.layout import Layout
 from llama4_dist.planner.memory import memory_of
 from llama4_dist.planner.parse import MOST_GPUS
 from llama4_dist.planner.plan import Plan, evaluate, refusals
@@ -72,7 +73,7 @@ def shapes(request: PlanRequest) -> Iterator[Layout]:
     """Yield layouts with a batch of one: every cut of a group, every number of slices, hosts that fill evenly."""
     config, devices = request.geometry.config, request.num_gpus
     for stages, ranks in _cuts(request):
-        for slices in _powers(min(MOST_SLICES, max(1, config.expert_width // COLUMNS))):
+        for slices in _powers(min(MOST_SLICES, max(1, config.expert_width // GRAINS[0]))):
             for hosts in _divisors(config.num_experts * slices * request.defaults.replicas):
                 for groups in _group_numbers((devices - hosts) // (stages * ranks), request.objective):
                     yield request.with_layout(stages=stages, ranks=ranks, slices=slices, hosts=hosts, groups=groups)

@@ -104,6 +104,11 @@ class DirectoryEngine:
                 if answer.engines:
                     return dict(answer.engines)
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise UnavailableError(
+                    f"the directory named no attention worker in {timeout_s:g} s: is the cluster there, and loaded? "
+                    "directory_timeout_s says how long a gateway waits"
+                ) from None
             raise from_rpc_error(error) from None
         finally:
             call.cancel()

@@ -67,6 +67,15 @@ class StageRunner:
             wrong_answers=wrong_answers + self._newly_wrong(),
         )
 
+    def leave(self) -> None:
+        """Leave the ranks, so that one that gathers does not wait; all that comes is WORKER_LOST until `rejoin`.
+
+        To be called by the thread that calls `run`.
+        """
+        if self._model.reduction is not None:
+            self._model.reduction.ranks.abort()
+        self.lost = self.lost or worker_lost("this member has left its group")
+
     def rejoin(self, ranks: Ranks | None) -> None:
         """Be a member of a group that was formed anew, with the weights read before; what the cache holds is void.
 

@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cllama4_dist/v1/cluster.proto\x12\x0ellama4_dist.v1\x1a#google/longrunning/operations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\">\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\x05\x12\x0e\n\x06slices\x18\x03 \x03(\x05\"\x9a\x02\n\x06Worker\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12(\n\x04role\x18\x02 \x01(\x0e\x32\x1a.llama4_dist.v1.WorkerRole\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.llama4_dist.v1.WorkerState\x12\x13\n\x0bincarnation\x18\x04 \x01(\x03\x12\x0b\n\x03pid\x18\x05 \x01(\x03\x12\x0c\n\x04node\x18\x06 \x01(\t\x12\x11\n\taddresses\x18\x07 \x03(\t\x12\r\n\x05\x65poch\x18\x08 \x01(\x03\x12\x13\n\x0bnum_experts\x18\t \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\n \x01(\x03\x12-\n\x07\x65xperts\x18\x0b \x03(\x0b\x32\x1c.llama4_dist.v1.LayerExperts\"\x8d\x01\n\x07\x43luster\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x14\n\x0cnum_replicas\x18\x03 \x01(\x05\x12\'\n\x07workers\x18\x04 \x03(\x0b\x32\x16.llama4_dist.v1.Worker\x12\x11\n\toperation\x18\x05 \x01(\t\x12\x12\n\nnum_slices\x18\x06 \x01(\x05\"\x13\n\x11GetClusterRequest\"e\n\x12ListWorkersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12(\n\x04role\x18\x03 \x01(\x0e\x32\x1a.llama4_dist.v1.WorkerRole\"W\n\x13ListWorkersResponse\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.llama4_dist.v1.Worker\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"C\n\x13WatchClusterRequest\x12,\n\theartbeat\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8d\x01\n\x14WatchClusterResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12*\n\x07\x63luster\x18\x02 \x01(\x0b\x32\x17.llama4_dist.v1.ClusterH\x00\x12.\n\theartbeat\x18\x03 \x01(\x0b\x32\x19.llama4_dist.v1.HeartbeatH\x00\x42\x07\n\x05\x65vent\"5\n\tHeartbeat\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa1\x01\n\x16ScaleExpertPoolRequest\x12\x19\n\x0ctarget_hosts\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x30\n\rdrain_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0f\n\r_target_hosts\"v\n\x17RebalanceExpertsRequest\x12\x15\n\rvalidate_only\x18\x01 \x01(\x08\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x30\n\rdrain_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x81\x01\n\x12\x44rainWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x30\n\rdrain_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd0\x01\n\rClusterChange\x12\x14\n\x0chosts_before\x18\x01 \x01(\x05\x12\x13\n\x0bhosts_after\x18\x02 \x01(\x05\x12\x13\n\x0b\x61\x64\x64\x65\x64_hosts\x18\x03 \x03(\t\x12\x15\n\rremoved_hosts\x18\x04 \x03(\t\x12\x13\n\x0b\x66reed_nodes\x18\t \x03(\t\x12\x11\n\tnum_moves\x18\x05 \x01(\x05\x12\x11\n\tnum_bytes\x18\x06 \x01(\x03\x12\x16\n\x0e\x62\x61lance_before\x18\x07 \x01(\x01\x12\x15\n\rbalance_after\x18\x08 \x01(\x01\"\xb1\x03\n\x11OperationMetadata\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.llama4_dist.v1.OperationKind\x12-\n\x05phase\x18\x02 \x01(\x0e\x32\x1e.llama4_dist.v1.OperationPhase\x12\x18\n\x10progress_percent\x18\x03 \x01(\x05\x12-\n\x06\x63hange\x18\x04 \x01(\x0b\x32\x1d.llama4_dist.v1.ClusterChange\x12\x13\n\x0bhosts_ready\x18\x05 \x01(\x05\x12\x12\n\nmoves_done\x18\x06 \x01(\x05\x12\x13\n\x0b\x62ytes_moved\x18\x07 \x01(\x03\x12\x11\n\tpaused_ms\x18\x08 \x01(\x01\x12\r\n\x05\x65poch\x18\t \x01(\x03\x12$\n\x08warnings\x18\n \x03(\x0b\x32\x12.google.rpc.Status\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nrequest_id\x18\r \x01(\t*x\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x1a\n\x16WORKER_ROLE_CONTROLLER\x10\x01\x12\x19\n\x15WORKER_ROLE_ATTENTION\x10\x02\x12\x16\n\x12WORKER_ROLE_EXPERT\x10\x03*\xa5\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10WORKER_STATE_NEW\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x16\n\x12WORKER_STATE_READY\x10\x03\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x04\x12\x15\n\x11WORKER_STATE_LOST\x10\x05*\x9c\x01\n\rOperationKind\x12\x1e\n\x1aOPERATION_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14OPERATION_KIND_SCALE\x10\x01\x12\x1c\n\x18OPERATION_KIND_REBALANCE\x10\x02\x12\x18\n\x14OPERATION_KIND_DRAIN\x10\x03\x12\x19\n\x15OPERATION_KIND_REPAIR\x10\x04*\xe2\x02\n\x0eOperationPhase\x12\x1f\n\x1bOPERATION_PHASE_UNSPECIFIED\x10\x00\x12\x1c\n\x18OPERATION_PHASE_PLANNING\x10\x01\x12 \n\x1cOPERATION_PHASE_PROVISIONING\x10\x02\x12\x1b\n\x17OPERATION_PHASE_LOADING\x10\x03\x12\x1d\n\x19OPERATION_PHASE_VERIFYING\x10\x04\x12\x1e\n\x1aOPERATION_PHASE_COMMITTING\x10\x05\x12\x1c\n\x18OPERATION_PHASE_DRAINING\x10\x06\x12 \n\x1cOPERATION_PHASE_ROLLING_BACK\x10\x07\x12\x18\n\x14OPERATION_PHASE_DONE\x10\x08\x12\x1d\n\x19OPERATION_PHASE_CANCELLED\x10\t\x12\x1a\n\x16OPERATION_PHASE_FAILED\x10\n2\x8d\x05\n\x0e\x43lusterService\x12H\n\nGetCluster\x12!.llama4_dist.v1.GetClusterRequest\x1a\x17.llama4_dist.v1.Cluster\x12V\n\x0bListWorkers\x12\".llama4_dist.v1.ListWorkersRequest\x1a#.llama4_dist.v1.ListWorkersResponse\x12[\n\x0cWatchCluster\x12#.llama4_dist.v1.WatchClusterRequest\x1a$.llama4_dist.v1.WatchClusterResponse0\x01\x12\x7f\n\x0fScaleExpertPool\x12&.llama4_dist.v1.ScaleExpertPoolRequest\x1a\x1d.google.longrunning.Operation\"%\xca\x41\"\n\rClusterChange\x12\x11OperationMetadata\x12\x81\x01\n\x10RebalanceExperts\x12\'.llama4_dist.v1.RebalanceExpertsRequest\x1a\x1d.google.longrunning.Operation\"%\xca\x41\"\n\rClusterChange\x12\x11OperationMetadata\x12w\n\x0b\x44rainWorker\x12\".llama4_dist.v1.DrainWorkerRequest\x1a\x1d.google.longrunning.Operation\"%\xca\x41\"\n\rClusterChange\x12\x11OperationMetadatab\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cllama4_dist/v1/cluster.proto\x12\x0ellama4_dist.v1\x1a#google/longrunning/operations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\">\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\x05\x12\x0e\n\x06slices\x18\x03 \x03(\x05\"\x82\x03\n\x06Worker\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12(\n\x04role\x18\x02 \x01(\x0e\x32\x1a.llama4_dist.v1.WorkerRole\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.llama4_dist.v1.WorkerState\x12\x13\n\x0bincarnation\x18\x04 \x01(\x03\x12\x0b\n\x03pid\x18\x05 \x01(\x03\x12\x0c\n\x04node\x18\x06 \x01(\t\x12\x11\n\taddresses\x18\x07 \x03(\t\x12\r\n\x05\x65poch\x18\x08 \x01(\x03\x12\x13\n\x0bnum_experts\x18\t \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\n \x01(\x03\x12-\n\x07\x65xperts\x18\x0b \x03(\x0b\x32\x1c.llama4_dist.v1.LayerExperts\x12\r\n\x05group\x18\x0c \x01(\t\x12\r\n\x05stage\x18\r \x01(\x05\x12\x0c\n\x04rank\x18\x0e \x01(\x05\x12\x13\n\x0b\x66irst_layer\x18\x0f \x01(\x05\x12\x12\n\nnum_layers\x18\x10 \x01(\x05\x12\x11\n\tformation\x18\x11 \x01(\x03\"\x8d\x01\n\x07\x43luster\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x14\n\x0cnum_replicas\x18\x03 \x01(\x05\x12\'\n\x07workers\x18\x04 \x03(\x0b\x32\x16.llama4_dist.v1.Worker\x12\x11\n\toperation\x18\x05 \x01(\t\x12\x12\n\nnum_slices\x18\x06 \x01(\x05\"\x13\n\x11GetClusterRequest\"e\n\x12ListWorkersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12(\n\x04role\x18\x03 \x01(\x0e\x32\x1a.llama4_dist.v1.WorkerRole\"W\n\x13ListWorkersResponse\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.llama4_dist.v1.Worker\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"C\n\x13WatchClusterRequest\x12,\n\theartbeat\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8d\x01\n\x14WatchClusterResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12*\n\x07\x63luster\x18\x02 \x01(\x0b\x32\x17.llama4_dist.v1.ClusterH\x00\x12.\n\theartbeat\x18\x03 \x01(\x0b\x32\x19.llama4_dist.v1.HeartbeatH\x00\x42\x07\n\x05\x65vent\"5\n\tHeartbeat\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa1\x01\n\x16ScaleExpertPoolRequest\x12\x19\n\x0ctarget_hosts\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x30\n\rdrain_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0f\n\r_target_hosts\"v\n\x17RebalanceExpertsRequest\x12\x15\n\rvalidate_only\x18\x01 \x01(\x08\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x30\n\rdrain_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x81\x01\n\x12\x44rainWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x30\n\rdrain_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd0\x01\n\rClusterChange\x12\x14\n\x0chosts_before\x18\x01 \x01(\x05\x12\x13\n\x0bhosts_after\x18\x02 \x01(\x05\x12\x13\n\x0b\x61\x64\x64\x65\x64_hosts\x18\x03 \x03(\t\x12\x15\n\rremoved_hosts\x18\x04 \x03(\t\x12\x13\n\x0b\x66reed_nodes\x18\t \x03(\t\x12\x11\n\tnum_moves\x18\x05 \x01(\x05\x12\x11\n\tnum_bytes\x18\x06 \x01(\x03\x12\x16\n\x0e\x62\x61lance_before\x18\x07 \x01(\x01\x12\x15\n\rbalance_after\x18\x08 \x01(\x01\"\xb1\x03\n\x11OperationMetadata\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.llama4_dist.v1.OperationKind\x12-\n\x05phase\x18\x02 \x01(\x0e\x32\x1e.llama4_dist.v1.OperationPhase\x12\x18\n\x10progress_percent\x18\x03 \x01(\x05\x12-\n\x06\x63hange\x18\x04 \x01(\x0b\x32\x1d.llama4_dist.v1.ClusterChange\x12\x13\n\x0bhosts_ready\x18\x05 \x01(\x05\x12\x12\n\nmoves_done\x18\x06 \x01(\x05\x12\x13\n\x0b\x62ytes_moved\x18\x07 \x01(\x03\x12\x11\n\tpaused_ms\x18\x08 \x01(\x01\x12\r\n\x05\x65poch\x18\t \x01(\x03\x12$\n\x08warnings\x18\n \x03(\x0b\x32\x12.google.rpc.Status\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nrequest_id\x18\r \x01(\t*\x8f\x01\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x1a\n\x16WORKER_ROLE_CONTROLLER\x10\x01\x12\x19\n\x15WORKER_ROLE_ATTENTION\x10\x02\x12\x16\n\x12WORKER_ROLE_EXPERT\x10\x03\x12\x15\n\x11WORKER_ROLE_STAGE\x10\x04*\xa5\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10WORKER_STATE_NEW\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x16\n\x12WORKER_STATE_READY\x10\x03\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x04\x12\x15\n\x11WORKER_STATE_LOST\x10\x05*\x9c\x01\n\rOperationKind\x12\x1e\n\x1aOPERATION_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14OPERATION_KIND_SCALE\x10\x01\x12\x1c\n\x18OPERATION_KIND_REBALANCE\x10\x02\x12\x18\n\x14OPERATION_KIND_DRAIN\x10\x03\x12\x19\n\x15OPERATION_KIND_REPAIR\x10\x04*\xe2\x02\n\x0eOperationPhase\x12\x1f\n\x1bOPERATION_PHASE_UNSPECIFIED\x10\x00\x12\x1c\n\x18OPERATION_PHASE_PLANNING\x10\x01\x12 \n\x1cOPERATION_PHASE_PROVISIONING\x10\x02\x12\x1b\n\x17OPERATION_PHASE_LOADING\x10\x03\x12\x1d\n\x19OPERATION_PHASE_VERIFYING\x10\x04\x12\x1e\n\x1aOPERATION_PHASE_COMMITTING\x10\x05\x12\x1c\n\x18OPERATION_PHASE_DRAINING\x10\x06\x12 \n\x1cOPERATION_PHASE_ROLLING_BACK\x10\x07\x12\x18\n\x14OPERATION_PHASE_DONE\x10\x08\x12\x1d\n\x19OPERATION_PHASE_CANCELLED\x10\t\x12\x1a\n\x16OPERATION_PHASE_FAILED\x10\n2\x8d\x05\n\x0e\x43lusterService\x12H\n\nGetCluster\x12!.llama4_dist.v1.GetClusterRequest\x1a\x17.llama4_dist.v1.Cluster\x12V\n\x0bListWorkers\x12\".llama4_dist.v1.ListWorkersRequest\x1a#.llama4_dist.v1.ListWorkersResponse\x12[\n\x0cWatchCluster\x12#.llama4_dist.v1.WatchClusterRequest\x1a$.llama4_dist.v1.WatchClusterResponse0\x01\x12\x7f\n\x0fScaleExpertPool\x12&.llama4_dist.v1.ScaleExpertPoolRequest\x1a\x1d.google.longrunning.Operation\"%\xca\x41\"\n\rClusterChange\x12\x11OperationMetadata\x12\x81\x01\n\x10RebalanceExperts\x12\'.llama4_dist.v1.RebalanceExpertsRequest\x1a\x1d.google.longrunning.Operation\"%\xca\x41\"\n\rClusterChange\x12\x11OperationMetadata\x12w\n\x0b\x44rainWorker\x12\".llama4_dist.v1.DrainWorkerRequest\x1a\x1d.google.longrunning.Operation\"%\xca\x41\"\n\rClusterChange\x12\x11OperationMetadatab\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,42 +41,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLUSTERSERVICE'].methods_by_name['RebalanceExperts']._serialized_options = b'\312A\"\n\rClusterChange\022\021OperationMetadata'
   _globals['_CLUSTERSERVICE'].methods_by_name['DrainWorker']._loaded_options = None
   _globals['_CLUSTERSERVICE'].methods_by_name['DrainWorker']._serialized_options = b'\312A\"\n\rClusterChange\022\021OperationMetadata'
-  _globals['_WORKERROLE']._serialized_start=2212
-  _globals['_WORKERROLE']._serialized_end=2332
-  _globals['_WORKERSTATE']._serialized_start=2335
-  _globals['_WORKERSTATE']._serialized_end=2500
-  _globals['_OPERATIONKIND']._serialized_start=2503
-  _globals['_OPERATIONKIND']._serialized_end=2659
-  _globals['_OPERATIONPHASE']._serialized_start=2662
-  _globals['_OPERATIONPHASE']._serialized_end=3016
+  _globals['_WORKERROLE']._serialized_start=2317
+  _globals['_WORKERROLE']._serialized_end=2460
+  _globals['_WORKERSTATE']._serialized_start=2463
+  _globals['_WORKERSTATE']._serialized_end=2628
+  _globals['_OPERATIONKIND']._serialized_start=2631
+  _globals['_OPERATIONKIND']._serialized_end=2787
+  _globals['_OPERATIONPHASE']._serialized_start=2790
+  _globals['_OPERATIONPHASE']._serialized_end=3144
   _globals['_LAYEREXPERTS']._serialized_start=175
   _globals['_LAYEREXPERTS']._serialized_end=237
   _globals['_WORKER']._serialized_start=240
-  _globals['_WORKER']._serialized_end=522
-  _globals['_CLUSTER']._serialized_start=525
-  _globals['_CLUSTER']._serialized_end=666
-  _globals['_GETCLUSTERREQUEST']._serialized_start=668
-  _globals['_GETCLUSTERREQUEST']._serialized_end=687
-  _globals['_LISTWORKERSREQUEST']._serialized_start=689
-  _globals['_LISTWORKERSREQUEST']._serialized_end=790
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=792
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=879
-  _globals['_WATCHCLUSTERREQUEST']._serialized_start=881
-  _globals['_WATCHCLUSTERREQUEST']._serialized_end=948
-  _globals['_WATCHCLUSTERRESPONSE']._serialized_start=951
-  _globals['_WATCHCLUSTERRESPONSE']._serialized_end=1092
-  _globals['_HEARTBEAT']._serialized_start=1094
-  _globals['_HEARTBEAT']._serialized_end=1147
-  _globals['_SCALEEXPERTPOOLREQUEST']._serialized_start=1150
-  _globals['_SCALEEXPERTPOOLREQUEST']._serialized_end=1311
-  _globals['_REBALANCEEXPERTSREQUEST']._serialized_start=1313
-  _globals['_REBALANCEEXPERTSREQUEST']._serialized_end=1431
-  _globals['_DRAINWORKERREQUEST']._serialized_start=1434
-  _globals['_DRAINWORKERREQUEST']._serialized_end=1563
-  _globals['_CLUSTERCHANGE']._serialized_start=1566
-  _globals['_CLUSTERCHANGE']._serialized_end=1774
-  _globals['_OPERATIONMETADATA']._serialized_start=1777
-  _globals['_OPERATIONMETADATA']._serialized_end=2210
-  _globals['_CLUSTERSERVICE']._serialized_start=3019
-  _globals['_CLUSTERSERVICE']._serialized_end=3672
+  _globals['_WORKER']._serialized_end=626
+  _globals['_CLUSTER']._serialized_start=629
+  _globals['_CLUSTER']._serialized_end=770
+  _globals['_GETCLUSTERREQUEST']._serialized_start=772
+  _globals['_GETCLUSTERREQUEST']._serialized_end=791
+  _globals['_LISTWORKERSREQUEST']._serialized_start=793
+  _globals['_LISTWORKERSREQUEST']._serialized_end=894
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=896
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=983
+  _globals['_WATCHCLUSTERREQUEST']._serialized_start=985
+  _globals['_WATCHCLUSTERREQUEST']._serialized_end=1052
+  _globals['_WATCHCLUSTERRESPONSE']._serialized_start=1055
+  _globals['_WATCHCLUSTERRESPONSE']._serialized_end=1196
+  _globals['_HEARTBEAT']._serialized_start=1198
+  _globals['_HEARTBEAT']._serialized_end=1251
+  _globals['_SCALEEXPERTPOOLREQUEST']._serialized_start=1254
+  _globals['_SCALEEXPERTPOOLREQUEST']._serialized_end=1415
+  _globals['_REBALANCEEXPERTSREQUEST']._serialized_start=1417
+  _globals['_REBALANCEEXPERTSREQUEST']._serialized_end=1535
+  _globals['_DRAINWORKERREQUEST']._serialized_start=1538
+  _globals['_DRAINWORKERREQUEST']._serialized_end=1667
+  _globals['_CLUSTERCHANGE']._serialized_start=1670
+  _globals['_CLUSTERCHANGE']._serialized_end=1878
+  _globals['_OPERATIONMETADATA']._serialized_start=1881
+  _globals['_OPERATIONMETADATA']._serialized_end=2314
+  _globals['_CLUSTERSERVICE']._serialized_start=3147
+  _globals['_CLUSTERSERVICE']._serialized_end=3800
 # @@protoc_insertion_point(module_scope)

@@ -19,6 +19,7 @@ class WorkerRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORKER_ROLE_CONTROLLER: _ClassVar[WorkerRole]
     WORKER_ROLE_ATTENTION: _ClassVar[WorkerRole]
     WORKER_ROLE_EXPERT: _ClassVar[WorkerRole]
+    WORKER_ROLE_STAGE: _ClassVar[WorkerRole]
 
 class WorkerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -54,6 +55,7 @@ WORKER_ROLE_UNSPECIFIED: WorkerRole
 WORKER_ROLE_CONTROLLER: WorkerRole
 WORKER_ROLE_ATTENTION: WorkerRole
 WORKER_ROLE_EXPERT: WorkerRole
+WORKER_ROLE_STAGE: WorkerRole
 WORKER_STATE_UNSPECIFIED: WorkerState
 WORKER_STATE_NEW: WorkerState
 WORKER_STATE_LOADING: WorkerState
@@ -88,7 +90,7 @@ class LayerExperts(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., slices: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Worker(_message.Message):
-    __slots__ = ("worker", "role", "state", "incarnation", "pid", "node", "addresses", "epoch", "num_experts", "memory_bytes", "experts")
+    __slots__ = ("worker", "role", "state", "incarnation", "pid", "node", "addresses", "epoch", "num_experts", "memory_bytes", "experts", "group", "stage", "rank", "first_layer", "num_layers", "formation")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +102,12 @@ class Worker(_message.Message):
     NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    FORMATION_FIELD_NUMBER: _ClassVar[int]
     worker: str
     role: WorkerRole
     state: WorkerState
@@ -111,7 +119,13 @@ class Worker(_message.Message):
     num_experts: int
     memory_bytes: int
     experts: _containers.RepeatedCompositeFieldContainer[LayerExperts]
-    def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., incarnation: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., epoch: _Optional[int] = ..., num_experts: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ...) -> None: ...
+    group: str
+    stage: int
+    rank: int
+    first_layer: int
+    num_layers: int
+    formation: int
+    def __init__(self, worker: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., incarnation: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., epoch: _Optional[int] = ..., num_experts: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., group: _Optional[str] = ..., stage: _Optional[int] = ..., rank: _Optional[int] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., formation: _Optional[int] = ...) -> None: ...
 
 class Cluster(_message.Message):
     __slots__ = ("model", "epoch", "num_replicas", "workers", "operation", "num_slices")

@@ -111,6 +111,13 @@ def test_generate_is_reproducible_and_matches_its_token_ids(model: Path) -> None
     assert by_text["usage"]["completion_tokens"] == len(by_ids["outputs"][0]["token_ids"])
 
 
+def test_slices_and_a_bound_on_memory_change_no_token(model: Path) -> None:
+    flags = ("generate", "the user", "--model", str(model), "--max-tokens", "8", "--temperature", "0", "--json")
+    whole = json.loads(here(*flags).stdout)
+    cut = json.loads(here(*flags, "--expert-slices", "2", "--expert-memory", "200KiB").stdout)
+    assert cut["outputs"][0]["token_ids"] == whole["outputs"][0]["token_ids"]
+
+
 def test_tokenize_round_trips_and_keeps_special_tokens_plain(model: Path) -> None:
     shown = json.loads(here("tokenize", "--model", str(model), "--json", stdin="user <|eot|>").stdout)
     assert "".join(shown["tokens"]) == "user <|eot|>"
@@ -131,6 +138,9 @@ def test_tokenize_round_trips_and_keeps_special_tokens_plain(model: Path) -> Non
             2,
             "weights='int8' is for processors",
         ),
+        (["serve", "--model", "{model}", "--expert-slices", "0"], 2, "expert_slices"),
+        (["generate", "hello", "--model", "{model}", "--expert-slices", "999"], 2, "expert_slices=999 does not fit"),
+        (["generate", "hello", "--model", "{model}", "--expert-memory", "2XB"], 2, "'2XB' is no size"),
         (["generate", "hello"], 2, "--model"),
         (["generate", "hello", "--model", "{model}", "--server", "127.0.0.1:1"], 2, "--server"),
         (["generate", "hello", "--model", "{model}", "--temperature", "nan"], 2, "temperature"),
@@ -194,3 +204,16 @@ def test_sigterm_lets_a_running_stream_end(served: tuple[subprocess.Popen[str], 
     begun = time.monotonic()
     assert process.wait(20) == 0
     assert time.monotonic() - begun < 20
+
+
+def test_a_gateway_waits_for_its_cluster_no_longer_than_told(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("0123456789abcdef0123456789abcdef")
+    (tmp_path / "secret").chmod(0o600)
+    began = time.monotonic()
+    answer = run(
+        *("gateway", "--model", str(model), "--directory", "127.0.0.1:9", "--address", "127.0.0.1:0", "--json"),
+        LLAMA4_DIST_DIRECTORY_TIMEOUT_S="0.5",
+        LLAMA4_DIST_CLUSTER_SECRET_FILE=str(tmp_path / "secret"),
+    )
+    assert answer.returncode == 4, answer.stdout + answer.stderr
+    assert time.monotonic() - began < 30, "the default would be 60 s"

@@ -141,7 +141,7 @@ def test_the_same_plan_is_the_same_bytes(tmp_path: Path) -> None:
         (("--hardware", "96H200"), "give e.g. 96xH200"),
         (("--hardware", "96xH300"), "is not in the table"),
         (("--hardware", "0xH200"), "from 1 to"),
-        (("--layout", "T=3,groups=1,hosts=16"), "T=3 does not divide"),
+        (("--layout", "T=3,groups=1,hosts=16"), "num_ranks=3 does not divide"),
         (("--layout", "T=8,groups=1,hosts=8"), "an expert GPU would hold 227.1 GB"),
         (("--layout", "T=8,groups=1,hosts=16,batch=4000"), "at most 556 fit"),
         (("--batch", "0"), "batch=0 must be from 1"),

@@ -10,16 +10,18 @@ from cluster.placement import ExpertGeometry, Pair
 from cluster.reading import HostReading
 from cluster.worker import (
     Adopted,
+    Formation,
     HostAddress,
     LoadProgress,
     Location,
     Role,
+    StageAddress,
     State,
     Topology,
     WorkerConfig,
     WorkerStatus,
 )
-from llama4_dist.errors import LinkDownError, PreconditionError
+from llama4_dist.errors import LinkDownError, PreconditionError, UnavailableError
 
 GEOMETRY = ExpertGeometry(moe_layers=(0, 1), num_experts=4, expert_width=8, expert_bytes=10)
 SWITCH_S = 0.002
@@ -36,6 +38,7 @@ class World(Protocol):
     @property
     def newest_epoch(self) -> int: ...
     def node_of(self, worker: str) -> str: ...
+    def machine_of(self, worker: str) -> str: ...
     def hosts(self) -> "dict[str, FakeHost]": ...
     def serving(self) -> "list[FakeAttention]": ...
     def note(self, kept: bool, breach: str) -> None: ...
@@ -55,7 +58,8 @@ class FakeWorker:
         return self.config.worker
 
     def location(self) -> Location:
-        return Location(node=self.world.node_of(self.name), address="127.0.0.1")
+        machine = self.world.machine_of(self.name)
+        return Location(node=self.world.node_of(self.name), address="127.0.0.1", machine=machine)
 
     def progress(self) -> LoadProgress:
         state = State.READY if self.loaded else State.LOADING
@@ -80,7 +84,14 @@ class FakeHost(FakeWorker):
         if not self.loaded:
             return None
         node = self.world.node_of(self.name)
-        return HostAddress(host=self.name, incarnation=self.incarnation, node=node, unix="unix:/x", tcp="tcp:x:1")
+        return HostAddress(
+            host=self.name,
+            incarnation=self.incarnation,
+            node=node,
+            unix="unix:/x",
+            tcp="tcp:x:1",
+            machine=self.world.machine_of(self.name),
+        )
 
     def load(self, pairs: Sequence[Pair]) -> HostAddress | None:
         self.held |= set(pairs)
@@ -136,6 +147,8 @@ class FakeAttention(FakeWorker):
 
     def __init__(self, config: WorkerConfig, world: World) -> None:
         super().__init__(config, world)
+        self.prepared = 0
+        self.formation: Formation | None = None
         self.topology_in_use: Topology | None = None
         self.served = False
         self.epochs: list[int] = []
@@ -168,7 +181,28 @@ class FakeAttention(FakeWorker):
         self.topology_in_use = topology
         return Adopted(epoch=topology.epoch, switch_s=SWITCH_S)
 
+    def prepare(self, number: int) -> StageAddress:
+        if number <= self.prepared:
+            raise PreconditionError("not newer", reason="STALE_FORMATION")
+        self.prepared, self.formation = number, None
+        return StageAddress(
+            worker=self.name, node=self.world.node_of(self.name), address="x", unix=self.where, tcp="", num_pages=9
+        )
+
+    def form(self, formation: Formation) -> None:
+        if formation.number != self.prepared:
+            raise PreconditionError("not prepared", reason="STALE_FORMATION")
+        present = {
+            one.where
+            for name, one in self.world.workers.items()
+            if isinstance(one, FakeAttention) and name not in self.world.dead
+        }
+        if not present >= {one.unix for one in (formation.leader, *formation.members)}:
+            raise UnavailableError("somebody does not answer", reason="WORKER_LOST")
+        self.formation = formation
+
     def serve(self) -> str:
+        self.world.note(not self.config.leads or self.formation is not None, f"{self.name} serves without a group")
         known = self.epochs[-1] if self.epochs else 0
         newest = self.world.newest_epoch
         self.world.note(known >= max(1, newest), f"{self.name} begins to serve with epoch {known} of {newest}")
@@ -178,12 +212,28 @@ class FakeAttention(FakeWorker):
     def status(self) -> WorkerStatus:
         return WorkerStatus(
             worker=self.name,
-            role=Role.ATTENTION,
+            role=self.config.role,
             state=State.READY if self.served else State.LOADING,
             incarnation=self.incarnation,
-            addresses=(self.where,) if self.served else (),
+            addresses=(self.where,) if self.served or (self.config.group and self.loaded) else (),
             epoch=self.epochs[-1] if self.epochs else 0,
+            group=self.config.group or (self.name if self.config.leads else ""),
+            formation=self.number,
+            last_formation=self.prepared,
         )
+
+    @property
+    def number(self) -> int:
+        """The formation it is in; one that lost a process is of no use."""
+        if self.formation is None:
+            return 0
+        live = {
+            one.where
+            for name, one in self.world.workers.items()
+            if isinstance(one, FakeAttention) and name not in self.world.dead and one.formation == self.formation
+        }
+        everybody = {one.unix for one in (self.formation.leader, *self.formation.members)}
+        return self.formation.number if live == everybody else 0
 
     def close(self) -> None:
         self.topology_in_use = None

@@ -8,10 +8,11 @@ from typing import Any
 
 from cluster.controller import Controller
 from cluster.handle import Handle
-from cluster.plan import ClusterPlan
+from cluster.plan import ClusterPlan, stages_of
 from cluster.standing import CONTROLLER
 from cluster.worker import Location, Role, WorkerConfig
 from llama4_dist.errors import UnavailableError
+from llama4_dist.partition import WHOLE, Partition
 from tests.cluster.fake_workers import GEOMETRY, FakeAttention, FakeHost, FakeWorker
 
 
@@ -96,6 +97,7 @@ class FakeSpawner:
         self.next_life: Callable[[Life], None] = lambda life: None
         self.closed = 0
         self.num_nodes = 1
+        self.machines: dict[str, str] = {}  # where nodes are pods: the machine of a worker's
 
     def spawn(self, configs: Sequence[WorkerConfig]) -> list[FakeHandle]:
         for config in configs:
@@ -163,6 +165,9 @@ class FakeSpawner:
     def node_of(self, worker: str) -> str:
         return f"node-{int(worker.rpartition('-')[2]) % self.num_nodes}"
 
+    def machine_of(self, worker: str) -> str:
+        return self.machines.get(worker, "")
+
     def note(self, kept: bool, breach: str) -> None:
         if not kept:
             self.breaches.append(breach)
@@ -182,19 +187,20 @@ class FakeSpawner:
         ]
 
 
-def configs(role: Role, count: int) -> tuple[WorkerConfig, ...]:
+def configs(role: Role, count: int, partition: Partition = WHOLE) -> tuple[WorkerConfig, ...]:
     return tuple(
         WorkerConfig(
             worker=f"{role}-{i}", role=role, model_dir=Path("m"), dtype="auto", device="cpu", num_threads=1,
-            run_dir=Path("r"), secret=b"s" * 32,
+            run_dir=Path("r"), secret=b"s" * 32, partition=partition,
         )
         for i in range(count)
     )  # fmt: skip
 
 
-def plan(num_experts: int = 2, num_attention: int = 1, **options: Any) -> ClusterPlan:
-    experts, attention = configs(Role.EXPERT, num_experts), configs(Role.ATTENTION, num_attention)
-    return ClusterPlan(model="m", geometry=GEOMETRY, experts=experts, attention=attention, **options)
+def plan(num_experts: int = 2, num_attention: int = 1, *, partition: Partition = WHOLE, **options: Any) -> ClusterPlan:
+    experts, attention = configs(Role.EXPERT, num_experts), configs(Role.ATTENTION, num_attention, partition)
+    stages = tuple(stage for leader in attention for stage in stages_of(leader, num_threads=1))
+    return ClusterPlan(model="m", geometry=GEOMETRY, experts=experts, attention=attention, stages=stages, **options)
 
 
 def fail(error: Exception) -> Callable[[], Any]:

@@ -23,6 +23,8 @@ FAST = {
     "watch.LONGEST_PAUSE_S": 0.1,
     "revival.FIRST_PAUSE_S": 0.05,
     "revival.LONGEST_PAUSE_S": 0.1,
+    "forming.FIRST_PAUSE_S": 0.05,
+    "forming.LONGEST_PAUSE_S": 0.1,
     "change.PROGRESS_INTERVAL_S": 0.02,
 }
 
@@ -108,11 +110,22 @@ class SmallCluster:
         if serving.keys() != {one.worker for one in self.plan.attention}:
             found.append(f"attention workers {sorted(serving)} serve")
         found += [f"{name} follows {one.epochs}" for name, one in serving.items() if one.topology_in_use != topology]
+        found += self._disorder_of_groups()
         if self.engines != {name: one.where for name, one in serving.items()}:
             found.append(f"engines {self.engines}")
         if set(self.processes._workers) != set(spawner.workers) - spawner.dead:
             found.append(f"the driver knows {sorted(self.processes._workers)}")
         return [*found, *self._disorder_of_hosts(topology)]
+
+    def _disorder_of_groups(self) -> list[str]:
+        found: list[str] = []
+        for group in self.plan.groups:
+            of_group = [self.spawner.workers[name] for name in group.all if name not in self.spawner.dead]
+            members = [one for one in of_group if isinstance(one, FakeAttention)]
+            if len({one.number for one in members} - {0}) != 1 or not all(one.number for one in members):
+                found.append(f"{group.leader} is formed as {[(one.name, one.number) for one in members]}")
+            found += [f"{one.name} follows {one.epochs}" for one in members if one.topology_in_use != self.topology]
+        return found
 
     def _disorder_of_hosts(self, topology: Topology) -> list[str]:
         found: list[str] = []

@@ -70,6 +70,17 @@ def test_copies_are_kept_where_hosts_and_memory_allow_and_the_operator_is_warned
     assert all(len(hosts) == 2 for hosts in cluster.topology.placement.hosts_of.values())
 
 
+def test_copies_lie_on_different_machines_where_every_pod_is_a_node(make: Make) -> None:
+    spawner = FakeSpawner()
+    spawner.num_nodes = 8
+    spawner.machines = {f"expert-{number}": machine for number, machine in enumerate("aabbab")}
+    cluster = make(4, spawner=spawner, num_replicas=2)
+    for num_hosts in (4, 6, 4):
+        cluster.scale_well(num_hosts)
+        machines = [{spawner.machines[host] for host in on} for on in cluster.topology.placement.hosts_of.values()]
+        assert machines == [{"a", "b"}] * NUM_PAIRS, num_hosts
+
+
 def test_a_host_is_drained_and_its_copies_are_elsewhere_first(make: Make) -> None:
     cluster = make(3)
     operation = cluster.end_of(cluster.control.drain("expert-1", options=ChangeOptions(request_id="d")))

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.attention_worker import usable
 from cluster.host_links import HostLinks
+from cluster.topology_follower import usable
 from cluster.worker import HostAddress
 from llama4_dist.dispatch.handshake import Hello
 from llama4_dist.dispatch.links.connect import connect

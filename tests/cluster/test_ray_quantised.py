@@ -13,6 +13,7 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError
 from llama4_dist.llm import LLM
+from llama4_dist.partition import Partition
 from llama4_dist.request import Sampling
 from tests.cluster.running import Collector, reference, some_requests
 from tests.native.compiler import needs_compiler
@@ -72,3 +73,6 @@ def test_placement_counts_what_is_stored_and_refuses_a_cut_group_before_ray_is_a
     assert geometry.expert_bytes == stored.slice_bytes(64, WIDTH) == 2 * geometry.slice_bytes
     with pytest.raises(ConfigError, match=r"expert_slices=8 cuts groups .*: take one of 1, 2, 4$"):
         RayEngine(model_dir, num_expert_hosts=2, expert_slices=8)
+    linears = make_quantised(tmp_path / "linears", "int4", linears=True)
+    with pytest.raises(ConfigError, match=r"num_ranks=4 cuts groups .*: take one of 1, 2$"):
+        RayEngine(linears, num_expert_hosts=2, partition=Partition(num_ranks=4))

@@ -122,7 +122,7 @@ def test_a_worker_dials_unix_on_its_own_node_and_tcp_elsewhere(
     _, topology = start_hosts(model_dir, tmp_path / "run", 2, resources, locations=(HERE, ELSEWHERE))
     worker, _ = start_attention(model_dir, tmp_path / "run", 0, topology, resources)
     families = {}
-    for host, link in worker._dispatcher.links.items():
+    for host, link in worker._follower.dispatcher.links.items():
         with socket.fromfd(link.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as copy:
             families[host] = copy.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
     assert families == {"expert-0": socket.AF_UNIX, "expert-1": socket.AF_INET}
@@ -133,7 +133,7 @@ def test_a_new_topology_is_adopted_between_steps_and_keeps_the_links_it_can(
 ) -> None:
     _, first = start_hosts(model_dir, tmp_path / "a", 2, resources)
     worker, engine = start_attention(model_dir, tmp_path / "a", 0, first, resources)
-    before = dict(worker._dispatcher.links)
+    before = dict(worker._follower.dispatcher.links)
     collector = Collector()
     engine.start(collector.collect)
     for request in some_requests("r"):
@@ -142,7 +142,7 @@ def test_a_new_topology_is_adopted_between_steps_and_keeps_the_links_it_can(
     swapped = {pair: tuple(reversed(hosts)) for pair, hosts in first.placement.hosts_of.items()}
     same_hosts = Topology(epoch=2, placement=type(first.placement)(hosts_of=swapped), hosts=first.hosts)
     assert worker.publish(same_hosts).epoch == 2
-    assert worker._dispatcher.links == before
+    assert worker._follower.dispatcher.links == before
     assert worker.status().epoch == 2
     collector.wait_for([f"r{index}" for index in range(6)])
     assert {name: tuple(tokens) for name, tokens in collector.tokens.items()} == expected
@@ -245,7 +245,7 @@ def test_a_topology_with_a_host_out_of_reach_is_used_and_the_host_too_when_it_co
     assert collector.run(engine, some_requests("r")) == expected
     assert engine.stats().host_rows.keys() == {"expert-0"}
     hidden.rename(path)
-    until(lambda: worker._dispatcher.links.keys() == {"expert-0", "expert-1"})
+    until(lambda: worker._follower.dispatcher.links.keys() == {"expert-0", "expert-1"})
     assert collector.run(engine, some_requests("s")) == {f"s{name[1:]}": tokens for name, tokens in expected.items()}
     assert engine.stats().host_rows["expert-1"] > 0
 
@@ -260,10 +260,10 @@ def test_a_host_that_was_lost_and_is_back_in_the_same_life_is_used_again(
     for request in some_requests("r"):
         engine.submit(request)
     collector.wait_for_tokens("r0", 1)
-    first = worker._dispatcher.links["expert-1"]
+    first = worker._follower.dispatcher.links["expert-1"]
     with socket.fromfd(first.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as copy:  # type: ignore[arg-type]
         copy.shutdown(socket.SHUT_RDWR)
-    until(lambda: worker._dispatcher.links.get("expert-1", first) is not first)
+    until(lambda: worker._follower.dispatcher.links.get("expert-1", first) is not first)
     before = host.stats().rows_by_worker["attention-0"]
     assert finish(collector) == expected
     assert collector.run(engine, some_requests("s")) == {f"s{name[1:]}": tokens for name, tokens in expected.items()}
@@ -309,8 +309,8 @@ def test_of_epochs_published_at_once_the_newest_stays(model_dir: Path, tmp_path:
     for thread in threads:
         thread.join()
     assert adopted == sorted(adopted)
-    assert worker.status().epoch == worker._dispatcher.published.epoch == epochs[-1].epoch
-    assert worker._dispatcher.links.keys() == {"expert-0", "expert-1"}
+    assert worker.status().epoch == worker._follower.dispatcher.published.epoch == epochs[-1].epoch
+    assert worker._follower.dispatcher.links.keys() == {"expert-0", "expert-1"}
 
 
 def test_a_restored_link_is_not_thrown_away_by_a_topology_that_was_on_its_way(
@@ -319,16 +319,16 @@ def test_a_restored_link_is_not_thrown_away_by_a_topology_that_was_on_its_way(
     hosts, topology = start_hosts(model_dir, tmp_path / "run", 2, resources)
     worker, engine = start_attention(model_dir, tmp_path / "run", 0, topology, resources)
     engine.start(lambda outputs: None)
-    take = worker._links.take
+    take = worker._follower.links.take
 
     def take_before_it_is_restored(addresses: Any, in_use: Any) -> Any:
         taken = take(addresses, {host: link for host, link in in_use.items() if host == "expert-0"})
         assert taken.keys() == {"expert-0"}, "the host refuses a second link"
         return taken
 
-    monkeypatch.setattr(worker._links, "take", take_before_it_is_restored)
+    monkeypatch.setattr(worker._follower.links, "take", take_before_it_is_restored)
     worker.publish(next_epoch(topology, *hosts))
-    assert worker._dispatcher.links.keys() == {"expert-0", "expert-1"}
+    assert worker._follower.dispatcher.links.keys() == {"expert-0", "expert-1"}
 
 
 def test_a_link_that_fell_while_a_topology_was_on_its_way_is_dialled_again(
@@ -337,16 +337,18 @@ def test_a_link_that_fell_while_a_topology_was_on_its_way_is_dialled_again(
     hosts, topology = start_hosts(model_dir, tmp_path / "run", 2, resources)
     worker, engine = start_attention(model_dir, tmp_path / "run", 0, topology, resources)
     engine.start(lambda outputs: None)
-    take = worker._links.take
+    take = worker._follower.links.take
 
     def take_and_fall(addresses: Any, in_use: Any) -> Any:
         taken = take(addresses, in_use)
-        worker._engine.between_steps(lambda: worker._dispatcher._exchange.posting.lose(("expert-1",), "LINK_DOWN"))
+        worker._engine.between_steps(
+            lambda: worker._follower.dispatcher._exchange.posting.lose(("expert-1",), "LINK_DOWN")
+        )
         return taken
 
-    monkeypatch.setattr(worker._links, "take", take_and_fall)
+    monkeypatch.setattr(worker._follower.links, "take", take_and_fall)
     worker.publish(next_epoch(topology, *hosts))
-    until(lambda: worker._dispatcher.links.keys() == {"expert-0", "expert-1"})
+    until(lambda: worker._follower.dispatcher.links.keys() == {"expert-0", "expert-1"})
 
 
 def test_hosts_of_one_checkpoint_agree_on_their_experts_and_load_is_counted(
@@ -392,7 +394,7 @@ def test_a_closed_host_leaves_neither_socket_file_nor_folder_nor_listener(
     host.close()
     assert not (tmp_path / "run").exists()
     with pytest.raises(LinkDownError):
-        worker._dial(address)
+        worker._follower.links._dial(address)
     assert host.status().state is State.LOST
 
 

@@ -246,7 +246,7 @@ def test_garbage_before_the_handshake_is_closed(site: Site, expect_closed, data:
     expect_closed(client, "GREETING_WRONG")
 
 
-@pytest.mark.parametrize("data", [b"", b"L4DH", b"L4DH\x03\0\0\0" + bytes(32)], ids=["silence", "part", "no proof"])
+@pytest.mark.parametrize("data", [b"", b"L4DH", b"L4DH\x04\0\0\0" + bytes(32)], ids=["silence", "part", "no proof"])
 def test_an_unfinished_handshake_times_out(site: Site, expect_closed, data: bytes) -> None:  # T29
     client = RawClient(site.server.addresses[0])
     client.send(data)
@@ -255,7 +255,7 @@ def test_an_unfinished_handshake_times_out(site: Site, expect_closed, data: byte
 
 def test_a_dribbled_handshake_times_out(site: Site, expect_closed) -> None:  # T34
     client = RawClient(site.server.addresses[0])
-    for byte in b"L4DH\x03\0\0\0" + bytes(8):
+    for byte in b"L4DH\x04\0\0\0" + bytes(8):
         client.send(bytes([byte]))
         time.sleep(0.1)
     expect_closed(client, "HANDSHAKE_TIMEOUT")
@@ -263,7 +263,7 @@ def test_a_dribbled_handshake_times_out(site: Site, expect_closed) -> None:  # T
 
 def test_another_protocol_version_is_closed(site: Site, expect_closed) -> None:  # T02
     client = RawClient(site.server.addresses[0])
-    client.send(b"L4DH\x02\0\0\0" + bytes(32))
+    client.send(b"L4DH\x03\0\0\0" + bytes(32))
     expect_closed(client, "PROTOCOL_VERSION")
 
 
@@ -277,7 +277,7 @@ def test_a_wrong_secret_learns_nothing(site: Site, expect_closed) -> None:  # T2
 @pytest.mark.parametrize("length", [2049, 0xFFFFFFFF])
 def test_a_hello_over_its_bound_is_closed_before_it_is_read(site: Site, expect_closed, length: int) -> None:
     client = RawClient(site.server.addresses[0])
-    client.send(b"L4DH\x03\0\0\0" + bytes(32) + bytes(32) + struct.pack("<I", length))
+    client.send(b"L4DH\x04\0\0\0" + bytes(32) + bytes(32) + struct.pack("<I", length))
     expect_closed(client, "HELLO_LENGTH")
 
 

@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from llama4_dist.client import Client, ConnectOptions
 from llama4_dist.errors import ConfigError, NotFoundError, UnauthenticatedError
-from llama4_dist.gateway.auth import Scope, read_tokens
+from llama4_dist.gateway.auth import Scope, is_open_to_others, read_tokens
 from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.request import Sampling
 from tests.gateway.corpus import HEALTH, INFERENCE, REFLECTION, STREAMING, UNARY
@@ -139,6 +139,25 @@ def test_a_token_file_others_can_touch_is_refused(tmp_path: Path, mode: int) -> 
         read_tokens(write_tokens(tmp_path, NORMAL, mode))
 
 
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "user", "is_open"),
+    [
+        (0, 10001, 0o440, 10001, False),  # a Secret's volume with fsGroup
+        (0, 10001, 0o460, 10001, True),
+        (0, 10001, 0o444, 10001, True),
+        (0, 500, 0o440, 10001, True),  # a group that is not the service's
+        (10001, 10001, 0o440, 10001, True),  # the service's own file: nobody but itself opened it
+        (0, 10001, 0o440, 0, True),  # root needs no group
+        (0, 10001, 0o400, 10001, False),
+    ],
+)
+def test_root_may_hand_a_token_file_to_the_group_of_a_service(
+    owner: int, group: int, mode: int, user: int, is_open: bool
+) -> None:
+    info = os.stat_result((mode, 0, 0, 1, owner, group, 0, 0, 0, 0))
+    assert is_open_to_others(info, user=user, groups={10001}) is is_open
+
+
 @pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n", "short\n", f"root {NORMAL}\n", f"a b {NORMAL}\n"])
 def test_a_token_file_without_good_tokens_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="token_file"):
@@ -177,9 +196,11 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
         GatewaySettings(address=address)
 
 
-def test_metrics_stay_on_loopback() -> None:
-    with pytest.raises(ConfigError, match="loopback"):
-        GatewaySettings(metrics_address="0.0.0.0:9100")
+@pytest.mark.parametrize("address", ["0.0.0.0:9100", "192.0.2.7:9100", "[::]:9100"])
+def test_metrics_leave_loopback_only_for_holders_of_a_token(address: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="metrics_token_file"):
+        GatewaySettings(metrics_address=address)
+    GatewaySettings(metrics_address=address, metrics_token_file=tmp_path / "tokens")
 
 
 def test_a_taken_port_is_refused(served: Served) -> None:

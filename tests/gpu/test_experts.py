@@ -59,6 +59,20 @@ def test_weights_are_those_that_were_put(checkpoint: Checkpoint) -> None:
         assert torch.equal(getattr(held, name), getattr(stored, name))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_of_two_widths_stand_beside_each_other_and_the_narrower_is_filled_up(
+    checkpoint: Checkpoint, dtype: torch.dtype
+) -> None:
+    """Units 0 and 1 of an expert: 64 and 32 of its 96 columns."""
+    slices = {(LAYER, 0): checkpoint.expert(LAYER, 5, 0, 64), (LAYER, 1): checkpoint.expert(LAYER, 5, 64, 96)}
+    held = GpuExperts(width=D, expert_width=64, num_experts=32, dtype=dtype, device="cpu")
+    held.put(slices)
+    assert held.weights(LAYER, 1).down_FD[32:].abs().max() == 0
+    groups = [(0, 2), (1, 3)]
+    expected_RD = answer(Experts(slices, width=D, dtype=dtype, device="cpu"), groups, dtype)
+    torch.testing.assert_close(answer(held, groups, dtype), expected_RD, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
 def test_an_expert_that_comes_or_goes_moves_no_other(checkpoint: Checkpoint) -> None:
     held = gpu_experts(checkpoint, range(4))
     before, places = answer(held, [(1, 3)]), held._held[LAYER, 1].down.data_ptr()

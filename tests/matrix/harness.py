@@ -46,9 +46,14 @@ class WorkerOnNode(AttentionWorker):
 
     node: Node | None = None
 
-    def _dial(self, address: HostAddress) -> Link:
-        dial = super()._dial
-        return dial(address) if self.node is None else self.node.inside(lambda: dial(address))
+    def load(self) -> None:
+        super().load()
+        links, dial = self._follower.links, self._follower.links._dial
+
+        def dial_from_node(address: HostAddress) -> Link:
+            return dial(address) if self.node is None else self.node.inside(lambda: dial(address))
+
+        links._dial = dial_from_node
 
 
 class Cluster:
@@ -147,12 +152,12 @@ class Cluster:
     @property
     def stats(self) -> DispatchStats:
         """The counters of the first worker's dispatcher."""
-        return self.workers[0]._dispatcher.stats()
+        return self.workers[0]._follower.dispatcher.stats()
 
     @property
     def live(self) -> frozenset[str]:
         """Hosts that the first worker has a link to."""
-        return frozenset(self.workers[0]._dispatcher.links)
+        return frozenset(self.workers[0]._follower.dispatcher.links)
 
     @property
     def num_adopted(self) -> int:

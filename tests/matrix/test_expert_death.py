@@ -71,7 +71,7 @@ def test_two_workers_lose_the_same_host_and_no_token(make: Make, cases: Cases) -
     with load.history.fault(KillAt(cluster.hosts["expert-1"], "computing", after=5)):
         load.wait_for_tokens(WARM)
     assert load.end(label="FX1 two workers").added_stall.max_s < MAX_STALL_S
-    lost = [worker._dispatcher.stats().lost_hosts.total() for worker in cluster.workers]
+    lost = [worker._follower.dispatcher.stats().lost_hosts.total() for worker in cluster.workers]
     assert lost == [1, 1]
 
 

@@ -78,12 +78,11 @@ def test_slices_send_a_row_to_each_of_their_hosts() -> None:
 @pytest.mark.parametrize(
     ("layout", "reason"),
     [
-        (Layout(ranks=3, hosts=16), "T=3 does not divide the 128 query heads"),
-        (Layout(stages=97, hosts=16), "stages=97 exceed the 96 layers"),
+        (Layout(ranks=3, hosts=16), "num_ranks=3 does not divide num_heads=128"),
+        (Layout(stages=97, hosts=16), "num_stages=97 exceeds num_layers=96"),
         (Layout(slices=2, hosts=1), "need 2 hosts, not 1"),
         (Layout(replicas=2, hosts=1), "need 2 hosts, not 1"),
         (Layout(hosts=17), "17 hosts are more than the 16 slices"),
-        (Layout(slices=256, hosts=256), "slices=256 are more than expert width 24064"),
         (Layout(microbatches=2, hosts=16), "microbatches=2 exceed the batch of 1"),
     ],
 )
@@ -92,9 +91,8 @@ def test_an_illegal_layout_is_refused_with_the_reason(layout: Layout, reason: st
 
 
 def test_ranks_that_straddle_kv_heads_are_refused() -> None:
-    assert list(objections(Layout(ranks=20, hosts=16), geometry("scout").config)) == [
-        "T=20 neither divides nor is a multiple of the 8 KV heads"
-    ]
+    (found,) = objections(Layout(ranks=20, hosts=16), geometry("scout").config)
+    assert found.startswith("num_ranks=20 neither divides num_kv_heads=8 nor is a multiple of it")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
 """A simulated attention worker: the real engine core, dispatcher, links to hosts and switching, without threads."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from cluster.attention_worker import AttentionWorker
-from cluster.host_links import HostLinks
+from cluster.topology_follower import TopologyFollower
 from cluster.worker import Adopted, HostAddress, Location, Role, State, Topology, WorkerConfig, WorkerStatus
 from llama4_dist.dispatch.cross_check import CrossCheck
 from llama4_dist.dispatch.dispatcher import Dispatcher
@@ -27,11 +26,9 @@ STEP_S = 0.002  # of a step without waiting
 LONGEST_STEP_S = 200.0
 
 
-class BetweenSteps:
-    """Stands in for the engine's thread: whoever asks comes between two steps."""
-
-    def between_steps(self, action: Callable[[], T]) -> T:
-        return action()
+def between_steps(action: Callable[[], T]) -> T:
+    """Stand in for the engine's thread: whoever asks comes between two steps."""
+    return action()
 
 
 class SimAttention(AttentionWorker):
@@ -44,12 +41,13 @@ class SimAttention(AttentionWorker):
         self.role = Role.ATTENTION
         self.alive = True
         self.stopped = False
+        self.is_serving = False
         self.lost_for: list[str] = []
         self.core: EngineCore
 
     def load(self) -> None:
         plan = self.world.plan
-        self._dispatcher = Dispatcher(
+        dispatcher = Dispatcher(
             worker=self.name,
             incarnation=self.incarnation,
             table=RoutingTable(epoch=0, replicas={}),
@@ -60,10 +58,15 @@ class SimAttention(AttentionWorker):
             on_lost=self._note_lost,
             clock=self.world.clock,
         )
-        self._links = HostLinks(self._dial, self._restore)
-        self._engine = BetweenSteps()  # type: ignore[assignment]
+        self._follower = TopologyFollower(
+            self.name,
+            self._epochs,
+            dispatcher_of=lambda on_lost: dispatcher,
+            dial=self._dial,
+            between_steps=between_steps,
+        )
         self.core = engine_core(
-            self._dispatcher,
+            dispatcher,
             num_blocks=plan.num_blocks,
             clock=self.world.clock,
             max_num_batched_tokens=plan.max_tokens_per_step,
@@ -72,7 +75,7 @@ class SimAttention(AttentionWorker):
         )
 
     def serve(self) -> str:
-        self._service = SimpleNamespace(address=f"{self.name}/{self.incarnation}")  # type: ignore[assignment]
+        self.is_serving = True
         self._state = State.READY
         return f"{self.name}/{self.incarnation}"
 
@@ -88,8 +91,8 @@ class SimAttention(AttentionWorker):
             state=self._state,
             incarnation=self.incarnation,
             node=self._location.node,
-            addresses=(f"{self.name}/{self.incarnation}",) if self._service is not None else (),
-            epoch=self._epoch,
+            addresses=(f"{self.name}/{self.incarnation}",) if self.is_serving else (),
+            epoch=self.epoch,
         )
 
     def close(self) -> None:
@@ -100,11 +103,11 @@ class SimAttention(AttentionWorker):
 
     @property
     def dispatcher(self) -> Dispatcher:
-        return self._dispatcher
+        return self._follower.dispatcher
 
     @property
     def epoch(self) -> int:
-        return self._epoch
+        return self._epochs.epoch
 
     def step(self) -> list[TokenOutput]:
         """Run one step of the engine; hosts may die, stop and go on meanwhile."""
@@ -118,17 +121,17 @@ class SimAttention(AttentionWorker):
 
     def redial(self) -> None:
         """Try the hosts that are down once, as the links' own thread does."""
-        self._links._dial_again()
+        self._follower.links._dial_again()
 
     def release(self) -> None:
         """Give up every link when the world ends."""
-        if self._service is not None:
-            self._dispatcher.close()
+        if self.is_serving:
+            self.dispatcher.close()
 
     def _note_lost(self, host: str, incarnation: int, reason: str) -> None:
         self.world.note(f"{self.name} gives {host}/{incarnation} up: {reason}")
         self.world.judge.on_lost(self, host, incarnation, reason)
-        self._links.lost(host, incarnation, reason)
+        self._follower.links.lost(host, incarnation, reason)
 
     def _dial(self, address: HostAddress) -> Link:
         host = self.world.host_called(address.host)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from cluster.attention_worker import AttentionWorker
 from cluster.change import ChangeRun
+from cluster.epochs import Epochs
 from cluster.host_links import HostLinks
 from cluster.watch import Watch
 from llama4_dist.dispatch.cross_check import CrossCheck
@@ -45,14 +45,15 @@ def _fail_at_once(core: EngineCore, held: Mapping[Any, Any]) -> list[Any]:
     return [core._end(sequence, error=error) for sequence, error in tuple(held.items())]
 
 
-_publish, _commit, _release, _new_exchange = (
-    AttentionWorker.publish, ChangeRun._commit, Scheduler._release, Dispatcher._new_exchange,
+_check, _commit, _release, _new_exchange = (
+    Epochs.check, ChangeRun._commit, Scheduler._release, Dispatcher._new_exchange,
 )  # fmt: skip
 
 
-def _any_epoch(worker: AttentionWorker, topology: Any) -> Any:
-    worker._epoch = -1
-    return _publish(worker, topology)
+def _any_epoch(epochs: Epochs, topology: Any) -> None:
+    known, epochs.topology = epochs.topology, None
+    _check(epochs, topology)
+    epochs.topology = known
 
 
 def _free_first(change: ChangeRun, topology: Any) -> None:
@@ -83,7 +84,7 @@ OFF: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "refusals": (Exchange, "_refused", _ignore_refusal),
     "strayed experts": (Routes, "stray", _nothing),
     "engine hold": (EngineCore, "_hold", _fail_at_once),
-    "epoch check": (AttentionWorker, "publish", _any_epoch),
+    "epoch check": (Epochs, "check", _any_epoch),
     "keep only after ack": (ChangeRun, "_commit", _free_first),
     "repair": (Watch, "_repair", _nothing),
     "catching up": (Watch, "_catch_up", _nothing),

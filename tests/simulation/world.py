@@ -71,7 +71,7 @@ class World:
 
     def barred(self, worker: SimAttention) -> set[str]:
         """Hosts that a worker does not dial again."""
-        return {host for host, _ in worker._links._barred}
+        return {host for host, _ in worker._follower.links._barred}
 
     @property
     def is_idle(self) -> bool:

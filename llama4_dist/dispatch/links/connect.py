@@ -4,7 +4,8 @@ import logging
 import socket
 import time
 
-from llama4_dist.dispatch.handshake import Agreement, Hello, WorkerHandshake, check_secret
+from llama4_dist.dispatch.challenge import Agreed, Dialler, check_secret
+from llama4_dist.dispatch.handshake import Hello, WorkerHandshake
 from llama4_dist.dispatch.links.address import parse_address
 from llama4_dist.dispatch.links.link import DTYPES, Link, LinkLimits
 from llama4_dist.dispatch.links.shared_rows import MEMORIES, close_all, is_possible, make_memories
@@ -39,7 +40,7 @@ def connect_plain(address: str, *, hello: Hello, secret: bytes, limits: LinkLimi
         connection.settimeout(timeout_s)
         connection.connect(target)
         may_share = family == socket.AF_UNIX and limits.shared_from_bytes > 0 and is_possible()
-        agreement = _shake_hands(connection, WorkerHandshake(hello, limits, secret, may_share=may_share), deadline)
+        agreement = shake_hands(connection, WorkerHandshake(hello, limits, secret, may_share=may_share), deadline)
         prepare_connection(connection)
         if not agreement.shares:
             return SocketLink(connection, agreement, initiator=True)
@@ -62,10 +63,11 @@ def connect_plain(address: str, *, hello: Hello, secret: bytes, limits: LinkLimi
         raise
 
 
-def _shake_hands(connection: socket.socket, handshake: WorkerHandshake, deadline: float) -> Agreement:
+def shake_hands(connection: socket.socket, handshake: Dialler[Agreed], deadline: float) -> Agreed:
+    """Prove who we are on a connection just made, and return what was agreed; HandshakeError, OSError."""
     connection.sendall(handshake.greeting())
-    connection.sendall(handshake.prove(_receive_exactly(connection, WorkerHandshake.GREETING_BYTES, deadline)))
-    prefix = _receive_exactly(connection, WorkerHandshake.ANSWER_PREFIX_BYTES, deadline)
+    connection.sendall(handshake.prove(_receive_exactly(connection, Dialler.GREETING_BYTES, deadline)))
+    prefix = _receive_exactly(connection, Dialler.ANSWER_PREFIX_BYTES, deadline)
     return handshake.finish(prefix, _receive_exactly(connection, handshake.answer_len(prefix), deadline))
 
 

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from llama4_dist.dispatch.handshake import Agreement, Hello, HostHandshake, check_secret
+from llama4_dist.dispatch.challenge import check_secret
+from llama4_dist.dispatch.handshake import Agreement, Hello, HostHandshake
 from llama4_dist.dispatch.links.address import address_of, bind
 from llama4_dist.dispatch.links.connect import prepare_connection
 from llama4_dist.dispatch.links.link import LinkLimits
