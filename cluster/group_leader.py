@@ -63,6 +63,11 @@ class GroupLeader:
         self._group: LedGroup | None = None
         self._resources = ExitStack()
 
+    @property
+    def epoch(self) -> int:
+        """The epoch in use."""
+        return self._epochs.epoch
+
     def location(self) -> Location:
         """Say where this worker runs."""
         return self._location

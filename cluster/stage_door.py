@@ -9,9 +9,11 @@ from llama4_dist.dispatch.links.listener import Listener
 from llama4_dist.engine.build import resolve_dtype
 from llama4_dist.engine.devices import arithmetic
 from llama4_dist.errors import PreconditionError
+from llama4_dist.stages.collective import LOOPBACK
 from llama4_dist.stages.links.dial import Target
 from llama4_dist.stages.links.door import Door
 from llama4_dist.stages.links.hello import GroupIdentity
+from llama4_dist.stages.links.member import Neighbours
 
 
 class StageDoor:
@@ -66,6 +68,22 @@ class StageDoor:
     def target(self, one: StageAddress, stage: int, rank: int) -> Target:
         """Return where to dial a place of the group from here."""
         return one.seen_from(self._location.node), stage, rank
+
+    def neighbours(self, formation: Formation) -> Neighbours:
+        """Return whom a member dials, and where its ranks gather: on the loopback where all of them share a node."""
+        config, num_ranks = self._config, self._config.partition.num_ranks
+        stage, rank = config.stage, config.rank
+        own = formation.members[stage * num_ranks : (stage + 1) * num_ranks]
+        if stage == config.partition.num_stages - 1:
+            after = self.target(formation.leader, config.partition.num_stages, 0)
+        else:
+            after = self.target(formation.members[(stage + 1) * num_ranks + rank], stage + 1, rank)
+        on_one_node = len({one.node for one in own}) == 1
+        return Neighbours(
+            after=after,
+            ranks=tuple(self.target(own[before], stage, before) for before in range(rank)),
+            address=LOOPBACK if on_one_node else self._location.address,
+        )
 
     def identity(self, checkpoint: Checkpoint, formation: Formation) -> GroupIdentity:
         """Return what all processes of a formation have alike."""

@@ -37,8 +37,8 @@ from llama4_dist.model.cpu.panels import is_native
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.reduction import Reduction
 from llama4_dist.native import threads
-from llama4_dist.stages.collective import LOOPBACK, ProcessRanks
-from llama4_dist.stages.links.member import MemberRules, Neighbours, ProcessMember
+from llama4_dist.stages.collective import ProcessRanks
+from llama4_dist.stages.links.member import MemberRules, ProcessMember
 from llama4_dist.stages.links.output_codec import OutputRules
 from llama4_dist.stages.links.plan_codec import PlanRules
 from llama4_dist.stages.member import StageRunner
@@ -64,6 +64,11 @@ class StageWorker:
         self._member: ProcessMember | None = None
         self._cache: KVCache | None = None
         self._resources = ExitStack()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in use."""
+        return self._epochs.epoch
 
     def location(self) -> Location:
         """Say where this worker runs."""
@@ -146,7 +151,7 @@ class StageWorker:
             door.check(formation)
             identity = door.identity(self._checkpoint, formation)
             runner = self._runner(formation)
-            rules, neighbours = self._rules(), self._neighbours(door, formation)
+            rules, neighbours = self._rules(), door.neighbours(formation)
             member.join(identity, runner, rules, neighbours, deadline=time.monotonic() + FORM_TIMEOUT_S)
 
     def progress(self) -> LoadProgress:
@@ -226,21 +231,6 @@ class StageWorker:
             groups=self._plan.layouts[config.stage].groups,
         )
         return MemberRules(plans=plans, rows=OutputRules(width=geometry.hidden_size, max_rows=max_tokens))
-
-    def _neighbours(self, door: StageDoor, formation: Formation) -> Neighbours:
-        config, num_ranks = self._config, self._config.partition.num_ranks
-        stage, rank = config.stage, config.rank
-        own = formation.members[stage * num_ranks : (stage + 1) * num_ranks]
-        if stage == config.partition.num_stages - 1:
-            after = door.target(formation.leader, config.partition.num_stages, 0)
-        else:
-            after = door.target(formation.members[(stage + 1) * num_ranks + rank], stage + 1, rank)
-        on_one_node = len({one.node for one in own}) == 1
-        return Neighbours(
-            after=after,
-            ranks=tuple(door.target(own[before], stage, before) for before in range(rank)),
-            address=LOOPBACK if on_one_node else self._location.address,
-        )
 
     def _between_parts(self, action: Callable[[], T]) -> T:
         member = self._member

@@ -26,6 +26,9 @@ HEARTBEAT = gauge("worker_heartbeat_age_seconds", "Since the worker last answere
 MEMORY = gauge("worker_resident_memory_bytes", "Resident memory, shared pages included.", WORKER, ROLE)
 CPU = counter("worker_cpu_seconds", "Processor time of the worker.", WORKER, ROLE)
 ADOPTED_EPOCH = gauge("worker_epoch", "Epoch the attention worker uses.", WORKER)
+FORMATION = gauge(
+    "worker_formation", "Which formation of its attention group a process is in; 0 = none.", WORKER, "group"
+)
 LOST = counter("workers_lost", "Processes the controller found gone or silent.", WORKER, ROLE)
 
 # Families of one number of an expert host.
@@ -50,8 +53,8 @@ EXPERT_TOKENS = counter("expert_tokens", "Rows by expert, over all hosts; off by
 
 CLUSTER_FAMILIES = (
     CONTROLLER_UP, HEAD_UP, READING_AGE, EPOCH, REPLICAS, ENDED, RUNNING, UP, HEARTBEAT, MEMORY, CPU, ADOPTED_EPOCH,
-    LOST, TOKENS, COMPUTE, FRAMES, POOLED, ADOPTED, QUEUE, LINKS, WEIGHTS, RESIDENT, MAPPED, HITS, MISSES, REFUSALS,
-    CLOSED, BALANCE, BALANCE_MEAN, EXPERT_TOKENS,
+    FORMATION, LOST, TOKENS, COMPUTE, FRAMES, POOLED, ADOPTED, QUEUE, LINKS, WEIGHTS, RESIDENT, MAPPED, HITS, MISSES,
+    REFUSALS, CLOSED, BALANCE, BALANCE_MEAN, EXPERT_TOKENS,
 )  # fmt: skip
 
 
@@ -69,6 +72,8 @@ def cluster_metrics(reading: ClusterReading) -> Iterator[Metric]:
     yield MEMORY.of(*((names(one), one.status.memory_bytes) for one in lately))
     yield CPU.of(*((names(one), one.status.cpu_s) for one in lately))
     yield ADOPTED_EPOCH.of(*(((one.status.worker,), one.status.epoch) for one in lately if one.status.epoch))
+    grouped = [one.status for one in lately if one.status.group]
+    yield FORMATION.of(*(((one.worker, one.group), one.formation) for one in grouped))
     yield from host_metrics({one.load.host: one for one in reading.hosts})
 
 

@@ -22,6 +22,7 @@ VICTIMS = {
     Action.KILL_EXPERT: "expert",
     Action.STOP_EXPERT: "expert",
     Action.KILL_ATTENTION: "attention",
+    Action.KILL_STAGE: "stage",
     Action.KILL_CONTROLLER: "controller",
 }
 
@@ -111,7 +112,8 @@ class Blows:
         now = [one for one in cluster.workers if one.worker == victim.worker]
         if not now:
             return True  # scaled away
-        return now[0].state == "ready" and (not killed or now[0].pid != victim.pid)
+        is_formed = not now[0].group or now[0].formation > 0
+        return now[0].state == "ready" and is_formed and (not killed or now[0].pid != victim.pid)
 
     def _phase(self, operation: str) -> str:
         """Say what the cluster is doing."""

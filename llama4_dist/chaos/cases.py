@@ -36,10 +36,13 @@ def make_cases(encode_ids: Sequence[Sequence[int]], *, max_tokens: int) -> tuple
     return tuple(Case(prompt=tuple(ids), sampling=sampling) for ids in encode_ids for sampling in (greedy, drawn))
 
 
-def answers_of(model: Path, cases: Sequence[Case], *, dtype: str) -> Reference:
-    """Compute what each case has to be answered, in this process, without experts elsewhere."""
+def answers_of(model: Path, cases: Sequence[Case], *, dtype: str, num_ranks: int = 1) -> Reference:
+    """Compute what each case has to be answered, in this process, without experts elsewhere.
+
+    The number of ranks is part of the arithmetic; that of stages changes no bit.
+    """
     tokens: dict[str, tuple[tuple[int, ...], ...]] = {}
-    with LLM(model, dtype=dtype) as llm:
+    with LLM(model, dtype=dtype, num_ranks=num_ranks) as llm:
         for sampling in {id(case.sampling): case.sampling for case in cases}.values():
             alike = [case.prompt for case in cases if case.sampling is sampling]
             for prompt, completion in zip(alike, llm.generate(alike, sampling), strict=True):

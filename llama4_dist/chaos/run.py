@@ -31,6 +31,8 @@ class ChaosOptions:
     model: Path
     num_experts: int = 4
     num_attention: int = 2
+    num_stages: int = 1  # of each attention worker
+    num_ranks: int = 1  # of each stage
     num_gateways: int = 1
     num_streams: int = 4
     max_tokens: int = 48
@@ -69,14 +71,15 @@ def run_chaos(
 ) -> ChaosResult:
     """Serve, load, strike and judge; nothing that was started is left behind."""
     cases = make_cases(prompts_of(options.model), max_tokens=options.max_tokens)
-    reference = answers_of(options.model, cases, dtype=options.dtype)
+    reference = answers_of(options.model, cases, dtype=options.dtype, num_ranks=options.num_ranks)
+    cut = ("--stages", str(options.num_stages), "--tensor", str(options.num_ranks))
     with (
         serving(
             options.model,
             num_experts=options.num_experts,
             num_attention=options.num_attention,
             num_gateways=options.num_gateways,
-            flags=("--dtype", options.dtype),
+            flags=("--dtype", options.dtype, *cut),
         ) as served,
         History(history_file, seed=plan.seed) as history,
         AdminClient(served.admin_address) as admin,

@@ -12,6 +12,7 @@ class Action(StrEnum):
     KILL_EXPERT = "kill_expert"
     STOP_EXPERT = "stop_expert"
     KILL_ATTENTION = "kill_attention"
+    KILL_STAGE = "kill_stage"
     KILL_CONTROLLER = "kill_controller"
     KILL_GATEWAY = "kill_gateway"
     SCALE = "scale"
@@ -40,6 +41,7 @@ class ChaosPlan:
     stop_every_s: float | None = None
     scale_every_s: float | None = 20.0
     kill_attention_every_s: float | None = None
+    kill_stage_every_s: float | None = None
     kill_controller_every_s: float | None = None
     kill_gateway_every_s: float | None = None
     hosts: tuple[int, ...] = (6, 3, 4)
@@ -55,7 +57,7 @@ class ChaosPlan:
             raise ValueError(f"hosts={self.hosts}: give sizes from 1 on")
 
     def _periods(self) -> Iterator[tuple[str, float | None]]:
-        for name in ("kill", "stop", "scale", "kill_attention", "kill_controller", "kill_gateway"):
+        for name in ("kill", "stop", "scale", "kill_attention", "kill_stage", "kill_controller", "kill_gateway"):
             yield f"{name}_every_s", getattr(self, f"{name}_every_s")
 
 
@@ -69,6 +71,7 @@ def steps(plan: ChaosPlan) -> list[Step]:
         (Action.KILL_CONTROLLER, plan.kill_controller_every_s),
         (Action.KILL_GATEWAY, plan.kill_gateway_every_s),
         (Action.SCALE, plan.scale_every_s),
+        (Action.KILL_STAGE, plan.kill_stage_every_s),
     )
     found: list[Step] = []
     for action, every_s in kinds:

@@ -167,6 +167,8 @@ class LiveRequests:
     def _park(self, live: LiveRequest, fate: Fate, error: Llama4Error | None) -> None:
         if live.member is not None:
             live.member.num_live -= 1
+            if fate is Fate.REPLAY:
+                live.member.lost_s = self.clock()
         live.leave(fate, error, self.clock())
         self._waiting.append(live)
         self.wake()

@@ -18,11 +18,12 @@ MAX_FRUITLESS = 8
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Member:
-    """An engine of a group and the requests it has."""
+    """An engine of a group and the requests it has; `lost_s` is when it last gave a request up that it had."""
 
     name: str
     engine: Engine
     num_live: int = 0
+    lost_s: float | None = None
 
 
 class Fate(Enum):

@@ -26,6 +26,8 @@ from llama4_dist.telemetry.tracing import active, is_sampled, ours
 
 log = logging.getLogger(__name__)
 
+AVOIDED_S = 10.0  # as long as a process takes to start
+
 
 class Replayer:
     """Calls engines and the listener, neither of them under the lock of `requests`.
@@ -95,7 +97,8 @@ class Replayer:
         """Give a request to the first engine in order that takes it; return why none did."""
         refusal: Llama4Error = UnavailableError("no engine is in the group")
         request, left, since_s = live.continuation(time.monotonic()), live.left, live.waits_since_s
-        for member in self._order(request):
+        # An engine that lost its model's group takes requests and lets them wait: one that computes is better.
+        for member in sorted(self._order(request), key=lambda one: was_lost(one, time.monotonic())):
             if member in live.full and not live.num_replays:
                 continue
             self._requests.own(live, member)
@@ -195,6 +198,11 @@ def record_replay(live: LiveRequest, left: Member, member: Member, since_s: floa
         return
     said = ours(**{"from": left.name, "to": member.name, "replays": live.num_replays})
     tracing.record("replay", live.request.trace, (now_s if since_s is None else since_s, now_s), said)
+
+
+def was_lost(member: Member, now_s: float) -> bool:
+    """Tell whether an engine gave a request up a moment ago; then any other is asked first."""
+    return member.lost_s is not None and now_s - member.lost_s < AVOIDED_S
 
 
 def is_refusal(error: BaseException, live: LiveRequest) -> TypeGuard[Llama4Error]:

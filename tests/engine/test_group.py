@@ -403,6 +403,20 @@ def test_an_engine_that_was_lost_says_nothing_more_of_what_it_had(script: Script
     assert [output.queue_s for output in outputs] == [0.5, None, None]
 
 
+def test_an_engine_that_lost_a_request_is_asked_last_for_a_while(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may take requests and have nothing to compute them with; its load would be the least."""
+    script.group.submit(request("r", PROMPT, max_tokens=9))
+    script.say(0, error=LOST)
+    poll(lambda: script.holders() == [1, 1, 0])
+    script.group.submit(request("s", (9, 8, 7), max_tokens=9))
+    assert script.holders() == [1, 1, 1]
+    monkeypatch.setattr("llama4_dist.engine.replayer.AVOIDED_S", 0.0)
+    script.group.submit(request("t", (6, 5, 4), max_tokens=9))
+    assert script.holders() == [2, 1, 1]
+
+
 def test_a_request_without_a_seed_is_given_one_that_the_next_engine_draws_by_too(script: Script) -> None:
     script.group.submit(request("r", PROMPT, max_tokens=9, seed=None))
     script.say(0, token_ids=(1,))

@@ -279,3 +279,12 @@ def test_expert_hosts_answer_as_one_process_does(llm: LLM, model_dir: Path) -> N
         assert loaded[-1][0] == loaded[-1][1] > 0
         assert [completion.token_ids for completion in cluster.generate(prompts, GREEDY)] == expected
         assert len(cluster.stats().host_rows) == 2
+
+
+def test_a_model_that_is_cut_answers_as_one_that_is_not(llm: LLM, model_dir: Path) -> None:
+    prompts = ["the first", "a second prompt"]
+    expected = [completion.token_ids for completion in llm.generate(prompts, GREEDY)]
+    with LLM(model_dir, num_stages=2, num_ranks=2, num_threads=1, kv_cache_bytes=1 << 22) as cut:
+        assert [completion.token_ids for completion in cut.generate(prompts, GREEDY)] == expected
+    with pytest.raises(ConfigError, match="num_stages=0 must be at least 1"):
+        LLM(model_dir, num_stages=0)
