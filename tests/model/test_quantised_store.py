@@ -9,6 +9,7 @@ import torch
 
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.errors import ConfigError, UnavailableError
+from llama4_dist.model.expert import Experts
 from llama4_dist.model.expert_cut import ExpertCut
 from llama4_dist.model.expert_store import KERNEL_MAPS, ExpertStore
 from tests.model.test_expert_store import resident_bytes
@@ -117,12 +118,16 @@ def test_memory_stays_within_the_bound_and_every_bit_is_the_same(wide: tuple[str
     bounded = ExpertStore(Checkpoint.open(path), num_slices=num_slices, residency_bytes=limit, **CPU)
     bounded.add(pairs)
     before, out_RD = anonymous_bytes() + resident_bytes(path), torch.empty(3, 512)
-    residency = bounded.residency
+    residency, experts = bounded.residency, bounded._experts
     assert residency is not None
+    assert isinstance(experts, Experts)
     for (layer, groups, x_RD), right_RD in zip(questions, expected, strict=True):
         bounded(layer, groups, x_RD, out_RD)
         assert torch.equal(out_RD, right_RD)
         assert residency.num_resident * weight_bytes <= residency.bytes_resident <= limit
+        num_copies = sum("network" in vars(one) for one in experts._held.values())
+        assert num_copies == (0 if form == "int4" else residency.num_resident)
+        assert experts.bytes_expanded <= (limit if form == "int4" else 0)
         used = anonymous_bytes() + resident_bytes(path) - before
         assert used < limit + 2 * KERNEL_MAPS + 8 * MIB, "of 48 that are stored in eight bits, or of 192 expanded"
     assert residency.hits + residency.misses == 3 * len(questions)
@@ -140,8 +145,9 @@ def test_a_fingerprint_leaves_nothing_in_memory_that_was_not_there(wide: tuple[s
     pairs = [(0, expert) for expert in range(12)]
     for one in (store, free):
         one.add(pairs)
+    before = resident_bytes(path)
     prints = [store.fingerprint(pair) for pair in pairs]
-    assert resident_bytes(path) < 4 * MIB
+    assert resident_bytes(path) - before < 4 * MIB
     assert prints == [free.fingerprint(pair) for pair in pairs]
 
 
