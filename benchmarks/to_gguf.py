@@ -40,6 +40,8 @@ TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "l
 def convert(model_dir: Path, path: Path) -> None:
     """Write the checkpoint in `model_dir` to the GGUF file `path`, in its own dtype."""
     checkpoint = Checkpoint.open(model_dir)
+    if checkpoint.scheme is not None:
+        raise ValueError(f"the checkpoint is quantised ({checkpoint.scheme.title}): convert the one it was made of")
     refuse_others(checkpoint.config)
     writer = gguf.GGUFWriter(path, "llama4")
     write_metadata(writer, checkpoint.config)

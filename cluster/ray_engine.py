@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -25,8 +26,8 @@ from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.port import EngineStats, OnOutputs
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.expert_cut import ExpertCut
-from llama4_dist.model.weight_format import STORED, check_weight_format_name, expert_bytes
-from llama4_dist.partition import WHOLE, Partition, check_partition
+from llama4_dist.model.weight_format import STORED, check_weight_format_name
+from llama4_dist.partition import WHOLE, Partition
 from llama4_dist.request import EngineLimits, EngineRequest
 from llama4_dist.rpc.cluster_secret import cluster_secret
 from llama4_dist.rpc.directory import DirectoryServer
@@ -83,7 +84,7 @@ class RayEngine:
     ) -> None:
         model_dir = Path(model_dir).resolve()
         check_weight_format_name(weights, device)  # whether there is a compiler each worker says for its own node
-        geometry = read_geometry(model_dir, dtype, weights, expert_slices)
+        geometry = read_geometry(model_dir, dtype, weights, expert_slices, device)
         check_cut(model_dir, partition)
         secret, run_id = secret or cluster_secret(), f"llama4-{secrets.token_hex(4)}"
         run_dir = Path(tempfile.gettempdir()) / run_id
@@ -212,7 +213,7 @@ def check_cut(model_dir: Path, partition: Partition) -> None:
     """Raise ConfigError, before any process starts, where a checkpoint's model cannot be cut so."""
     checkpoint = Checkpoint.open(model_dir)
     try:
-        check_partition(checkpoint.config, partition)
+        checkpoint.shares_of(partition)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     finally:
@@ -224,20 +225,27 @@ def default_threads(num_workers: int) -> int:
     return max(1, min(8, os.cpu_count() or 1) // max(1, num_workers))
 
 
-def read_geometry(model_dir: Path, dtype: str, weights: str = STORED, expert_slices: int = 1) -> ExpertGeometry:
+def read_geometry(
+    model_dir: Path, dtype: str, weights: str = STORED, expert_slices: int = 1, device: str = "cpu"
+) -> ExpertGeometry:
     """Read what is to be placed from the checkpoint's headers; ConfigError for a cut that does not fit."""
     checkpoint = Checkpoint.open(model_dir)
     try:
         config = checkpoint.config
-        torch_dtype = resolve_dtype(dtype, config.dtype)
-        cut = ExpertCut.of(config, dtype=torch_dtype, weight_format=weights, num_slices=expert_slices)
+        cut_into = partial(
+            ExpertCut.of,
+            checkpoint,
+            dtype=resolve_dtype(dtype, config.dtype),
+            device=device,
+            weight_format=weights,
+        )
         return ExpertGeometry(
             moe_layers=config.moe_layer_ids,
             num_experts=config.num_experts,
             expert_width=config.expert_width,
-            expert_bytes=expert_bytes(config, dtype=torch_dtype, weight_format=weights),
+            expert_bytes=cut_into(num_slices=1).most_bytes,
             num_slices=expert_slices,
-            slice_bytes=cut.most_bytes,
+            slice_bytes=cut_into(num_slices=expert_slices).most_bytes,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -81,5 +81,9 @@ class Fields:
             raise self.fault(key, f"is {shown(value)}; an object is expected")
         return Fields(value, self._file, f"{self._prefix}{key}.")
 
+    def keys(self) -> tuple[str, ...]:
+        """Return the keys that stand here, those with null included."""
+        return tuple(self._content)
+
     def has(self, key: str) -> bool:
         return self._content.get(key) is not None

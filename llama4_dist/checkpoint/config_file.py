@@ -92,8 +92,6 @@ def _refuse_unsupported(fields: Fields) -> None:
     """Refuse what would run a stranger's code, and what would silently compute another function."""
     if fields.has("auto_map"):
         raise fields.fault("auto_map", "asks for code from the checkpoint directory, which is never run: remove it")
-    if fields.has("quantization_config"):
-        raise fields.fault("quantization_config", "is set; only float32, bfloat16 and float16 weights are read")
     if fields.string("hidden_act", "silu") != "silu":
         raise fields.fault("hidden_act", f"is {shown(fields.find('hidden_act'))}; only silu is supported")
     if fields.boolean("attention_bias", False):

@@ -14,7 +14,10 @@ from llama4_dist.checkpoint.blocks import Block, matrix_block
 from llama4_dist.checkpoint.cluster_shape import ClusterShape
 from llama4_dist.checkpoint.expert_blocks import expert_blocks
 from llama4_dist.checkpoint.names import EMBEDDING, ExpertLayout, Shape, expected_tensors, is_routed
+from llama4_dist.checkpoint.quantised_coverage import Opened, is_as_meant, opened_as_stored, rectangle_of
+from llama4_dist.checkpoint.quantised_tensors import QuantisedEntry
 from llama4_dist.checkpoint.rectangles import Cell, Rectangle, cells
+from llama4_dist.checkpoint.scheme import Scheme
 from llama4_dist.config import ModelConfig
 from llama4_dist.partition import Partition, Share, shares_of
 
@@ -36,33 +39,58 @@ class CoverageFault:
 class Coverage:
     """What was checked, and the elements opened by each worker."""
 
-    num_tensors: int
+    num_tensors: int  # as stored: of a quantised linear two or three
     num_ranges: int
     num_elements: int
     elements_of: Mapping[str, int]
     faults: tuple[CoverageFault, ...]
 
 
-def prove_coverage(config: ModelConfig, layout: ExpertLayout, shape: ClusterShape, *, max_faults: int = 20) -> Coverage:
-    """Check every tensor; at most `max_faults` faults are listed, the first of each tensor."""
+def prove_coverage(
+    config: ModelConfig,
+    layout: ExpertLayout,
+    shape: ClusterShape,
+    *,
+    quantised: Mapping[str, QuantisedEntry] | None = None,
+    scheme: Scheme | None = None,
+    max_faults: int = 20,
+) -> Coverage:
+    """Check every tensor; at most `max_faults` faults are listed, the first of each tensor.
+
+    Linears of `quantised` are checked by the tensors that they are stored as; ValueError where one's group is cut.
+    """
     openings: dict[str, list[Rectangle]] = defaultdict(list)
     tensors = expected_tensors(config, layout)
     elements: dict[str, int] = dict.fromkeys(shape.units, 0)
     for worker, name, block in opened(config, layout, shape):
-        openings[name].append(_rectangle(worker, tensors[name], block))
+        openings[name].append(rectangle_of(worker, tensors[name], block))
         elements[worker] = elements.get(worker, 0) + block.num_elements
-    faults = [
-        fault
-        for name, tensor in tensors.items()
-        if (fault := _first_fault(name, tensor, openings[name], num_intended(config, shape, name)))
-    ]
+    stored = list(_stored(config, shape, tensors, openings, quantised or {}, scheme))
+    faults = [fault for one in stored if (fault := _first_fault(one))]
     return Coverage(
-        num_tensors=len(tensors),
-        num_ranges=sum(map(len, openings.values())),
+        num_tensors=len(stored),
+        num_ranges=sum(len(one.rectangles) for one in stored),
         num_elements=sum(map(prod, tensors.values())),
         elements_of=elements,
         faults=tuple(faults[:max_faults]),
     )
+
+
+def _stored(
+    config: ModelConfig,
+    shape: ClusterShape,
+    tensors: Mapping[str, Shape],
+    openings: Mapping[str, Sequence[Rectangle]],
+    quantised: Mapping[str, QuantisedEntry],
+    scheme: Scheme | None,
+) -> Iterator[Opened]:
+    for name, tensor in tensors.items():
+        laid, intended = openings.get(name, ()), num_intended(config, shape, name)
+        if name in quantised:
+            assert scheme is not None, "quantised tensors were found without a scheme"
+            yield from opened_as_stored(name, quantised[name], scheme, laid, intended)
+        else:
+            yield Opened(name=name, shape=tensor, rectangles=tuple(laid), intended=intended)
 
 
 def opened(config: ModelConfig, layout: ExpertLayout, shape: ClusterShape) -> Iterator[tuple[str, str, Block]]:
@@ -116,24 +144,19 @@ def _is_of_stage(config: ModelConfig, share: Share, name: str) -> bool:
     return share.is_last
 
 
-def _rectangle(worker: str, shape: Shape, block: Block) -> Rectangle:
-    """Return a block as rows and columns of its tensor; one that is no rectangle of it is a defect of ours."""
-    width = shape[-1]
-    row, column = divmod(block.start, width)
-    assert block.num_rows == 1 or block.stride == width, f"{block} is no rectangle of {shape}"
-    assert column + block.row_length <= width, f"{block} is no rectangle of {shape}"
-    return Rectangle(row, row + block.num_rows, column, column + block.row_length, worker)
-
-
-def _first_fault(name: str, shape: Shape, opened_by: Sequence[Rectangle], intended: int) -> CoverageFault | None:
-    whole = Rectangle(0, prod(shape[:-1]), 0, shape[-1], "")
-    for cell in cells(whole, opened_by):
-        if len(set(cell.workers)) != intended or len(cell.workers) != intended:
-            return _fault(name, cell, intended)
+def _first_fault(one: Opened) -> CoverageFault | None:
+    whole = Rectangle(0, prod(one.shape[:-1]), 0, one.shape[-1], "")
+    for cell in cells(whole, one.rectangles):
+        if not is_as_meant(cell.workers, one.intended):
+            return _fault(one, cell)
     return None
 
 
-def _fault(name: str, cell: Cell, intended: int) -> CoverageFault:
+def _fault(one: Opened, cell: Cell) -> CoverageFault:
     return CoverageFault(
-        tensor=name, rows=cell.rows, columns=cell.columns, workers=tuple(sorted(cell.workers)), num_intended=intended
+        tensor=one.name,
+        rows=cell.rows,
+        columns=cell.columns,
+        workers=tuple(sorted(cell.workers)),
+        num_intended=one.intended if isinstance(one.intended, int) else len(one.intended),
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 
 from llama4_dist.checkpoint.directory import allocated_bytes
+from llama4_dist.checkpoint.expert_format import most_bytes
 from llama4_dist.checkpoint.header import TensorEntry
 from llama4_dist.checkpoint.names import EMBEDDING, LM_HEAD, expected_tensors, num_expert_parameters
 from llama4_dist.checkpoint.reader import Checkpoint
@@ -22,6 +23,8 @@ class CheckpointSummary:
     architecture: str
     dtype: str
     layout: str  # fused | per_expert | dense
+    quantisation: str | None  # of the quantised linears, in words
+    num_quantised: int  # linears
     num_parameters: int  # what the directory holds
     num_active_parameters: int  # a token passes through these
     num_bytes: int
@@ -33,7 +36,7 @@ class CheckpointSummary:
     chunk_size: int | None
     num_experts: int
     experts_per_token: int
-    expert_bytes: int  # one routed expert of one layer
+    expert_bytes: int  # one routed expert of one layer, the largest
     kv_bytes_per_token: int  # all layers, in the stored dtype, up to `chunk_size` tokens
     kv_bytes_per_token_beyond_chunk: int  # the layers that keep the whole sequence
     max_context: int
@@ -61,6 +64,8 @@ def describe(checkpoint: Checkpoint) -> CheckpointSummary:
         architecture=config.architecture,
         dtype=config.dtype,
         layout=checkpoint.layout.value if config.moe_layer_ids else "dense",
+        quantisation=checkpoint.scheme.title if checkpoint.scheme else None,
+        num_quantised=len(checkpoint.quantised),
         num_parameters=checkpoint.num_parameters,
         num_active_parameters=sum(map(prod, expected_tensors(config).values())) - num_idle_parameters(config),
         num_bytes=checkpoint.total_bytes,
@@ -72,7 +77,7 @@ def describe(checkpoint: Checkpoint) -> CheckpointSummary:
         chunk_size=config.chunk_size,
         num_experts=config.num_experts,
         experts_per_token=config.experts_per_token,
-        expert_bytes=expert_bytes(config) if config.moe_layer_ids else 0,
+        expert_bytes=most_bytes(checkpoint.expert_formats, config.hidden_size, config.expert_width),
         kv_bytes_per_token=kv_bytes * config.num_layers,
         kv_bytes_per_token_beyond_chunk=kv_bytes * config.chunked_layers.count(False),
         max_context=config.max_position_embeddings,

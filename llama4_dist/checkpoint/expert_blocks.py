@@ -23,6 +23,14 @@ class ExpertRun(NamedTuple):
     stop: int
 
 
+class LinearCut(NamedTuple):
+    """Outputs `rows` and inputs `columns` of a linear, by canonical name; None = all."""
+
+    name: str
+    rows: range | None
+    columns: range | None
+
+
 class Stored(NamedTuple):
     """A block of a tensor, by canonical name; `is_transposed` where the tensor is [out, in] and not input-major."""
 
@@ -54,16 +62,27 @@ def expert_blocks(config: ModelConfig, layout: ExpertLayout, run: ExpertRun) -> 
     shape = (config.hidden_size, config.expert_width)
     if layout is ExpertLayout.FUSED:
         return _fused(gate_up_name(layer), down_name(layer), shape, expert, range(start, stop))
-    return _linears([expert_linear_name(layer, expert, one) for one in PROJECTIONS], shape, range(start, stop))
+    return _linears(expert_linears(run), shape)
 
 
 def part_blocks(config: ModelConfig, layout: ExpertLayout, held: ExpertRun, run: ExpertRun) -> ExpertBlocks:
     """Return where a slice lies in a part that holds `held`, a slice around it, as tensors of its own."""
-    names, shape = part_names(layout, held), (config.hidden_size, held.stop - held.start)
-    columns = range(run.start - held.start, run.stop - held.start)
+    shape = (config.hidden_size, held.stop - held.start)
     if layout is ExpertLayout.FUSED:
-        return _fused(names[0], names[1], shape, 0, columns)
-    return _linears(names, shape, columns)
+        gate_up, down = part_names(layout, held)
+        return _fused(gate_up, down, shape, 0, range(run.start - held.start, run.stop - held.start))
+    return _linears(part_linears(held, run), shape)
+
+
+def expert_linears(run: ExpertRun) -> tuple[LinearCut, LinearCut, LinearCut]:
+    """Return the cuts of the three linears that a slice is, where each expert is stored by itself."""
+    names = [expert_linear_name(run.layer, run.expert, one) for one in PROJECTIONS]
+    return _cuts(names, range(run.start, run.stop))
+
+
+def part_linears(held: ExpertRun, run: ExpertRun) -> tuple[LinearCut, LinearCut, LinearCut]:
+    """Return the same for a part that holds `held`, a slice around it."""
+    return _cuts(part_names(ExpertLayout.PER_EXPERT, held), range(run.start - held.start, run.stop - held.start))
 
 
 def part_names(layout: ExpertLayout, held: ExpertRun) -> list[str]:
@@ -94,11 +113,14 @@ def _fused(gate_up: str, down: str, shape: tuple[int, int], index: int, columns:
     )
 
 
-def _linears(names: list[str], shape: tuple[int, int], columns: range) -> ExpertBlocks:
+def _cuts(names: list[str], columns: range) -> tuple[LinearCut, LinearCut, LinearCut]:
+    """Gate and up give the width's columns, down takes them."""
+    gate, up, down = names
+    return LinearCut(gate, columns, None), LinearCut(up, columns, None), LinearCut(down, None, columns)
+
+
+def _linears(linears: tuple[LinearCut, LinearCut, LinearCut], shape: tuple[int, int]) -> ExpertBlocks:
     hidden, width = shape
-    rows = matrix_block((width, hidden), rows=columns)
-    return ExpertBlocks(
-        gate=Stored(names[0], rows, True),
-        up=Stored(names[1], rows, True),
-        down=Stored(names[2], matrix_block((hidden, width), columns=columns), True),
-    )
+    shapes = ((width, hidden), (width, hidden), (hidden, width))
+    blocks = [matrix_block(one, rows=cut.rows, columns=cut.columns) for cut, one in zip(linears, shapes, strict=True)]
+    return ExpertBlocks(*[Stored(cut.name, block, True) for cut, block in zip(linears, blocks, strict=True)])

@@ -44,7 +44,7 @@ class Index:
 
     entries: Mapping[str, TensorEntry]
     shards: Mapping[str, ShardIdentity]
-    unlisted: tuple[str, ...]  # tensors in shards that the index file does not list
+    unlisted: frozenset[str]  # tensors in shards that the index file does not list
 
 
 def read_index(directory: Path) -> Index:
@@ -64,7 +64,7 @@ def read_index(directory: Path) -> Index:
     _check_listed(weight_map, entries)
     for name in pickled:
         log.warning("checkpoint_file_ignored file=%s reason=pickled", ascii(name))
-    unlisted = tuple(sorted(entries.keys() - weight_map.keys())) if weight_map else ()
+    unlisted = frozenset(entries.keys() - weight_map.keys()) if weight_map else frozenset()
     return Index(entries=entries, shards=shards, unlisted=unlisted)
 
 

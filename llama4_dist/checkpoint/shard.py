@@ -21,7 +21,16 @@ from llama4_dist.checkpoint.fault import fault
 from llama4_dist.checkpoint.header import ITEM_BYTES, TensorEntry
 from llama4_dist.checkpoint.index import ShardIdentity
 
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TORCH_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 class Shard:

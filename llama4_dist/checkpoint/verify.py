@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from llama4_dist.checkpoint.directory import has_file, open_file, read_exactly, read_small_file
@@ -59,7 +60,7 @@ def check_finite(tensors: Iterable[tuple[TensorEntry, Tensor]], advance: Advance
         flat = tensor.reshape(-1)
         for start in range(0, flat.numel(), CHUNK_ELEMENTS):
             chunk = flat[start : start + CHUNK_ELEMENTS]
-            finite = chunk.isfinite()
+            finite = (chunk.float() if chunk.dtype == torch.float8_e4m3fn else chunk).isfinite()
             if not finite.all():
                 position = start + int((~finite).nonzero()[0])
                 cause = f"holds {float(flat[position])} at element {position}: the file is damaged"

@@ -30,10 +30,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench_app)
+app.add_typer(checkpoint_app)
 app.add_typer(cluster_app)
 app.add_typer(deploy_app)
 app.add_typer(experts_app)
-app.add_typer(checkpoint_app)
 app.command()(inspect)
 app.command()(serve)
 app.command("gateway")(serve_gateway)

@@ -6,11 +6,15 @@ from typing import Annotated
 
 import typer
 
+from llama4_dist.cli.checkpoint_quantize import quantize
 from llama4_dist.cli.flags import JsonFlag, parse_bytes
 
 checkpoint_app = typer.Typer(
-    name="checkpoint", help="Make, describe, prove, cut and convert checkpoints on disk.", no_args_is_help=True
+    name="checkpoint",
+    help="Make, describe, prove, cut, convert and quantise checkpoints.",
+    no_args_is_help=True,
 )
+checkpoint_app.command()(quantize)
 
 
 class LayoutChoice(StrEnum):
@@ -45,7 +49,10 @@ Slices = Annotated[int, typer.Option(help="Slices that each expert's width is cu
 Replicas = Annotated[int, typer.Option(help="Hosts that hold each slice.")]
 Stages = Annotated[int, typer.Option(help="Pipeline stages of the attention side.")]
 Tensor = Annotated[int, typer.Option("--tensor", help="Tensor-parallel ranks of each stage.")]
-Plan = Annotated[Path | None, typer.Option(help="Plan file, in place of the numbers.")]
+Plan = Annotated[
+    Path | None,
+    typer.Option(help="Plan of `llama4-dist plan --out`, or who holds what (--save-plan), in place of the numbers."),
+]
 DEFAULT_SHARD = "10GB"
 
 

@@ -10,6 +10,8 @@ import typer
 from llama4_dist.checkpoint.cluster_shape import ClusterShape, shape_json
 from llama4_dist.checkpoint.coverage import Coverage, CoverageFault, prove_coverage
 from llama4_dist.checkpoint.header import ITEM_BYTES
+from llama4_dist.checkpoint.quantised_blocks import as_bytes
+from llama4_dist.checkpoint.quantised_tensors import PACKED
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.cli.checkpoint_shape import ShapeFlags
 from llama4_dist.cli.output import EXIT_FAILED, console, error_console, print_json, reporting
@@ -26,8 +28,14 @@ def run_verify(directory: Path, flags: ShapeFlags, save_plan: Path | None, deep:
         try:
             if flags.is_given:
                 _check_whole(checkpoint)
-                shape = flags.shape(checkpoint.config)
-                coverage = prove_coverage(checkpoint.config, checkpoint.layout, shape)
+                shape = flags.shape(checkpoint)
+                coverage = prove_coverage(
+                    checkpoint.config,
+                    checkpoint.layout,
+                    shape,
+                    quantised=checkpoint.quantised,
+                    scheme=checkpoint.scheme,
+                )
                 _save(save_plan, shape)
             if deep:
                 with byte_progress("Verifying", show=not as_json) as progress:
@@ -82,8 +90,10 @@ def _report(
 
 
 def _fault(checkpoint: Checkpoint, fault: CoverageFault) -> dict[str, Any]:
-    """State a fault with the file and the bytes of it, from the first to the last element."""
+    """State a fault with the file and the bytes of it, from the first to the last element; packed ones are bytes."""
     entry = checkpoint.entries[fault.tensor]
+    if fault.tensor.endswith(PACKED):
+        entry = as_bytes(entry)
     item_bytes, width = ITEM_BYTES[entry.dtype], entry.shape[-1]
     first = fault.rows.start * width + fault.columns.start
     last = (fault.rows.stop - 1) * width + fault.columns.stop

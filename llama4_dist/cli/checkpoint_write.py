@@ -56,7 +56,7 @@ def _plans(checkpoint: Checkpoint, flags: ShapeFlags, only: Sequence[str]) -> li
         if only:
             raise ConfigError("--host names a part of a plan: give --hosts or --plan too")
         return [plan_whole(checkpoint)]
-    plans = plan_parts(checkpoint, flags.shape(checkpoint.config))
+    plans = plan_parts(checkpoint, flags.shape(checkpoint))
     names = [plan.name for plan in plans]
     for name in only:
         if name not in names:

@@ -49,6 +49,8 @@ def summary_rows(summary: CheckpointSummary) -> dict[str, str]:
         "context": f"{summary.max_context:,} tokens",
         "model hash": summary.model_hash[:16],
     }
+    if summary.quantisation is not None:
+        rows["quantised"] = f"{summary.num_quantised:,} linears: {summary.quantisation}"
     if summary.num_unused_tensors:
         rows["not served"] = (
             f"{summary.num_unused_tensors} tensors, {human_bytes(summary.unused_bytes)} (vision or unknown)"

@@ -95,10 +95,11 @@ def request_of(flags: PlanFlags) -> PlanRequest:
         raise ConfigError(f"objective={flags.objective!r} is none of {', '.join(Objective)}")
     if not 0 <= flags.skew <= 10:
         raise ConfigError(f"skew={flags.skew} must lie from 0 (uniform) to 10")
+    dtype = flags.dtype if flags.dtype != "auto" else source.dtype
     defaults = Layout(
-        dtype=flags.dtype,
-        wire=flags.wire if flags.wire != "auto" else _wire_for(flags.dtype),
-        kv_dtype=flags.kv_dtype if flags.kv_dtype != "auto" else _wire_for(flags.dtype),
+        dtype=dtype,
+        wire=flags.wire if flags.wire != "auto" else _wire_for(dtype),
+        kv_dtype=flags.kv_dtype if flags.kv_dtype != "auto" else _wire_for(dtype),
         link=flags.link,
         replicas=flags.replicas,
     )

@@ -9,7 +9,9 @@ from llama4_dist.cli.flags import JsonFlag, parse_seconds
 
 Model = Annotated[str, typer.Option("--model", "-m", help="behemoth, maverick, scout, or a checkpoint folder.")]
 HardwareFlag = Annotated[str, typer.Option("--hardware", help="Devices and their kind, e.g. 96xH200.")]
-Dtype = Annotated[str, typer.Option(help="Format of weights: fp8, bf16, int8 or int4 (CPU: float32 too).")]
+Dtype = Annotated[
+    str, typer.Option(help="Format of weights: fp8, bf16, int8, int4 (CPU: float32); auto: a folder's own, else fp8.")
+]
 Wire = Annotated[str, typer.Option("--wire", help="Format of rows on the wire; auto is the weights'.")]
 KvDtype = Annotated[str, typer.Option("--kv-dtype", help="Format of the KV cache; auto is the weights'.")]
 Link = Annotated[str, typer.Option(help="Between attention and experts: nic or nvlink.")]
@@ -35,7 +37,7 @@ MemoryShare = Annotated[float, typer.Option(help="Share of a device's memory tha
 def plan(
     model: Model,
     hardware: HardwareFlag,
-    dtype: Dtype = "fp8",
+    dtype: Dtype = "auto",
     wire: Wire = "auto",
     kv_dtype: KvDtype = "auto",
     link: Link = "nic",
@@ -111,7 +113,7 @@ def simulate(
     source: Annotated[str, typer.Option(help="Where weights come from: peer, nvlink, host, storage.")] = "peer",
     max_num_batched_tokens: Annotated[int, typer.Option(help="Token budget of a step.")] = 2048,
     seed: Annotated[int, typer.Option(help="Draws the load; the same again repeats the run.")] = 0,
-    dtype: Dtype = "fp8",
+    dtype: Dtype = "auto",
     wire: Wire = "auto",
     kv_dtype: KvDtype = "auto",
     link: Link = "nic",

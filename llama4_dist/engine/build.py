@@ -188,7 +188,7 @@ def build_single_process(  # noqa: PLR0913 - the settings of an engine, all by n
         elif torch.device(device).type == "cuda" and num_inproc_hosts == expert_slices == 1:
             if expert_memory_bytes is not None:
                 check_residency(
-                    expert_memory_bytes, checkpoint.config, dtype=torch_dtype, device=device, weight_format=weights
+                    expert_memory_bytes, checkpoint, dtype=torch_dtype, device=device, weight_format=weights
                 )
             model, dispatcher = load_on_one_device(checkpoint, dtype=torch_dtype, device=device, progress=progress)
             resources.callback(dispatcher.close)

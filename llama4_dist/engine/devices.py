@@ -110,7 +110,7 @@ def open_experts(
         from llama4_dist.gpu.experts import GpuExperts
 
         config = checkpoint.config
-        cut = ExpertCut.of(config, dtype=dtype, weight_format=weight_format, num_slices=num_slices)
+        cut = ExpertCut.of(checkpoint, dtype=dtype, device=device, weight_format=weight_format, num_slices=num_slices)
         experts = GpuExperts(
             width=config.hidden_size,
             expert_width=cut.most_columns,

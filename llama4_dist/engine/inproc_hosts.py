@@ -41,7 +41,8 @@ def start_inproc_hosts(  # noqa: PLR0913 - what hosts are, all by name
     if num_hosts < 1:
         raise ConfigError(f"num_inproc_hosts={num_hosts} must be at least 1")
     config = checkpoint.config
-    ExpertCut.of(config, dtype=dtype, weight_format=weights, num_slices=num_slices)  # refused before anything starts
+    # Refused before anything starts.
+    ExpertCut.of(checkpoint, dtype=dtype, device=device, weight_format=weights, num_slices=num_slices)
     host_of = {
         (layer, unit): f"e{unit % num_hosts}"
         for layer in config.moe_layer_ids

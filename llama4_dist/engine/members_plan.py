@@ -14,7 +14,7 @@ from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.kv_layout import KVLayout, layouts_of
-from llama4_dist.partition import Partition, Share, layers_of_stages, shares_of
+from llama4_dist.partition import Partition, Share, layers_of_stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ def plan_members(
     config = checkpoint.config
     kv_dtype = resolve_kv_dtype(options.kv_dtype, compute_dtype=dtype, device=device)
     try:
-        shares = shares_of(config, partition)
+        shares = checkpoint.shares_of(partition)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     layouts = layouts_of(config, layers_of_stages(config.num_layers, partition.num_stages))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
+from llama4_dist.checkpoint.quantised import QuantisedExpertWeights
 from llama4_dist.gpu.addressed import AddressedGroups, multiply_addressed
 from llama4_dist.gpu.pinned import PinnedMemory, wait_for
 from llama4_dist.gpu.stream_linear import MAX_ROWS
@@ -58,8 +59,11 @@ class GpuExperts:
         self._computing = threading.Lock()  # fingerprints are made beside the thread that serves
         self._is_warm = self.device.type != "cuda"
 
-    def put(self, weights: Mapping[Pair, ExpertWeights]) -> None:
-        """Copy more experts to the device; rows of others may be computed meanwhile, in another thread."""
+    def put(self, weights: Mapping[Pair, ExpertWeights | QuantisedExpertWeights]) -> None:
+        """Copy more experts to the device; rows of others may be computed meanwhile, in another thread.
+
+        Quantised ones become their values in `dtype`: weights that lie apart have no kernel with scales yet.
+        """
         if not self._is_warm:
             self._warm_up()
         self._held = {**self._held, **{pair: self._moved(value) for pair, value in weights.items()}}
@@ -121,8 +125,11 @@ class GpuExperts:
         memory = host.to(self.device, non_blocking=True)
         return memory[table.num_bytes :].view(self.dtype).view(num_rows, self.width), table.groups(memory)
 
-    def _moved(self, weights: ExpertWeights) -> DeviceExpert:
-        """Copy an expert to the device, where it is turned: it is stored input-major."""
+    def _moved(self, weights: ExpertWeights | QuantisedExpertWeights) -> DeviceExpert:
+        """Copy an expert to the device, where it is turned if it is stored input-major."""
+        if isinstance(weights, QuantisedExpertWeights):
+            gate_FD, up_FD, down_DF = (linear.to(self.device).dequantise(self.dtype) for linear in weights.linears())
+            weights = ExpertWeights(gate_DF=gate_FD.T, up_DF=up_FD.T, down_FD=down_DF.T)
         width, inner = self.width, self._expert_width
         own = weights.down_FD.shape[0]
         new = torch.empty if own == inner else torch.zeros

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llama4_dist.config import ModelConfig
 from llama4_dist.gpu.attention import AttentionWork, PagedKeys, attend
+from llama4_dist.gpu.packed import Packed
 from llama4_dist.gpu.routing import SortedRows, group_rows, sort_rows
 from llama4_dist.gpu.row_kernels import add_and_norm, add_norm_and_route, rotate_and_store
 from llama4_dist.gpu.step_tables import StepTables
@@ -67,12 +68,27 @@ class GpuLayer:
         if self.weights.router_ED is None:
             return self.dense_network(x_TD, attended_TD, step)
         copies_ND, experts_N = self.route(x_TD, attended_TD, step)
-        rows = self._rows_of(experts_N, x_TD.shape[0])
+        if self.weights.shared is not None:
+            return self._experts_apart(copies_ND, experts_N, self.weights.shared, step)
+        return self._experts(copies_ND, self._rows_of(experts_N, x_TD.shape[0]))
+
+    def _experts(self, copies_ND: Tensor, rows: RowGroups | SortedRows) -> Tensor:
         if isinstance(rows, SortedRows):
             assert rows.order_R is not None, "copies that were sorted have an order"
             copies_ND = copies_ND.index_select(0, rows.order_R)
         inner_NF = self.weights.gate_up.multiply(copies_ND, rows, gated=True)
         return self.weights.down.multiply(inner_NF, rows)
+
+    def _experts_apart(
+        self, copies_ND: Tensor, experts_N: Tensor, shared: tuple[Packed, Packed], step: StepInputs
+    ) -> Tensor:
+        """Return what `_experts` does where the shared expert's weights are of another format than the routed ones'."""
+        num_tokens = len(copies_ND) // (self.num_routed + 1)
+        num_copies = num_tokens * self.num_routed
+        routed_ND = self._experts(copies_ND[:num_copies], self._rows_of(experts_N[:num_copies], num_tokens))
+        gate_up, down = shared
+        inner_TF = gate_up.multiply(copies_ND[num_copies:], step.all_rows, gated=True)
+        return torch.cat([routed_ND, down.multiply(inner_TF, step.all_rows)])
 
     def attend(
         self, x_TD: Tensor, added_ND: Tensor | None, num_routed: int, step: StepInputs, pages: PagedKeys

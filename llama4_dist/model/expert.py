@@ -1,24 +1,21 @@
 """The routed experts of one host: a stateless function of (layer, expert, rows)."""
 
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
+from llama4_dist.checkpoint.quantised import QuantisedExpertWeights
 from llama4_dist.model.activation import swiglu
-from llama4_dist.model.cpu.feed_forward import Network, network_of, quantised_network, run_networks
+from llama4_dist.model.cpu.feed_forward import Network, run_networks
 from llama4_dist.model.cpu.panels import is_native
-from llama4_dist.model.cpu.quantise import QuantisationError
+from llama4_dist.model.held_expert import AnyWeights, ExpandedExpert, ExpertForms, HeldExpert, Pair
 from llama4_dist.model.linear import linear
-from llama4_dist.model.weight_format import INT8, STORED, check_weight_format
+from llama4_dist.model.quantised_expert import apply_quantised_expert
+from llama4_dist.model.weight_format import STORED, check_weight_format
 
-log = logging.getLogger(__name__)
-
-Pair = tuple[int, int]  # (layer, expert); where experts are cut, a slice of one is an expert here
+EXPANDED_BYTES = 2 << 30  # of experts that native passes multiply in float32, whatever the number of those held
 
 
 class Experts:
@@ -26,13 +23,14 @@ class Experts:
 
     `width` is the model's width D. An expert is copied when its first rows come: with `weight_format` int8 into that,
     otherwise if its rows are not contiguous, or with `compact` are cut. `on_copied` is told that what was put is not
-    read any more; `quantisation_error` says what was lost so far. Raises ConfigError where the format cannot be
-    computed.
+    read any more; `quantisation_error` says what was lost so far. Experts that are stored quantised are multiplied as
+    such; where groups of inputs have scales, native passes expand them, and keep `expanded_bytes` of those. Raises
+    ConfigError where the format cannot be computed.
     """
 
     def __init__(
         self,
-        weights: Mapping[Pair, ExpertWeights],
+        weights: Mapping[Pair, AnyWeights],
         *,
         width: int,
         dtype: torch.dtype,
@@ -40,32 +38,45 @@ class Experts:
         weight_format: str = STORED,
         compact: bool = False,
         on_copied: Callable[[Pair], None] = lambda pair: None,
+        expanded_bytes: int = EXPANDED_BYTES,
     ) -> None:
         check_weight_format(weight_format, dtype=dtype, device=device)
         self.weight_format = weight_format
-        self.quantisation_error = QuantisationError()
-        self._compact, self._on_copied = compact, on_copied
         self.width = width
         self.dtype = dtype
         self.device = torch.device(device)
         self._is_native = is_native(dtype, device)
+        self._forms = ExpertForms(
+            dtype=dtype,
+            device=self.device,
+            weight_format=weight_format,
+            compact=compact,
+            on_copied=on_copied,
+            expanded_bytes=expanded_bytes,
+        )
+        self.quantisation_error = self._forms.quantisation_error
+        self._all_stay = True  # no network is made again and again: those of a call run together
         self._held: dict[Pair, HeldExpert] = {}
         self.holds: frozenset[Pair] = frozenset()
         self.put(weights)
 
-    def put(self, weights: Mapping[Pair, ExpertWeights]) -> None:
+    @property
+    def bytes_expanded(self) -> int:
+        """What the expanded experts take now."""
+        return self._forms.expanded.num_bytes
+
+    def put(self, weights: Mapping[Pair, AnyWeights]) -> None:
         """Hold more experts; rows of others may be computed meanwhile, in another thread."""
-        if self.weight_format == INT8:
-            held = {pair: HeldExpert(value, partial(self._quantised, pair)) for pair, value in weights.items()}
-        else:
-            moved = {pair: _moved(value, self.dtype, self.device) for pair, value in weights.items()}
-            held = {pair: HeldExpert(value, partial(self._as_stored, pair)) for pair, value in moved.items()}
+        held = {pair: self._forms.hold(pair, value) for pair, value in weights.items()}
+        self._all_stay = self._all_stay and not any(isinstance(one, ExpandedExpert) for one in held.values())
         self._held = {**self._held, **held}
         self.holds = frozenset(self._held)
 
     def drop(self, pairs: Collection[Pair]) -> None:
         """Hold these no longer. Rows that are being computed end well: they have the weights in hand."""
         self.holds -= frozenset(pairs)
+        for pair in pairs:
+            self.cool(pair)
         self._held = {key: value for key, value in self._held.items() if key in self.holds}
 
     def cool(self, pair: Pair) -> None:
@@ -74,9 +85,10 @@ class Experts:
         if held is not None:
             held.cool()
 
-    def weights(self, layer: int, expert: int) -> ExpertWeights:
+    def weights(self, layer: int, expert: int) -> AnyWeights:
         """Return the weights of a held expert, as they are multiplied; those that int8 ones are made from."""
-        return self._held[layer, expert].weights
+        weights: AnyWeights = self._held[layer, expert].weights
+        return weights
 
     def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None:
         """Write the outputs of `x_RD` into `out_RD`; `groups` are (expert, number of rows), one after the other.
@@ -86,9 +98,12 @@ class Experts:
         covered = sum([num_rows for _, num_rows in groups])
         assert covered == len(x_RD) == len(out_RD), "groups do not cover the rows"
         if self._is_native:
-            present = [(self._held[layer, expert].network, num_rows) for expert, num_rows in groups if num_rows]
-            if present:
-                run_networks([network for network, _ in present], [num_rows for _, num_rows in present], x_RD, out_RD)
+            present = [(self._held[layer, expert], num_rows) for expert, num_rows in groups if num_rows]
+            if present and self._all_stay:
+                networks = [held.network for held, _ in present]
+                run_networks(networks, [num_rows for _, num_rows in present], x_RD, out_RD)
+            elif present:
+                run_in_turns(present, x_RD, out_RD)
             return
         with torch.inference_mode():
             x_RD = x_RD.to(self.device)  # where they came by a socket they lie on the host
@@ -96,37 +111,33 @@ class Experts:
             for expert, num_rows in groups:
                 stop = start + num_rows
                 if num_rows:
-                    apply_expert(x_RD[start:stop], self._held[layer, expert].weights, out_RD[start:stop])
+                    apply(x_RD[start:stop], self._held[layer, expert].weights, out_RD[start:stop])
                 start = stop
 
-    def _as_stored(self, pair: Pair, weights: ExpertWeights) -> Network:
-        network = network_of(weights, compact=self._compact)
-        if not network.reads(weights.gate_DF):
-            self._on_copied(pair)
-        return network
 
-    def _quantised(self, pair: Pair, weights: ExpertWeights) -> Network:
-        """Return an expert in int8. Two threads may make it at once: both are the same, and one is dropped."""
-        network = quantised_network(weights, self.quantisation_error)
-        self._on_copied(pair)
-        log.debug("expert_quantised layer=%d expert=%d so_far: %s", *pair, self.quantisation_error)
-        return network
+def run_in_turns(present: Sequence[tuple[HeldExpert, int]], x_RD: Tensor, out_RD: Tensor) -> None:
+    """Run experts, each with its number of rows; of those that are expanded no more at once than may stay in memory."""
+    start = stop = num_bytes = 0
+    networks: list[Network] = []
+    nums_rows: list[int] = []
+    for held, num_rows in present:
+        network = held.network
+        if networks and num_bytes + network.num_bytes > held.room:
+            run_networks(networks, nums_rows, x_RD[start:stop], out_RD[start:stop])
+            start, num_bytes, networks, nums_rows = stop, 0, [], []
+        networks.append(network)
+        nums_rows.append(num_rows)
+        num_bytes += network.num_bytes
+        stop += num_rows
+    run_networks(networks, nums_rows, x_RD[start:stop], out_RD[start:stop])
 
 
-@dataclass(frozen=True, eq=False)
-class HeldExpert:
-    """An expert's weights, and from its first rows on the same for the native pass: mapping alone takes no memory."""
-
-    weights: ExpertWeights
-    make: Callable[[ExpertWeights], Network]
-
-    @cached_property
-    def network(self) -> Network:
-        return self.make(self.weights)
-
-    def cool(self) -> None:
-        """Forget the network; whoever computes with it has it in hand."""
-        self.__dict__.pop("network", None)
+def apply(x_RD: Tensor, weights: AnyWeights, out_RD: Tensor) -> None:
+    """Write an expert's outputs by torch, whatever its format."""
+    if isinstance(weights, QuantisedExpertWeights):
+        apply_quantised_expert(x_RD, weights, out_RD)
+    else:
+        apply_expert(x_RD, weights, out_RD)
 
 
 def apply_expert(x_RD: Tensor, weights: ExpertWeights, out_RD: Tensor) -> None:
@@ -136,12 +147,3 @@ def apply_expert(x_RD: Tensor, weights: ExpertWeights, out_RD: Tensor) -> None:
     else:
         gate_RF, up_RF = linear(x_RD, weights.gate_DF.T), linear(x_RD, weights.up_DF.T)
     out_RD.copy_(linear(swiglu(gate_RF, up_RF), weights.down_FD.T))
-
-
-def _moved(weights: ExpertWeights, dtype: torch.dtype, device: torch.device | str) -> ExpertWeights:
-    """Return the weights in `dtype` on `device`; gate and up remain views of the one matrix where there is one."""
-    moved = {f.name: getattr(weights, f.name) for f in fields(weights)}
-    moved = {name: None if t is None else t.to(device=device, dtype=dtype) for name, t in moved.items()}
-    if moved["gate_up_D2F"] is not None:
-        moved["gate_DF"], moved["up_DF"] = moved["gate_up_D2F"].chunk(2, dim=-1)
-    return ExpertWeights(**moved)

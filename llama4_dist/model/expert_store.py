@@ -14,12 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llama4_dist.checkpoint.expert_weights import ExpertWeights
+from llama4_dist.checkpoint.quantised import QuantisedExpertWeights
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.dispatch.frame import payload_of
 from llama4_dist.errors import UnavailableError
-from llama4_dist.model.expert import Experts, Pair
+from llama4_dist.model.expert import EXPANDED_BYTES, Experts
 from llama4_dist.model.expert_cut import ExpertCut
+from llama4_dist.model.held_expert import AnyWeights, Pair
 from llama4_dist.model.residency import Residency, check_residency
 from llama4_dist.model.weight_format import INT8, STORED
 
@@ -36,13 +37,13 @@ class RoutedExperts(Protocol):
     device: torch.device
     holds: frozenset[Pair]
 
-    def put(self, weights: Mapping[Pair, ExpertWeights]) -> None: ...
+    def put(self, weights: Mapping[Pair, AnyWeights]) -> None: ...
 
     def drop(self, pairs: Collection[Pair]) -> None: ...
 
     def cool(self, pair: Pair) -> None: ...
 
-    def weights(self, layer: int, expert: int) -> ExpertWeights: ...
+    def weights(self, layer: int, expert: int) -> AnyWeights: ...
 
     def __call__(self, layer: int, groups: Sequence[tuple[int, int]], x_RD: Tensor, out_RD: Tensor) -> None: ...
 
@@ -52,8 +53,8 @@ class ExpertStore:
 
     Every expert is cut into `num_slices`; what is held is (layer, unit), see `dispatch.units`. `capacity_bytes` bounds
     the weights held, `residency_bytes` those of them that stay in memory: the others are read again when their rows
-    come. None = no bound. `experts`, which hold none yet, compute in place of `model.expert.Experts`. Raises
-    ConfigError for a cut or a bound that cannot be.
+    come, and what is copied or expanded counts as what that takes. None = no bound. `experts`, which hold none yet,
+    compute in place of `model.expert.Experts`. Raises ConfigError for a cut or a bound that cannot be.
     """
 
     def __init__(
@@ -69,7 +70,11 @@ class ExpertStore:
         experts: RoutedExperts | None = None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._cut = ExpertCut.of(checkpoint.config, dtype=dtype, weight_format=weight_format, num_slices=num_slices)
+        self._cut = ExpertCut.of(
+            checkpoint, dtype=dtype, device=device, weight_format=weight_format, num_slices=num_slices
+        )
+        # A copy is all that is read from its making on: what it was made of need not stay mapped.
+        self._reads_copies = weight_format == INT8 or checkpoint.scheme is not None
         self._experts: RoutedExperts = experts or Experts(
             {},
             width=checkpoint.config.hidden_size,
@@ -78,12 +83,13 @@ class ExpertStore:
             weight_format=weight_format,
             compact=residency_bytes is not None,
             on_copied=self._copied,
+            expanded_bytes=EXPANDED_BYTES if residency_bytes is None else residency_bytes,
         )
         self.residency: Residency | None = None
         if residency_bytes is not None:
-            check_residency(residency_bytes, checkpoint.config, dtype=dtype, device=device, weight_format=weight_format)
+            check_residency(residency_bytes, checkpoint, dtype=dtype, device=device, weight_format=weight_format)
             self.residency = Residency(
-                residency_bytes, bytes_of=self._bytes_of, read_ahead=self._read_ahead, let_go=self._let_go
+                residency_bytes, bytes_of=self._computed_bytes_of, read_ahead=self._read_ahead, let_go=self._let_go
             )
         self._capacity_bytes = capacity_bytes
         self._changing = threading.Lock()
@@ -151,7 +157,7 @@ class ExpertStore:
             digest.update(payload_of(out_RD.cpu()))
             if self.residency is not None and not self.residency.is_resident(pair):
                 self._let_go(pair)
-            elif self._experts.weight_format == INT8:
+            elif self._reads_copies:
                 self._release(pair)
             self._fingerprints[pair] = digest.hexdigest()
         return self._fingerprints[pair]
@@ -190,11 +196,14 @@ class ExpertStore:
     def _bytes_of(self, pair: Pair) -> int:
         return self._cut.bytes_of(pair[1])
 
+    def _computed_bytes_of(self, pair: Pair) -> int:
+        return self._cut.computed_bytes_of(pair[1])
+
     def _copied(self, pair: Pair) -> None:
-        """Give the mapped pages of a copied expert back; of one that int8 did not make, only where memory is short."""
+        """Give the mapped pages of a copied expert back; of a copy of floats as stored, only where memory is short."""
         if self.residency is not None:
             self._release(pair, around=KERNEL_MAPS)
-        elif self._experts.weight_format == INT8:
+        elif self._reads_copies:
             self._release(pair)
 
     def _read_ahead(self, pair: Pair) -> None:
@@ -214,8 +223,10 @@ def golden_rows(width: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(NUM_GOLDEN_ROWS, width, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def _matrices(weights: ExpertWeights) -> list[Tensor]:
-    """List an expert's matrices, each once."""
+def _matrices(weights: AnyWeights) -> list[Tensor]:
+    """List an expert's stored tensors, each once."""
+    if isinstance(weights, QuantisedExpertWeights):
+        return [part.view(torch.uint8) if part.itemsize == 1 else part for part in weights.tensors()]
     if weights.gate_up_D2F is not None:
         return [weights.gate_up_D2F, weights.down_FD]
     return [getattr(weights, field.name) for field in fields(weights) if field.name != "gate_up_D2F"]

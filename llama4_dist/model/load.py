@@ -13,7 +13,7 @@ from llama4_dist.model.cpu.llama4 import CpuLlama4
 from llama4_dist.model.cpu.panels import is_native
 from llama4_dist.model.llama4 import Llama4
 from llama4_dist.model.reduction import Reduction
-from llama4_dist.model.weight_format import INT8, STORED, check_weight_format
+from llama4_dist.model.weight_format import INT8, STORED, check_stored_format, check_weight_format
 from llama4_dist.model.weights import Weights
 from llama4_dist.partition import Share
 
@@ -36,6 +36,7 @@ def load_model(
     Raises ConfigError where `weight_format` cannot be computed.
     """
     check_weight_format(weight_format, dtype=dtype, device=device)
+    check_stored_format(weight_format, checkpoint.scheme)
     weights = Weights(checkpoint, dtype=dtype, device=torch.device(device), weight_format=weight_format, share=share)
     if (weights.share.num_ranks > 1) != (reduction is not None):
         raise ValueError(f"a stage of {weights.share.num_ranks} ranks was given {reduction=}: one rank takes none")

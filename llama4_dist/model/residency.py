@@ -10,7 +10,7 @@ from threading import Lock
 
 import torch
 
-from llama4_dist.config import ModelConfig
+from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.weight_format import INT8
 
@@ -106,7 +106,7 @@ class Residency:
 
 
 def check_residency(
-    limit_bytes: int, config: ModelConfig, *, dtype: torch.dtype, device: str, weight_format: str
+    limit_bytes: int, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, weight_format: str
 ) -> None:
     """Raise ConfigError for a bound that cannot be kept: on weights that are copied whole before any row comes."""
     if limit_bytes < 1:
@@ -115,8 +115,10 @@ def check_residency(
         raise ConfigError(
             f"expert_memory_bytes needs device='cpu', not {device!r}: a device holds copies of all its experts"
         )
-    if weight_format != INT8 and f"torch.{config.dtype}" != str(dtype):
+    has_floats = any(one.scheme is None for one in checkpoint.expert_formats)
+    stored = checkpoint.config.dtype
+    if has_floats and weight_format != INT8 and f"torch.{stored}" != str(dtype):
         raise ConfigError(
-            f"expert_memory_bytes needs weights computed as they are stored ({config.dtype}), not in {dtype}: "
+            f"expert_memory_bytes needs weights computed as they are stored ({stored}), not in {dtype}: "
             "take dtype='auto' or weights='int8'"
         )

@@ -6,13 +6,12 @@ stored. int8 has one float32 scale an output, activations stay as they are: `mod
 
 import torch
 
-from llama4_dist.config import ModelConfig
+from llama4_dist.checkpoint.scheme import Scheme
 from llama4_dist.errors import ConfigError
 from llama4_dist.model.cpu.panels import is_native
 
 STORED, INT8 = "stored", "int8"
 WEIGHT_FORMATS = (STORED, INT8)
-_SCALE_BYTES = 4
 
 
 def check_weight_format(name: str, *, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -33,10 +32,9 @@ def check_weight_format_name(name: str, device: torch.device | str) -> None:
         raise ConfigError(f"weights='int8' is for processors, the device is {device}: take device='cpu' or 'stored'")
 
 
-def expert_bytes(config: ModelConfig, *, dtype: torch.dtype, weight_format: str, num_columns: int | None = None) -> int:
-    """Return the bytes of one routed expert's weights as they are multiplied, or of `num_columns` of its width."""
-    width = config.expert_width if num_columns is None else num_columns
-    num_weights = 3 * config.hidden_size * width
-    if weight_format == INT8:
-        return num_weights + _SCALE_BYTES * (2 * width + config.hidden_size)
-    return num_weights * dtype.itemsize
+def check_stored_format(name: str, scheme: Scheme | None) -> None:
+    """Raise ConfigError for a format other than the checkpoint's own where that is quantised already."""
+    if scheme is not None and name != STORED:
+        raise ConfigError(
+            f"weights={name!r} would round once more what the checkpoint stores as {scheme.title}: take 'stored'"
+        )

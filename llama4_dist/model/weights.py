@@ -36,20 +36,26 @@ class Weights:
         self.quantisation_error = QuantisationError()
         self.device = device
         self._views: dict[str, Tensor] = {}
+        self._num_elements: dict[str, int] = {}
 
     @property
     def num_parameters(self) -> int:
         """Elements of all tensors read, each counted once."""
-        return sum(view.numel() for view in self._views.values())
+        return sum(self._num_elements.values())
 
     def stored(self, name: str) -> Tensor:
-        """Return the member's share of one tensor in the dtype it is stored in, a view of the file."""
-        if name not in self._views:  # a head that is the embedding is asked for twice
-            rows, columns = self.share.cut(name)
-            view = self._checkpoint.tensor(name)
-            view = view if rows is None else view[rows.start : rows.stop]
-            self._views[name] = view if columns is None else view[:, columns.start : columns.stop]
-        return self._views[name]
+        """Return the member's share of one tensor in the dtype it is stored in, a view of the file.
+
+        Of a quantised linear it is a float32 copy of that share.
+        """
+        if name in self._views:  # a head that is the embedding is asked for twice
+            return self._views[name]
+        rows, columns = self.share.cut(name)
+        share = self._checkpoint.tensor(name, rows=rows, columns=columns)
+        self._num_elements[name] = share.numel()
+        if name not in self._checkpoint.quantised:
+            self._views[name] = share
+        return share
 
     def tensor(self, name: str) -> Tensor:
         """Return the member's share of one tensor in `dtype` on the device."""

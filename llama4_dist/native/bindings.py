@@ -91,8 +91,10 @@ def passes() -> Any | None:
         _declare(loaded, f"l4d_linear_{name}", _LINEAR)
         for cache_name in NAMES:
             _declare(loaded, f"l4d_attention_{name}_{cache_name}", _ATTENTION)
-    for kinds in ("float32_float32", "bfloat16_float32", "bfloat16_bfloat16", "int8_float32", "int8_bfloat16"):
-        _declare(loaded, f"l4d_feed_forward_{kinds}", _FEED_FORWARD)
+    _declare(loaded, "l4d_linear_float8", _LINEAR)
+    for name in (*WEIGHT_NAMES, "float8"):
+        for rows in NAMES:
+            _declare(loaded, f"l4d_feed_forward_{name}_{rows}", _FEED_FORWARD)
     _declare(loaded, "l4d_norm", _NORM)
     _declare(loaded, "l4d_scan_logits", _SCAN)
     loaded.l4d_strip.restype = c_int64

@@ -40,3 +40,8 @@ extern "C" void l4d_linear_int8(const float* x, int64_t x_stride, int64_t num_ro
                                 int64_t num_columns, float* y, int num_threads) {
     l4d::linear<l4d::Int8>(x, x_stride, num_rows, weight, width, num_columns, y, num_threads);
 }
+
+extern "C" void l4d_linear_float8(const float* x, int64_t x_stride, int64_t num_rows, const void* weight, int64_t width,
+                                  int64_t num_columns, float* y, int num_threads) {
+    l4d::linear<l4d::Float8>(x, x_stride, num_rows, weight, width, num_columns, y, num_threads);
+}

@@ -193,7 +193,7 @@ inline void stream_all(const Part<W>& p, int64_t num_rows, int64_t num_columns) 
         stream_many(moved(p, row, 0), std::min(rows, num_rows - row), num_columns);
 }
 
-// Finish outputs of an int8 weight: one product each, after the chain, so that no cut of the chain rounds differently.
+// Finish outputs of a weight with scales: one product each, after the chain, so that no cut of the chain rounds differently.
 inline void scale_columns(const float* scales, int64_t num_rows, int64_t num_columns, float* y, int64_t y_stride) {
     for (int64_t r = 0; r < num_rows; ++r)
         for (int64_t c = 0; c < num_columns; ++c) y[r * y_stride + c] *= scales[c];
@@ -204,8 +204,7 @@ inline void scale_columns(const float* scales, int64_t num_rows, int64_t num_col
 template <typename W>
 void multiply(const Matrix<W>& m, int64_t begin, int64_t num_columns, const float* x, int64_t x_stride,
                      int64_t num_rows, float* y, int64_t y_stride) {
-    constexpr bool has_scales = std::is_same_v<W, Int8>;
-    if constexpr (!has_scales) {
+    if constexpr (!has_scales<W>) {
         if (!m.is_packed()) {
             const Part<W> part{x, x_stride, m.data + begin, m.row_stride, m.width, y + begin, y_stride, true};
             if (num_rows <= FEW_ROWS) stream_rows<FEW_ROWS>(part, num_rows, num_columns);
@@ -227,15 +226,17 @@ void multiply(const Matrix<W>& m, int64_t begin, int64_t num_columns, const floa
         } else {
             stream_all(part, num_rows, columns);
         }
-        if constexpr (has_scales) scale_columns(m.scales() + c, num_rows, columns, y + c, y_stride);
+        if constexpr (has_scales<W>) scale_columns(m.scales() + c, num_rows, columns, y + c, y_stride);
     }
 }
 
 template void multiply_columns(const Part<float>&, int64_t, int64_t);
 template void multiply_columns(const Part<Bfloat16>&, int64_t, int64_t);
 template void multiply_columns(const Part<Int8>&, int64_t, int64_t);
+template void multiply_columns(const Part<Float8>&, int64_t, int64_t);
 template void multiply(const Matrix<float>&, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t);
 template void multiply(const Matrix<Bfloat16>&, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t);
 template void multiply(const Matrix<Int8>&, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t);
+template void multiply(const Matrix<Float8>&, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t);
 
 }  // namespace l4d

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -20,9 +21,13 @@ constexpr int64_t MAX_COLUMNS = 512;  // that a thread takes at a time
 
 constexpr int64_t num_strips(int64_t num_columns) { return (num_columns + STRIP - 1) / STRIP; }
 
-// A weight of `width` inputs and `num_columns` outputs, W = float, Bfloat16 or Int8: packed into contiguous strips of
-// outputs, or as stored in a checkpoint, a row of outputs per input. Int8 is always packed, and behind its strips stands
-// the scale of every output, those that fill up the last strip included.
+// Whether weights are numbers that their output's scale is still missing from.
+template <typename W>
+constexpr bool has_scales = std::is_same_v<W, Int8> || std::is_same_v<W, Float8>;
+
+// A weight of `width` inputs and `num_columns` outputs, W = float, Bfloat16, Int8 or Float8: packed into contiguous strips
+// of outputs, or as stored in a checkpoint, a row of outputs per input. One with scales is always packed, and behind its
+// strips stands the scale of every output, those that fill up the last strip included.
 template <typename W>
 struct Matrix {
     const W* data;

@@ -39,6 +39,11 @@ struct Int8 {
     int8_t value;
 };
 
+// A weight as the eight bits of float8 e4m3; what it stands for is that number times its output's scale.
+struct Float8 {
+    uint8_t bits;
+};
+
 inline float to_float(float value) { return value; }
 
 inline float to_float(Int8 value) { return value.value; }
@@ -48,6 +53,25 @@ inline float to_float(Bfloat16 value) {
     float result;
     std::memcpy(&result, &bits, sizeof result);
     return result;
+}
+
+// The seven bits below the sign, where a float has them, are that number times 2^-120, for subnormal ones too. NaN does not
+// come here: who packs weights sees to it.
+inline float to_float(Float8 value) {
+    const uint32_t bits = uint32_t(value.bits & 0x80) << 24 | uint32_t(value.bits & 0x7f) << 20;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result * 0x1p120f;
+}
+
+// The float8 number nearest to one of at most 448 and a rounding error in size, ties to even.
+inline float nearest_float8(float value) {
+    if (__builtin_fabsf(value) < 0x1p-6f) return __builtin_rintf(value * 512.0f) / 512.0f;  // subnormal: steps of 2^-9
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits = (bits + 0x7ffff + ((bits >> 20) & 1)) & 0xfff00000;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
 inline void from_float(float value, float& to) { to = value; }
@@ -78,6 +102,18 @@ inline Vector load(const Int8* from) {
     for (int i = 0; i < LANES; ++i) result[i] = from[i].value;
     return result;
 #endif
+}
+
+inline Vector load(const Float8* from) {
+    Words words;
+#if defined(__AVX512F__)
+    words = (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+    words = (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+    for (int i = 0; i < LANES; ++i) words[i] = from[i].bits;
+#endif
+    return (Vector)((words & 0x80) << 24 | (words & 0x7f) << 20) * 0x1p120f;
 }
 
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }

@@ -204,7 +204,6 @@ def test_no_default_stands_in_for_a_missing_key(key: str) -> None:
         ("attention_bias", True),
         ("torch_dtype", "int8"),
         ("auto_map", {"AutoModelForCausalLM": "modeling_x.Model"}),
-        ("quantization_config", {"quant_method": "compressed-tensors"}),
     ],
 )
 def test_c21_a_wrong_value_is_refused_by_its_key(key: str, value: object, nested: bool) -> None:

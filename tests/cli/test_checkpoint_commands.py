@@ -131,6 +131,24 @@ def test_a_plan_with_an_overlap_names_both_workers(tiny: Path, plan: Path) -> No
     assert "opened by expert-0, expert-1; 1 are meant to" in done.stderr
 
 
+def test_a_layout_that_the_planner_found_is_proved_and_one_for_another_model_refused(tmp_path: Path) -> None:
+    model, planned = tmp_path / "scout", tmp_path / "planned.json"
+    document("synth", "--preset", "scout", "--sparse", "--out", model)
+    command = ["plan", "--model", "scout", "--hardware", "8xH200", "--replicas", "2", "--out", str(planned), "--json"]
+    found = CliRunner().invoke(app, command)
+    assert found.exit_code == 0, found.stderr
+    layout = json.loads(planned.read_text())["layout"]
+    proved = document("verify", model, "--plan", planned)
+    assert proved["shape"]["hosts"] == layout["hosts"]
+    assert proved["shape"]["replicas"] == layout["replicas"] == 2
+    content = json.loads(planned.read_text())
+    content["model"]["expert_width"] = 4096
+    planned.write_text(json.dumps(content))
+    refused = here("verify", model, "--plan", planned)
+    assert refused.exit_code == 2
+    assert "plans for expert_width=4096, the checkpoint has 8192" in refused.stderr
+
+
 def test_one_host_takes_its_own_part_from_a_shared_disk(tiny: Path, plan: Path, tmp_path: Path) -> None:
     written = document("shard", tiny, "--plan", plan, "--host", "expert-3", "--out", tmp_path / "mine")
     assert [part["name"] for part in written["parts"]] == ["expert-3"]

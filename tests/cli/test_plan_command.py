@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from llama4_dist.cli.app import app
 from llama4_dist.cli.output import EXIT_USAGE
 from tests.checkpoints import make_checkpoint
+from tests.quantised_checkpoints import make_quantised
 
 FLEET = ("plan", "--model", "behemoth", "--hardware", "96xH200")
 
@@ -60,6 +61,14 @@ def test_a_layout_is_judged_as_it_is_given() -> None:
     plan = document(*FLEET, "--layout", "T=8,groups=4,hosts=16,batch=512,m=2")
     assert plan["figures"]["tpot_s"] == pytest.approx(0.0674, rel=0.01)  # published: 67.4 ms
     assert plan["alternatives"] == []
+
+
+@pytest.mark.parametrize(("form", "dtype"), [("fp8", "fp8"), ("int8", "int8"), ("int4", "int4")])
+def test_a_quantised_folder_is_planned_as_it_is_stored(form: str, dtype: str, tmp_path: Path) -> None:
+    folder = make_quantised(tmp_path / "tiny", form)
+    flags = ("plan", "--model", str(folder), "--hardware", "4xH200", "--context", "64")
+    assert document(*flags)["layout"]["dtype"] == dtype
+    assert document(*flags, "--dtype", "bf16")["layout"]["dtype"] == "bf16"
 
 
 def test_a_checkpoint_folder_is_a_model(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ if [[ $(stat -c %A "$top") != *x ]]; then # others may not pass it
     mkdir -p "$interpreter"
     mount --bind /mnt/interpreter "$interpreter"
 fi
+mkdir /mnt/project
+mount --bind "$root" /mnt/project
 mkdir /mnt/cluster /mnt/tokens /mnt/admin /mnt/scrape /mnt/settings
 cp "$script" /mnt/run.sh
 cp "$root"/deploy/kubernetes/overlays/local-cpu/generated/*.yaml /mnt/settings
@@ -29,6 +31,10 @@ chmod 0440 /mnt/{cluster,tokens,admin,scrape}/*
 chmod 0444 /mnt/run.sh
 mount -o remount,ro,bind / /
 mount -t tmpfs -o mode=1777 tmpfs /tmp
+if [[ ! -d $root ]]; then # it lies in /tmp
+    mkdir -p "$root"
+    mount --bind /mnt/project "$root"
+fi
 ip link set lo up
 ip addr add 10.9.9.9/24 dev lo
 ip route add default dev lo src 10.9.9.9

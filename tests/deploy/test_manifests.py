@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from llama4_dist.settings import ServeSettings
 from tests.deploy.conftest import NAMES, OVERLAYS, ROOT, built
 from tools.manifests import rules
-from tools.manifests.commands import AWAITED_COMMANDS, AWAITED_SETTINGS, command_names, parse
+from tools.manifests.commands import parse
 from tools.manifests.objects import Object, Overlay, build
 from tools.manifests.schemas import check_schemas, read_crds
 from tools.validate_manifests import findings, main
@@ -284,11 +283,6 @@ def test_a_host_that_needs_more_than_its_pod_has_is_found(overlay: Callable[[str
     (cluster,) = broken.of("RayCluster")
     cluster["spec"]["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"] = "8Mi"
     assert any("a pod holds" in finding for finding in findings(broken, {}))
-
-
-def test_what_is_awaited_has_not_come_yet() -> None:
-    assert not set(ServeSettings.model_fields) & AWAITED_SETTINGS, "it has come: take it out of AWAITED_SETTINGS"
-    assert not command_names() & AWAITED_COMMANDS, "it has come: take it out of AWAITED_COMMANDS"
 
 
 @pytest.mark.parametrize("words", [["llama4-dist", "serve", "--model", "m"], ["hf", "download", "a/b"]])

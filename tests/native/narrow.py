@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llama4_dist.model.cpu import attention, feed_forward, moe, norm, panels, quantise
+from llama4_dist.model.cpu import attention, feed_forward, moe, norm, panels, quantise, quantised
 from llama4_dist.native import bindings, library
 
 # Tuned for a processor for which g++ would by itself leave products unfused.
@@ -32,7 +32,7 @@ def narrow_passes(flags: tuple[str, ...]) -> ctypes.CDLL:
 def computing_with(native: Any) -> Iterator[None]:
     """Have the model's passes be those of this build."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (attention, feed_forward, moe, norm, panels, quantise):
+        for module in (attention, feed_forward, moe, norm, panels, quantise, quantised):
             patch.setattr(module, "passes", lambda: native)
         feed_forward._passes.cache_clear()
         yield

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
+from llama4_dist.checkpoint.quantised import QuantisedExpertWeights
+from llama4_dist.checkpoint.quantising.rounding import quantise_linear
+from llama4_dist.checkpoint.scheme import Number, Scheme
 from llama4_dist.model.cpu.feed_forward import network_of, packed_network, quantised_network, run_networks
 from llama4_dist.model.cpu.panels import NAME_OF, pack
 from llama4_dist.model.cpu.quantise import QuantisationError, quantise
+from llama4_dist.model.cpu.quantised import stored_network
 from llama4_dist.native.bindings import AttentionLayer, AttentionStep, Cache, Router, passes
 from tests.native.compiler import needs_compiler
 from tests.native.narrow import AVX2, BUILDS, computing_with, narrow_passes
@@ -57,6 +61,27 @@ def test_a_network_is_the_same(shape: tuple[int, int], dtype: torch.dtype, flags
             for rows in NUMS_ROWS:
                 outs.append(torch.empty(rows, width, dtype=dtype))
                 run_networks([network], [rows], x_RD[:rows], outs[-1])
+        return outs
+
+    assert_equal(flags, outputs)
+
+
+@BUILDS
+@DTYPES
+@ON_SHAPES
+def test_a_float8_network_is_the_same(shape: tuple[int, int], dtype: torch.dtype, flags: tuple[str, ...]) -> None:
+    width, hidden = shape
+    scheme = Scheme(number=Number.FLOAT8)
+    parts = [quantise_linear(random(*part), scheme, torch.float32)[0] for part in ((hidden, width),) * 2]
+    down_DF, _ = quantise_linear(random(width, hidden), scheme, torch.float32)
+    weights = QuantisedExpertWeights(gate_FD=parts[0], up_FD=parts[1], down_DF=down_DF)
+    x_RD = random(70, width).to(dtype)
+
+    def outputs(_: Any) -> list[Tensor]:
+        network, outs = stored_network(weights), []
+        for rows in NUMS_ROWS:
+            outs.append(torch.empty(rows, width, dtype=dtype))
+            run_networks([network], [rows], x_RD[:rows], outs[-1])
         return outs
 
     assert_equal(flags, outputs)

@@ -123,4 +123,9 @@ def _whole(path: Path) -> Checkpoint:
     checkpoint = Checkpoint.open(path)
     if checkpoint.part is not None and checkpoint.part.tensors is not None:
         raise ConfigError(f"{path} is {checkpoint.part.label}, a part of a checkpoint: convert the whole")
+    if checkpoint.scheme is not None:
+        raise ConfigError(
+            f"{path} is quantised ({checkpoint.scheme.title}), which has one linear an expert in any layout: convert "
+            "the checkpoint that it was made of, and quantise the result"
+        )
     return checkpoint

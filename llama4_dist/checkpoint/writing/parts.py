@@ -10,7 +10,15 @@ from pathlib import Path
 from llama4_dist.checkpoint.cluster_shape import ClusterShape
 from llama4_dist.checkpoint.coverage import share_blocks
 from llama4_dist.checkpoint.directory import allocated_bytes
-from llama4_dist.checkpoint.expert_blocks import ExpertRun, expert_blocks, part_blocks, part_shapes
+from llama4_dist.checkpoint.expert_blocks import (
+    ExpertRun,
+    expert_blocks,
+    expert_linears,
+    part_blocks,
+    part_names,
+    part_shapes,
+)
+from llama4_dist.checkpoint.header import TensorEntry
 from llama4_dist.checkpoint.names import stored_prefix
 from llama4_dist.checkpoint.part import PART, Part, config_hash, part_json
 from llama4_dist.checkpoint.reader import Checkpoint
@@ -18,6 +26,7 @@ from llama4_dist.checkpoint.text_tensors import STORED_DTYPES
 from llama4_dist.checkpoint.writing.directory import new_directory
 from llama4_dist.checkpoint.writing.moves import Move, SideBySide
 from llama4_dist.checkpoint.writing.original import Original, bytes_moved
+from llama4_dist.checkpoint.writing.quantised_parts import cut_tensors
 from llama4_dist.checkpoint.writing.shard_plan import NewTensor, plan_shards
 from llama4_dist.checkpoint.writing.write import Counter, Progress, check_disk, write_checkpoint
 from llama4_dist.errors import ConfigError
@@ -96,12 +105,17 @@ def _stage_parts(checkpoint: Checkpoint, original: Original, partition: Partitio
         if share.rank == 0:
             name = "attention" if partition.num_stages == 1 else f"attention-{share.stage}"
             names = tuple(name for name, _ in share_blocks(checkpoint.config, share))
-            tensors = tuple(original.whole(checkpoint.entries[one]) for one in names)
+            tensors = tuple(original.whole(entry) for one in names for entry in _entries(checkpoint, one))
             yield PartPlan(name=name, part=_part(checkpoint, name, names), tensors=tensors)
 
 
 def _run_tensors(checkpoint: Checkpoint, original: Original, run: ExpertRun) -> Iterator[NewTensor]:
-    config, layout = checkpoint.config, checkpoint.layout
+    config, layout, scheme = checkpoint.config, checkpoint.layout, checkpoint.scheme
+    if scheme is not None and expert_linears(run)[0].name in checkpoint.quantised:
+        for cut, name in zip(expert_linears(run), part_names(layout, run), strict=True):
+            stored_name = stored_prefix(config) + name
+            yield from cut_tensors(original, checkpoint.quantised[cut.name], scheme, cut, stored_name)
+        return
     there, here = expert_blocks(config, layout, run), part_blocks(config, layout, run, run)
     moves: dict[str, Move] = {}
     if here.gate_up is not None:
@@ -117,6 +131,14 @@ def _run_tensors(checkpoint: Checkpoint, original: Original, run: ExpertRun) -> 
     prefix, dtype = stored_prefix(config), STORED_DTYPES[config.dtype]
     for name, tensor in part_shapes(config, layout, run):
         yield NewTensor(name=prefix + name, dtype=dtype, shape=tensor, moves=(moves[name],))
+
+
+def _entries(checkpoint: Checkpoint, name: str) -> Iterator[TensorEntry]:
+    """Yield what a tensor of the model is stored as."""
+    if name in checkpoint.quantised:
+        yield from checkpoint.quantised[name].tensors()
+    else:
+        yield checkpoint.entries[name]
 
 
 def _part(

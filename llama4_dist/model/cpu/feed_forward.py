@@ -28,9 +28,15 @@ class Network:
         """`strides` are those between rows of gate and up, and of down; 0 = packed."""
         self.dtype = gate.dtype
         self.shape = (width, hidden, *strides)
+        self.kind = (gate.dtype, *self.shape)  # what networks of one native pass have in common
         self.struct = FeedForwardShape(*self.shape)
         self.addresses = (gate.data_ptr(), up.data_ptr(), down.data_ptr())
         self._kept = (gate, up, down)
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory of the weights, without scales."""
+        return sum(part.numel() * part.element_size() for part in self._kept)
 
     def reads(self, weight: Tensor) -> bool:
         """Tell whether the network reads this gate where it lies, and not a copy."""
@@ -65,15 +71,15 @@ def quantised_network(weights: ExpertWeights, error: QuantisationError) -> Netwo
 def run_networks(networks: Sequence[Network], nums_rows: Sequence[int], x_RD: Tensor, out_RD: Tensor) -> None:
     """Write down(silu(gate x) · up x); the rows of the networks stand one after the other.
 
-    Neighbours of one shape are one native pass: slices of an expert may differ in width.
+    Neighbours of one kind are one native pass: slices of an expert may differ in width, layers' experts in format.
     """
     assert x_RD.shape[0] == sum(nums_rows), "groups do not cover the rows"
-    shape = networks[0].shape
-    if all([network.shape == shape for network in networks]):  # noqa: C419 - a list is faster than a generator
+    kind = networks[0].kind
+    if all([network.kind == kind for network in networks]):  # noqa: C419 - a list is faster than a generator
         _run_alike(networks, nums_rows, x_RD, out_RD)
         return
     first = start = 0
-    for _, alike in groupby(networks, key=attrgetter("shape")):
+    for _, alike in groupby(networks, key=attrgetter("kind")):
         last = first + len(list(alike))
         stop = start + sum(nums_rows[first:last])
         _run_alike(networks[first:last], nums_rows[first:last], x_RD[start:stop], out_RD[start:stop])
@@ -81,7 +87,7 @@ def run_networks(networks: Sequence[Network], nums_rows: Sequence[int], x_RD: Te
 
 
 def _run_alike(networks: Sequence[Network], nums_rows: Sequence[int], x_RD: Tensor, out_RD: Tensor) -> None:
-    """Do so for networks of one shape."""
+    """Do so for networks of one kind."""
     first_rows = [0, *accumulate(nums_rows)]
     first_rows.pop()
     num_networks = len(networks)

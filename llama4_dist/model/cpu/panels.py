@@ -10,7 +10,7 @@ from llama4_dist.native import threads
 from llama4_dist.native.bindings import passes
 
 NAME_OF = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of rows, caches and weights as stored
-WEIGHT_NAME_OF = {**NAME_OF, torch.int8: "int8"}
+WEIGHT_NAME_OF = {**NAME_OF, torch.int8: "int8", torch.float8_e4m3fn: "float8"}
 
 
 def is_native(dtype: torch.dtype, device: torch.device | str) -> bool:
@@ -22,7 +22,7 @@ def is_native(dtype: torch.dtype, device: torch.device | str) -> bool:
 class Panels:
     """A linear's weight [F, D] as [ceil(F / strip), D, strip]; the last strip is filled up with zeros.
 
-    int8 strips have a scale an output, in the same memory behind them, where native passes look for them.
+    int8 and float8 strips have a scale an output, in the same memory behind them, where native passes look for them.
     """
 
     strips: Tensor

@@ -17,7 +17,7 @@ from llama4_dist.errors import CheckpointError, ConfigError, PreconditionError
 from tests.checkpoint.writing.models import narrow
 
 ROOT = Path(__file__).parents[3]
-BIG = ["--preset", "scout", "--scale", "1/4", "--set", "num_hidden_layers=4", "--dtype", "float32", "--out", "model"]
+BIG = ["--preset", "scout", "--scale", "1/8", "--set", "num_hidden_layers=4", "--dtype", "float32", "--out", "model"]
 
 
 def run_synth(folder: Path, *arguments: str, before: str = "") -> subprocess.Popen[str]:
@@ -35,7 +35,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         try:
-            assert process.wait(15) == 130  # all of the 8.5 GB would take longer
+            assert process.wait(60) == 130
         finally:
             process.kill()
     assert list(tmp_path.iterdir()) == []

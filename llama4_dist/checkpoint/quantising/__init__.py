@@ -1,0 +1,1 @@
+"""Writes a quantised checkpoint from one in floats: shard by shard, in bounded memory, resumable."""
