@@ -40,7 +40,7 @@ class Placed(RaySpawner):
                     labels={"gpu": "large"},
                     held=held,
                     num_of_role=sum(home.role is role for home in here),
-                )  # fmt: skip
+                )
             )
         return nodes
 
