@@ -145,7 +145,7 @@ def test_an_abort_reaches_the_attention_worker(engine: RayEngine, collector: Col
 def test_the_status_names_every_worker(engine: RayEngine) -> None:
     status = {worker.worker: worker for worker in engine.status()}
     assert status.keys() == {"controller", "expert-0", "expert-1", "attention-0"}
-    assert {worker.role for worker in status.values()} == set(Role)
+    assert {worker.role for worker in status.values()} == set(Role) - {Role.STAGE}, "the model is not cut"
     assert all(worker.state is State.READY for worker in status.values())
     assert len({worker.pid for worker in status.values()} - {0, os.getpid()}) == 4
     assert all(psutil.Process(worker.pid).nice() <= psutil.Process().nice() for worker in status.values())
