@@ -243,8 +243,10 @@ def test_a_formation_that_is_not_newer_or_was_not_prepared_is_refused(make: Call
 
 
 def test_a_member_of_another_model_is_refused_and_told_why(
-    make: Callable[[Partition], Cluster], tmp_path: Path
+    make: Callable[[Partition], Cluster], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("cluster.stage_worker.FORM_TIMEOUT_S", 3.0)  # the others wait so long for who was refused
+    monkeypatch.setattr("cluster.group_leader.FORM_TIMEOUT_S", 3.0)
     cluster = make(Partition(num_stages=2))
     other = make_checkpoint(tmp_path / "other", "scout", num_shards=3)
     cluster.start(replace(cluster.stages["attention-0-stage-1-rank-0"], model_dir=other), follows=False)

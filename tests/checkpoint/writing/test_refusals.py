@@ -17,7 +17,8 @@ from llama4_dist.errors import CheckpointError, ConfigError, PreconditionError
 from tests.checkpoint.writing.models import narrow
 
 ROOT = Path(__file__).parents[3]
-BIG = ["--preset", "scout", "--scale", "1/8", "--set", "num_hidden_layers=4", "--dtype", "float32", "--out", "model"]
+BIG = ["--preset", "scout", "--scale", "1/16", "--set", "num_hidden_layers=4", "--dtype", "float32", "--out", "model"]
+SLOW_DISK = "import os, time; write = os.pwrite; os.pwrite = lambda *what: (time.sleep(1.0), write(*what))[1]"
 
 
 def run_synth(folder: Path, *arguments: str, before: str = "") -> subprocess.Popen[str]:
@@ -29,13 +30,13 @@ def run_synth(folder: Path, *arguments: str, before: str = "") -> subprocess.Pop
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
-    with run_synth(tmp_path, *BIG) as process:
+    with run_synth(tmp_path, *BIG, before=SLOW_DISK) as process:  # which all of it would fill in a minute and a half
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".model.partial-*/model*.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         try:
-            assert process.wait(60) == 130
+            assert process.wait(30) == 130
         finally:
             process.kill()
     assert list(tmp_path.iterdir()) == []
