@@ -115,7 +115,7 @@ def test_limiting_the_wrong_process_is_noticed() -> None:
         fault.verify_healed()
 
 
-@pytest.mark.parametrize("pid", [0, 1, -1, os.getpid(), 2**22 + 1])
+@pytest.mark.parametrize("pid", [0, 1, -1, os.getpid(), 2**22 + 1], ids=["0", "1", "-1", "own", "none"])
 def test_a_pid_that_no_test_started_is_refused(pid: int) -> None:
     with pytest.raises(ValueError, match="pid="):
         Kill(pid)
