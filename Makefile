@@ -25,9 +25,8 @@ $(READY): pyproject.toml constraints.txt
 demo: setup ## A Ray cluster, a gateway and real prompts on this machine
 	$(BIN)/python tools/demo.py
 
-# Two files at a time: most tests of a cluster wait. One file stays with one process, whose cluster its tests share.
 test: setup ## All tests: real actors, sockets and gateway; CPU, offline
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 test-fast: setup ## Tests without Ray and without the slow ones
 	$(BIN)/python -m pytest -m "not ray and not slow"
