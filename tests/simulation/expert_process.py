@@ -42,7 +42,7 @@ class TinyStore(ExpertStore):
         self._changing = threading.Lock()
         self._adopted: set[Pair] = set()
         self._held: frozenset[Pair] = frozenset()
-        self._cut = ExpertCut(bounds=(range(WIDTH),), slice_bytes=(EXPERT_BYTES,))
+        self._cut = ExpertCut(bounds=(range(WIDTH),), slice_bytes=(EXPERT_BYTES,), computed_bytes=(EXPERT_BYTES,))
         self.residency = None
 
     @property
