@@ -61,13 +61,17 @@ def test_delay_holds_every_byte_back_for_as_long_as_told(proxy: Proxy, listener:
 def test_a_narrow_direction_lets_so_many_bytes_a_second_pass_and_presses_back(
     proxy: Proxy, listener: socket.socket
 ) -> None:
+    narrow = Toxic(proxy, TO_SERVER, Toxics(bytes_per_s=100_000))
+    narrow.inject()  # before the first byte: what went through unhindered would wait at the server
     with pair(proxy, listener) as (client, server), chatter(client):
         begun_s = time.monotonic()
-        with Toxic(proxy, TO_SERVER, Toxics(bytes_per_s=100_000)):
-            receive(server, 50_000)
-            assert time.monotonic() - begun_s > 0.4
+        receive(server, 50_000)
+        assert time.monotonic() - begun_s > 0.4
+        narrow.verify()
         must(lambda: proxy.counters(TO_SERVER).read < 50_000_000, "the sender was held up")
+        narrow.heal()
         receive(server, 1_000_000)
+        narrow.verify_healed()
 
 
 def test_slices_are_sent_apart(proxy: Proxy, listener: socket.socket) -> None:
