@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cluster.placement import Pair
+from cluster.planning.placement import Pair
 from cluster.worker import WorkerStatus
 
 

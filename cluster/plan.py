@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from cluster.autoscale import AutoscalePolicy
-from cluster.placement import ExpertGeometry
+from cluster.planning.autoscale import AutoscalePolicy
+from cluster.planning.placement import ExpertGeometry
 from cluster.worker import Role, WorkerConfig
 from llama4_dist.errors import ConfigError
 from llama4_dist.telemetry.settings import DEFAULT, Telemetry

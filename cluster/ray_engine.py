@@ -12,13 +12,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cluster.autoscale import AutoscalePolicy
-from cluster.driver_control import DriverControl
-from cluster.launch import ensure_ray
-from cluster.placement import ExpertGeometry
+from cluster.driver.driver_control import DriverControl
+from cluster.driver.launch import ensure_ray
+from cluster.driver.processes import ClusterProcesses, OnProgress
+from cluster.driver.spawn import RaySpawner
 from cluster.plan import ClusterPlan, stages_of
-from cluster.processes import ClusterProcesses, OnProgress
-from cluster.spawn import RaySpawner
+from cluster.planning.autoscale import AutoscalePolicy
+from cluster.planning.placement import ExpertGeometry
 from cluster.worker import Role, WorkerConfig, WorkerStatus
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.engine.build import resolve_dtype

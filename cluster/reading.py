@@ -1,18 +1,10 @@
-"""What a cluster tells whoever measures it: counters and states of one moment. Plain records, and how to fill them."""
+"""What a cluster tells whoever measures it: counters and states of one moment. Plain records."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from cluster.operation import HostLoad, Kind, Phase
-from cluster.placement import Pair
-from cluster.worker import Role, State, WorkerStatus
-
-if TYPE_CHECKING:
-    from cluster.controller import Controller
-    from cluster.watch import Watch
-
-ANSWER_TIMEOUT_S = 2.0  # of an expert host, for its counters
+from cluster.worker import Role, WorkerStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,34 +44,3 @@ class ClusterReading:
     running: tuple[Kind, Phase] | None = None
     num_slices: int = 1  # of every expert; `HostLoad.rows` counts units
     lost: Mapping[tuple[Role, str], int] = field(default_factory=dict)
-
-
-def read_cluster(controller: "Controller", watch: "Watch") -> ClusterReading:
-    """Read what the controller knows, and ask the expert hosts for their counters; who is late is left out."""
-    experts = controller.members.of(Role.EXPERT)
-    answers, _ = controller.members.try_each(experts, "reading", timeout_s=ANSWER_TIMEOUT_S)
-    topology = controller.topology
-    return ClusterReading(
-        epoch=topology.epoch,
-        workers=(*watch.readings(), *map(gone, controller.missing)),
-        hosts=tuple(answers[worker] for worker in sorted(answers)),
-        replicas=fewest_copies(topology.placement.hosts_of, {host.worker for host in experts}),
-        ended=dict(controller.ledger.num_ended),
-        running=controller.ledger.under_way,
-        num_slices=controller.num_slices,
-        lost=dict(watch.lost),
-    )
-
-
-def gone(worker: tuple[Role, str]) -> WorkerReading:
-    """Describe a worker that there should be and that has no process."""
-    return WorkerReading(status=WorkerStatus(worker=worker[1], role=worker[0], state=State.LOST))
-
-
-def fewest_copies(hosts_of: Mapping[Pair, Collection[str]], live: Collection[str]) -> dict[int, int]:
-    """Return for each layer how many live hosts hold the expert that the fewest hold."""
-    fewest: dict[int, int] = {}
-    for (layer, _), hosts in hosts_of.items():
-        copies = len(set(hosts).intersection(live))
-        fewest[layer] = min(fewest.get(layer, copies), copies)
-    return fewest

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from cluster.placement import Pair, Placement
+from cluster.planning.placement import Pair, Placement
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.partition import WHOLE, Partition
 from llama4_dist.telemetry.settings import DEFAULT, Telemetry

@@ -10,7 +10,7 @@ from google.rpc import code_pb2, status_pb2
 
 from cluster.admin.paging import seconds
 from cluster.operation import Change, ChangeOptions, ClusterView, Operation, Phase
-from cluster.placement import Pair
+from cluster.planning.placement import Pair
 from cluster.worker import WorkerStatus
 from llama4_dist.dispatch.units import slice_of
 from llama4_dist.errors import Llama4Error

@@ -12,7 +12,7 @@ from cluster.admin.paging import invalid, page, seconds, to_duration
 from cluster.admin.revised import Revised
 from cluster.control import ControlPlane
 from cluster.operation import PlacementView
-from cluster.placement import Pair
+from cluster.planning.placement import Pair
 from llama4_dist.gateway.handlers import Context
 from llama4_dist.v1 import experts_pb2
 

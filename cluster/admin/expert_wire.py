@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from cluster.admin.load_rates import ExpertRate, HostRate
 from cluster.operation import PlacementView
-from cluster.placement import Pair
+from cluster.planning.placement import Pair
 from llama4_dist.dispatch.units import slice_of
 from llama4_dist.v1 import experts_pb2
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.operation import HostLoad
-from cluster.placement import Pair
+from cluster.planning.placement import Pair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 
 from cluster.admin.load_rates import LoadReading, rates
-from cluster.placement import Pair
+from cluster.planning.placement import Pair
 
 WINDOW_S = 30.0
 MAX_READINGS = 64

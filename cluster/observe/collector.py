@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from prometheus_client.core import Metric
 
 from cluster.admin.load_rates import LoadReading
-from cluster.loads import LoadMeter
+from cluster.control_plane.load_meter import LoadMeter
 from cluster.observe import families
 from cluster.observe.balance import BalanceWindow
 from cluster.reading import ClusterReading

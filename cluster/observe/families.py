@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from prometheus_client.core import Metric
 
-from cluster.placement import Pair
+from cluster.planning.placement import Pair
 from cluster.reading import ClusterReading, HostReading, WorkerReading
 from cluster.worker import State
 from llama4_dist.dispatch.units import slice_of

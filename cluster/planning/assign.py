@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from cluster.placement import ExpertGeometry, HostSlot, Pair
 from cluster.planning.layer import place_layer
 from cluster.planning.layer_state import LayerTask
 from cluster.planning.loads import ExpertLoads
+from cluster.planning.placement import ExpertGeometry, HostSlot, Pair
 from cluster.planning.policy import PlanPolicy
 from cluster.planning.preference import prefer
 from cluster.planning.quotas import layer_quotas

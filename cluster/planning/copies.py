@@ -3,8 +3,8 @@
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
 
-from cluster.placement import ExpertGeometry, HostSlot, Pair
 from cluster.planning.loads import ExpertLoads
+from cluster.planning.placement import ExpertGeometry, HostSlot, Pair
 from cluster.planning.policy import PlanPolicy
 
 # A copy that is there counts as this much hotter: measured loads waver, and copies should not come and go with them.

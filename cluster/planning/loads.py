@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 
-from cluster.placement import ExpertGeometry, Pair, Placement
+from cluster.planning.placement import ExpertGeometry, Pair, Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

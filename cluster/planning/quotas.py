@@ -7,8 +7,8 @@ host's own quota and that hosts which hold more of a layer now keep more of it.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from cluster.placement import ExpertGeometry, HostSlot, Pair
 from cluster.planning.matching import Matching, Matrix
+from cluster.planning.placement import ExpertGeometry, HostSlot, Pair
 from cluster.planning.shares import share_out_apart
 
 

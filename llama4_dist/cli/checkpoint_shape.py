@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.placement import ExpertGeometry, HostSlot, place
+from cluster.planning.placement import ExpertGeometry, HostSlot, place
 from llama4_dist.checkpoint.cluster_shape import ClusterShape, Unit, check_shape, read_shape
 from llama4_dist.checkpoint.describe import expert_bytes
 from llama4_dist.checkpoint.directory import read_small_file

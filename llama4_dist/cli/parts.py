@@ -50,8 +50,8 @@ def open_parts(settings: ServeSettings, resources: ExitStack, *, show_progress: 
         host, port = host_and_port(settings.directory_address)
         directory = DirectoryServer(host=host, port=port, secret=secret)
         resources.callback(directory.close)
-    from cluster.autoscale import AutoscalePolicy
     from cluster.observe.collector import ClusterCollector
+    from cluster.planning.autoscale import AutoscalePolicy
     from cluster.ray_engine import RayEngine
 
     policy = None

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.placement import ExpertGeometry, HostSlot, place
+from cluster.planning.placement import ExpertGeometry, HostSlot, place
 from llama4_dist.checkpoint.cluster_shape import ClusterShape, check_shape, read_shape, shape_json
 from llama4_dist.checkpoint.coverage import opened, prove_coverage
 from llama4_dist.checkpoint.names import ExpertLayout

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from anyio.from_thread import start_blocking_portal
 
-from cluster.attention_worker import AttentionWorker
-from cluster.expert_host import ExpertHost
-from cluster.placement import HostSlot, place
+from cluster.data_plane.attention_worker import AttentionWorker
+from cluster.data_plane.expert_host import ExpertHost
+from cluster.planning.placement import HostSlot, place
 from cluster.ray_engine import read_geometry
 from cluster.worker import HostAddress, Location, Role, Topology, WorkerConfig
 from llama4_dist.client import Client

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from cluster.operation import HostLoad
-from cluster.placement import ExpertGeometry, Pair
+from cluster.planning.placement import ExpertGeometry, Pair
 from cluster.reading import HostReading
 from cluster.worker import (
     Adopted,

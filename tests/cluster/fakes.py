@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from cluster.controller import Controller
+from cluster.control_plane.controller import Controller
 from cluster.handle import Handle
 from cluster.plan import ClusterPlan, stages_of
 from cluster.standing import CONTROLLER

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from cluster.control import DEFAULT_OPTIONS
 from cluster.operation import Change, ChangeOptions, ClusterView, HostLoad, Kind, Operation, Phase, PlacementView
-from cluster.placement import ExpertGeometry, HostSlot, Pair, Placement, place
+from cluster.planning.placement import ExpertGeometry, HostSlot, Pair, Placement, place
 from cluster.worker import Role, State, WorkerStatus
 from llama4_dist.errors import (
     ConflictError,

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from cluster.balance import ExpertLoads
-from cluster.placement import ExpertGeometry, HostSlot, Placement
+from cluster.planning.balance import ExpertLoads
+from cluster.planning.placement import ExpertGeometry, HostSlot, Placement
 
 BYTES = 10  # of one unit: an expert, or a slice of one
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from cluster.driver_control import DriverControl
+from cluster.driver.driver_control import DriverControl
+from cluster.driver.processes import ClusterProcesses
 from cluster.operation import ChangeOptions, Operation, Phase
-from cluster.processes import ClusterProcesses
 from cluster.worker import Topology
 from tests.cluster.fake_workers import GEOMETRY, FakeAttention
 from tests.cluster.fakes import FakeSpawner, plan
@@ -16,22 +16,23 @@ from tests.cluster.fakes import FakeSpawner, plan
 TIMEOUT_S = 10.0
 
 FAST = {
-    "processes.ORDERS_INTERVAL_S": 0.005,
-    "watch.INTERVAL_S": 0.02,
-    "watch.ANSWER_TIMEOUT_S": 0.3,
-    "watch.FIRST_PAUSE_S": 0.05,
-    "watch.LONGEST_PAUSE_S": 0.1,
-    "revival.FIRST_PAUSE_S": 0.05,
-    "revival.LONGEST_PAUSE_S": 0.1,
-    "forming.FIRST_PAUSE_S": 0.05,
-    "forming.LONGEST_PAUSE_S": 0.1,
-    "change.PROGRESS_INTERVAL_S": 0.02,
+    "driver.processes.ORDERS_INTERVAL_S": 0.005,
+    "control_plane.watch.INTERVAL_S": 0.02,
+    "control_plane.watch.ANSWER_TIMEOUT_S": 0.3,
+    "control_plane.watch.FIRST_PAUSE_S": 0.05,
+    "control_plane.watch.LONGEST_PAUSE_S": 0.1,
+    "control_plane.revival.FIRST_PAUSE_S": 0.05,
+    "control_plane.revival.LONGEST_PAUSE_S": 0.1,
+    "control_plane.forming.FIRST_PAUSE_S": 0.05,
+    "control_plane.forming.LONGEST_PAUSE_S": 0.1,
+    "control_plane.change.PROGRESS_INTERVAL_S": 0.02,
 }
 
 
 def hasten(monkeypatch: pytest.MonkeyPatch, **timeouts_s: float) -> None:
-    """Let everything that happens in seconds happen in milliseconds; `change__LOAD_TIMEOUT_S=…` sets more."""
-    for name, seconds in (FAST | {name.replace("__", "."): one for name, one in timeouts_s.items()}).items():
+    """Let what takes seconds take milliseconds; `change__LOAD_TIMEOUT_S=…` sets another of the control plane."""
+    others = {f"control_plane.{name.replace('__', '.')}": seconds for name, seconds in timeouts_s.items()}
+    for name, seconds in (FAST | others).items():
         monkeypatch.setattr(f"cluster.{name}", seconds)
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from cluster.autoscale import AutoscalePolicy, Pressure, Reading, decide
+from cluster.planning.autoscale import AutoscalePolicy, Pressure, Reading, decide
 
 POLICY = AutoscalePolicy(min_hosts=2, max_hosts=10, up_after_s=10.0, down_after_s=100.0)
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from cluster.autoscale import AutoscalePolicy
-from cluster.autoscaling import Autoscaling, busy_share
+from cluster.control_plane.autoscaling import Autoscaling, busy_share
 from cluster.operation import ChangeOptions, HostLoad
+from cluster.planning.autoscale import AutoscalePolicy
 from cluster.worker import Role
 from llama4_dist.errors import ConflictError
 

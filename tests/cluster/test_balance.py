@@ -6,8 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.balance import ExpertLoads, Move, PlacementPlan, PlanPolicy, balancedness, plan_placement, worth_moving
-from cluster.placement import ExpertGeometry, HostSlot, Placement, place
+from cluster.planning.balance import (
+    ExpertLoads,
+    Move,
+    PlacementPlan,
+    PlanPolicy,
+    balancedness,
+    plan_placement,
+    worth_moving,
+)
+from cluster.planning.placement import ExpertGeometry, HostSlot, Placement, place
 from tests.cluster.planning_cases import (
     BYTES,
     fewest_moves,

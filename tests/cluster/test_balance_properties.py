@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.balance import ExpertLoads, PlanPolicy, plan_placement
-from cluster.placement import ExpertGeometry, HostSlot, Placement
+from cluster.planning.balance import ExpertLoads, PlanPolicy, plan_placement
+from cluster.planning.placement import ExpertGeometry, HostSlot, Placement
 from tests.cluster.planning_cases import (
     BYTES,
     fewest_moves,

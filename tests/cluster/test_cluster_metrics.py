@@ -6,11 +6,12 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.admin.load_rates import LoadReading
+from cluster.control_plane.census import fewest_copies
 from cluster.observe.balance import MAX_READINGS, BalanceWindow
 from cluster.observe.collector import ClusterCollector
 from cluster.operation import HostLoad
-from cluster.placement import Pair
-from cluster.reading import ClusterReading, HostReading, fewest_copies
+from cluster.planning.placement import Pair
+from cluster.reading import ClusterReading, HostReading
 from tests.cluster.fake_workers import FakeHost
 from tests.cluster.small_clusters import SmallCluster, hasten, until
 from tests.scraping import Scrape

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from cluster.driver_control import DriverControl
-from cluster.processes import ClusterProcesses
+from cluster.driver.driver_control import DriverControl
+from cluster.driver.processes import ClusterProcesses
 from cluster.worker import LoadProgress, State
 from llama4_dist.errors import CheckpointError, ConfigError, UnavailableError
 from tests.cluster.fakes import FakeSpawner, fail, plan
@@ -120,7 +120,7 @@ def test_experts_that_do_not_fit_are_refused_with_the_numbers() -> None:
 
 
 def test_a_controller_that_hangs_is_named_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.processes.ANSWER_MARGIN_S", 0.1)
+    monkeypatch.setattr("cluster.driver.processes.ANSWER_MARGIN_S", 0.1)
     never = threading.Event()
     spawner = FakeSpawner(controller__start=lambda: never.wait(20), controller__progress=lambda: never.wait(20))
     with pytest.raises(UnavailableError, match="controller did not start in time"):
@@ -171,7 +171,7 @@ def test_a_controller_that_cannot_take_over_is_followed_by_the_next(monkeypatch:
 
 def test_a_controller_that_is_only_slow_is_not_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
     hasten(monkeypatch)
-    monkeypatch.setattr("cluster.processes.ANSWER_MARGIN_S", 0.05)
+    monkeypatch.setattr("cluster.driver.processes.ANSWER_MARGIN_S", 0.05)
     cluster, release = SmallCluster(), threading.Event()
     cluster.spawner.faults["controller.orders"] = lambda: release.wait(5)
     until(lambda: cluster.spawner.calls.count(("controller", "orders")) >= 3)

@@ -5,8 +5,8 @@ from statistics import mean
 
 import pytest
 
-from cluster.balance import ExpertLoads, PlanPolicy, plan_placement
-from cluster.placement import Placement
+from cluster.planning.balance import ExpertLoads, PlanPolicy, plan_placement
+from cluster.planning.placement import Placement
 from tests.cluster.eplb_oracle import eplb_global, eplb_hierarchical, pack, ratio, replicate
 from tests.cluster.planning_cases import geometry, slots
 

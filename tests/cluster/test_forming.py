@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cluster.formation import due_formation, formation_of
+from cluster.control_plane.formation import due_formation, formation_of
 from cluster.plan import Group
 from cluster.worker import Role, StageAddress, WorkerStatus
 from cluster.worker import State as WorkerState

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from cluster.nodes import Node
+from cluster.driver.nodes import Node
+from cluster.driver.spawn import Home, RaySpawner, stage_of, worker_bundle
 from cluster.plan import stages_of
-from cluster.spawn import Home, RaySpawner, stage_of, worker_bundle
 from cluster.worker import Role, WorkerConfig
 from llama4_dist.partition import Partition
 

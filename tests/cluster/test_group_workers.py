@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from cluster.expert_host import ExpertHost
-from cluster.forming import FormingError, form
-from cluster.group_leader import GroupLeader
-from cluster.members import Members
-from cluster.placement import HostSlot, place
+from cluster.control_plane.forming import FormingError, form
+from cluster.control_plane.members import Members
+from cluster.data_plane.expert_host import ExpertHost
+from cluster.data_plane.group_leader import GroupLeader
+from cluster.data_plane.stage_worker import StageWorker
 from cluster.plan import Group, stages_of
+from cluster.planning.placement import HostSlot, place
 from cluster.ray_engine import read_geometry
-from cluster.stage_worker import StageWorker
 from cluster.worker import Location, Role, Topology, WorkerConfig
 from llama4_dist.dispatch.challenge import Dialler
 from llama4_dist.dispatch.links.address import parse_address
@@ -245,8 +245,9 @@ def test_a_formation_that_is_not_newer_or_was_not_prepared_is_refused(make: Call
 def test_a_member_of_another_model_is_refused_and_told_why(
     make: Callable[[Partition], Cluster], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.stage_worker.FORM_TIMEOUT_S", 3.0)  # the others wait so long for who was refused
-    monkeypatch.setattr("cluster.group_leader.FORM_TIMEOUT_S", 3.0)
+    # The others wait so long for who was refused.
+    monkeypatch.setattr("cluster.data_plane.stage_worker.FORM_TIMEOUT_S", 3.0)
+    monkeypatch.setattr("cluster.data_plane.group_leader.FORM_TIMEOUT_S", 3.0)
     cluster = make(Partition(num_stages=2))
     other = make_checkpoint(tmp_path / "other", "scout", num_shards=3)
     cluster.start(replace(cluster.stages["attention-0-stage-1-rank-0"], model_dir=other), follows=False)
@@ -278,8 +279,8 @@ def test_who_does_not_know_the_secret_learns_nothing(make: Callable[[Partition],
 def test_a_group_without_one_of_its_members_is_not_formed(
     make: Callable[[Partition], Cluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.stage_worker.FORM_TIMEOUT_S", 1.0)
-    monkeypatch.setattr("cluster.group_leader.FORM_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("cluster.data_plane.stage_worker.FORM_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("cluster.data_plane.group_leader.FORM_TIMEOUT_S", 1.0)
     cluster = make(WIDE)
     absent = cluster.plain("attention-0-stage-1-rank-0")
     monkeypatch.setattr(absent, "form", lambda formation: None)

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.host_links import HostLinks
-from cluster.topology_follower import usable
+from cluster.data_plane.host_links import HostLinks
+from cluster.data_plane.topology_follower import usable
 from cluster.worker import HostAddress
 from llama4_dist.dispatch.handshake import Hello
 from llama4_dist.dispatch.links.connect import connect

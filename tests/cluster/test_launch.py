@@ -9,7 +9,7 @@ import psutil
 import pytest
 import ray
 
-from cluster.launch import RaySession, ensure_ray
+from cluster.driver.launch import RaySession, ensure_ray
 from llama4_dist.errors import ConfigError, UnavailableError
 from llama4_dist.rpc.cluster_secret import SECRET_FILE_VARIABLE, cluster_secret
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from cluster.ledger import CANCELLED_TOO_LATE, MAX_KEPT, OperationLedger
+from cluster.control_plane.ledger import CANCELLED_TOO_LATE, MAX_KEPT, OperationLedger
 from cluster.operation import ChangeOptions, Kind, Phase
 from llama4_dist.errors import (
     ConflictError,

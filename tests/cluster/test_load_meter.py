@@ -2,10 +2,10 @@
 
 import pytest
 
-from cluster.loads import ENOUGH_ROWS, HORIZON_S, LoadMeter
+from cluster.control_plane.load_meter import ENOUGH_ROWS, HORIZON_S, LoadMeter
 from cluster.operation import HostLoad
-from cluster.placement import Pair
 from cluster.planning.loads import ExpertLoads
+from cluster.planning.placement import Pair
 from tests.cluster.fake_workers import GEOMETRY
 
 A, B = (0, 0), (1, 3)

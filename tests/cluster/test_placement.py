@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import ExpertGeometry, HostSlot, place, routing_table
+from cluster.planning.placement import ExpertGeometry, HostSlot, place, routing_table
 
 
 def geometry(num_layers: int = 4, num_experts: int = 16) -> ExpertGeometry:

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from cluster.movement import moves_between, released_by
 from cluster.planning.exchange import exchange
 from cluster.planning.matching import Matching
+from cluster.planning.movement import moves_between, released_by
 from cluster.planning.preference import prefer
 from cluster.planning.shares import share_out, share_out_apart
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from cluster.control_plane.members import Members
+from cluster.control_plane.provisioning import Provisioning
 from cluster.handle import Handle
-from cluster.members import Members
-from cluster.provisioning import Provisioning
 from cluster.worker import Role
 from llama4_dist.errors import RequestCancelledError, UnavailableError
 

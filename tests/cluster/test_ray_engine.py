@@ -19,7 +19,7 @@ import torch
 from ray.util import list_named_actors
 from ray.util.placement_group import placement_group_table
 
-from cluster.launch import ensure_ray
+from cluster.driver.launch import ensure_ray
 from cluster.operation import Kind, Operation, Phase
 from cluster.ray_engine import RayEngine
 from cluster.worker import LoadProgress, Role, State

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from cluster.launch import ensure_ray
+from cluster.driver.launch import ensure_ray
 from cluster.ray_engine import RayEngine
 from cluster.worker import Role, State, WorkerStatus
 from llama4_dist.engine.build import build_single_process

@@ -7,7 +7,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.launch import NAMESPACE
+from cluster.driver.launch import NAMESPACE
 from cluster.ray_engine import RayEngine
 from cluster.worker import Role
 from llama4_dist.engine.options import EngineOptions
@@ -67,7 +67,7 @@ def test_labels_hold_experts_on_one_node_and_impossible_ones_are_named(
         assert nodes == {three_nodes["right"]}
     finally:
         engine.close()
-    monkeypatch.setattr("cluster.spawn.PLACEMENT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("cluster.driver.spawn.PLACEMENT_TIMEOUT_S", 1.0)
     with pytest.raises(UnavailableError, match=r"pool.*nowhere") as caught:
         RayEngine(model_dir, num_expert_hosts=1, options=OPTIONS, labels={Role.EXPERT: {"pool": "nowhere"}})
     assert caught.value.reason == "INSUFFICIENT_CAPACITY"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.launch import ensure_ray
+from cluster.driver.launch import ensure_ray
 from cluster.ray_engine import RayEngine, read_geometry
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.engine.options import EngineOptions

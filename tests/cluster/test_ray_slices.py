@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.launch import ensure_ray
+from cluster.driver.launch import ensure_ray
 from cluster.operation import Operation, Phase
 from cluster.ray_engine import RayEngine
 from cluster.worker import Role, State

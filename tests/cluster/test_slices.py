@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.balance import ExpertLoads, PlanPolicy, plan_placement
-from cluster.placement import ExpertGeometry, HostSlot, Placement
+from cluster.planning.balance import ExpertLoads, PlanPolicy, plan_placement
+from cluster.planning.placement import ExpertGeometry, HostSlot, Placement
 from cluster.planning.siblings import part
 from tests.cluster.planning_cases import held_in_layer, preferred_in_layer, slots
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from cluster.movement import Move
-from cluster.placement import Placement
-from cluster.proofs import compare, to_prove
-from cluster.takeover import held_topology, strangers
+from cluster.control_plane.proofs import compare, to_prove
+from cluster.control_plane.takeover import held_topology, strangers
+from cluster.planning.movement import Move
+from cluster.planning.placement import Placement
 from cluster.worker import HostAddress, Role, State, Topology, WorkerStatus
 from llama4_dist.errors import EngineError
 

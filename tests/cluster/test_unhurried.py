@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from cluster.unhurried import LOWEST, unhurried
+from cluster.data_plane.unhurried import LOWEST, unhurried
 
 
 def niceness() -> int:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.nodes import Node, emptiest
-from cluster.wishes import Wish, leaving_first, likely_nodes, new_names, order, scaled, without
+from cluster.control_plane.wishes import Wish, leaving_first, likely_nodes, new_names, order, scaled, without
+from cluster.driver.nodes import Node, emptiest
 
 NODES = {"expert-0": "a", "expert-1": "b", "expert-2": "a", "expert-10": "b", "expert-3": "c"}
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.attention_worker import AttentionWorker
-from cluster.expert_host import ExpertHost
-from cluster.placement import ExpertGeometry, HostSlot, place
+from cluster.data_plane.attention_worker import AttentionWorker
+from cluster.data_plane.expert_host import ExpertHost
+from cluster.data_plane.referee import Referee
+from cluster.planning.placement import ExpertGeometry, HostSlot, place
 from cluster.ray_engine import read_geometry
-from cluster.referee import Referee
 from cluster.worker import Location, Role, State, Topology, WorkerConfig
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.engine.group import EngineGroup

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.launch import ensure_ray
+from cluster.driver.launch import ensure_ray
 from tests.faults.leaks import Leaked, assert_no_leaks, new_since, snapshot
 from tests.faults.victims import victim
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cluster.expert_host import ExpertHost
+from cluster.data_plane.expert_host import ExpertHost
 from cluster.worker import Location, Role, WorkerConfig
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.config import ModelConfig

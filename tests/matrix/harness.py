@@ -5,8 +5,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cluster.attention_worker import AttentionWorker
-from cluster.placement import HostSlot, Placement, place
+from cluster.data_plane.attention_worker import AttentionWorker
+from cluster.planning.placement import HostSlot, Placement, place
 from cluster.ray_engine import read_geometry
 from cluster.worker import HostAddress, Location, Role, Topology, WorkerConfig
 from llama4_dist.chaos.faults.fault import must

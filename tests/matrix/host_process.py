@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.expert_host import ExpertHost
+from cluster.data_plane.expert_host import ExpertHost
 from cluster.worker import Location, Role, WorkerConfig
 from llama4_dist.dispatch.fault_points import FaultPoints
 from llama4_dist.dispatch.links.link import FrameHeader, FrameKind

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cluster.placement import Pair
+from cluster.planning.placement import Pair
 from cluster.worker import HostAddress
 from llama4_dist.chaos.faults.fault import Fault, must
 from llama4_dist.chaos.faults.processes import Kill, Process, Stop

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.movement import Move
-from cluster.proofs import compare, to_prove
+from cluster.control_plane.proofs import compare, to_prove
+from cluster.planning.movement import Move
 from llama4_dist.chaos.faults.fault import must
 from llama4_dist.errors import EngineError
 from tests.faults.storage import FlippedBit, Truncated

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from cluster.attention_worker import AttentionWorker
-from cluster.topology_follower import TopologyFollower
+from cluster.data_plane.attention_worker import AttentionWorker
+from cluster.data_plane.topology_follower import TopologyFollower
 from cluster.worker import Adopted, HostAddress, Location, Role, State, Topology, WorkerConfig, WorkerStatus
 from llama4_dist.dispatch.cross_check import CrossCheck
 from llama4_dist.dispatch.dispatcher import Dispatcher

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from cluster.placement import ExpertGeometry
 from cluster.plan import ClusterPlan
+from cluster.planning.placement import ExpertGeometry
 from cluster.worker import Role, WorkerConfig
 from tests.simulation.expert_process import EXPERT_BYTES
 from tests.simulation.plan import Plan

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from cluster.change import ChangeRun
-from cluster.epochs import Epochs
-from cluster.host_links import HostLinks
-from cluster.watch import Watch
+from cluster.control_plane.change import ChangeRun
+from cluster.control_plane.watch import Watch
+from cluster.data_plane.epochs import Epochs
+from cluster.data_plane.host_links import HostLinks
 from llama4_dist.dispatch.cross_check import CrossCheck
 from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.exchange import Exchange

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from cluster.controller import Controller
+from cluster.control_plane.controller import Controller
 from cluster.worker import Location, Role
 from llama4_dist.errors import UnavailableError
 from tests.simulation.attention_process import SimAttention
@@ -17,7 +17,7 @@ START_TIMEOUT_S = 60.0
 
 
 class Driver:
-    """Owns processes as `cluster.processes.ClusterProcesses` does; it never dies."""
+    """Owns processes as `cluster.driver.processes.ClusterProcesses` does; it never dies."""
 
     def __init__(self, world: "World") -> None:
         self._world = world

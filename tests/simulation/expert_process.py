@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from cluster.expert_host import ExpertHost
-from cluster.placement import Pair
+from cluster.data_plane.expert_host import ExpertHost
+from cluster.planning.placement import Pair
 from cluster.worker import HostAddress, Location, Role, State, WorkerConfig, WorkerStatus
 from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.dispatch.fault_points import FaultPoints

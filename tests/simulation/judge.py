@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from cluster.operation import Operation, Phase
-from cluster.placement import Pair
+from cluster.planning.placement import Pair
 from cluster.worker import Topology
 from llama4_dist.dispatch.routing_table import RoutingTable
 from llama4_dist.errors import UnavailableError

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
-import cluster.controller
+import cluster.control_plane.controller
 import llama4_dist.dispatch.computation
-from cluster.watch import Watch
+from cluster.control_plane.watch import Watch
 from tests.simulation.clock import Clock
 
 POLL_S = 0.05
@@ -118,8 +118,9 @@ class _Condition:
         return self._waiting.until(condition, timeout)
 
 
-RUNNING = ("controller", "revival", "provisioning")  # modules whose threads the world runs
-IDLE = ("watch", "host_links")  # the world looks and dials itself
+# Modules whose threads the world runs, and those of which it does itself what they would.
+RUNNING = ("control_plane.controller", "control_plane.revival", "control_plane.provisioning")
+IDLE = ("control_plane.watch", "data_plane.host_links")
 
 
 @contextmanager
@@ -127,7 +128,7 @@ def installed(world: Surroundings) -> Iterator[None]:
     """Put the stand-ins in place for as long as this world runs."""
     clock = world.clock
     changes: list[tuple[ModuleType, str, object]] = [
-        (cluster.controller, "Watch", lambda controller: Watch(controller, clock=clock.monotonic)),
+        (cluster.control_plane.controller, "Watch", lambda controller: Watch(controller, clock=clock.monotonic)),
         (llama4_dist.dispatch.computation, "time", clock),
     ]
     for names, runs in ((RUNNING, True), (IDLE, False)):

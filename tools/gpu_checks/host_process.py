@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.expert_host import ExpertHost
+from cluster.data_plane.expert_host import ExpertHost
 from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.dispatch.handshake import HostIdentity

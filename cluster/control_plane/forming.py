@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-from cluster.formation import due_formation, formation_of
-from cluster.members import Members
+from cluster.control_plane.formation import due_formation, formation_of
+from cluster.control_plane.members import Members
 from cluster.plan import Group
 from cluster.worker import WorkerStatus
 from llama4_dist.errors import HandshakeError, Llama4Error, UnavailableError
 
 if TYPE_CHECKING:
-    from cluster.controller import Controller
+    from cluster.control_plane.controller import Controller
 
 log = logging.getLogger(__name__)
 

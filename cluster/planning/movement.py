@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.placement import HostSlot, Pair
+from cluster.planning.placement import HostSlot, Pair
 
 HostsOf = Mapping[Pair, Sequence[str]]
 

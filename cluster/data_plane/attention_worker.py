@@ -7,9 +7,9 @@ from contextlib import ExitStack
 
 import psutil
 
-from cluster.epochs import Epochs
-from cluster.serving import Serving
-from cluster.topology_follower import follower_of
+from cluster.data_plane.epochs import Epochs
+from cluster.data_plane.serving import Serving
+from cluster.data_plane.topology_follower import follower_of
 from cluster.worker import (
     Adopted,
     HostAddress,

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from cluster.autoscale import AutoscalePolicy, Pressure, Reading, decide
 from cluster.operation import ChangeOptions, HostLoad
+from cluster.planning.autoscale import AutoscalePolicy, Pressure, Reading, decide
 from cluster.worker import Role
 from llama4_dist.errors import Llama4Error
 
 if TYPE_CHECKING:
-    from cluster.controller import Controller
+    from cluster.control_plane.controller import Controller
 
 log = logging.getLogger(__name__)
 

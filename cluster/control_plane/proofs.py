@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from cluster.movement import Move
-from cluster.placement import Pair
+from cluster.planning.movement import Move
+from cluster.planning.placement import Pair
 from llama4_dist.errors import EngineError
 
 Prints = Mapping[str, Mapping[Pair, str]]  # host to its fingerprints

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from cluster.operation import HostLoad
-from cluster.placement import ExpertGeometry, Pair
 from cluster.planning.loads import ExpertLoads
+from cluster.planning.placement import ExpertGeometry, Pair
 
 ENOUGH_ROWS = 1000  # below that chance speaks
 HORIZON_S = 600.0  # how long loads are expected to stay as they are

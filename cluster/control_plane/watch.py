@@ -10,17 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cluster.autoscaling import Autoscaling
-from cluster.forming import Forming
+from cluster.control_plane.autoscaling import Autoscaling
+from cluster.control_plane.forming import Forming
+from cluster.control_plane.revival import Revival
 from cluster.handle import Handle
 from cluster.operation import Phase
 from cluster.reading import WorkerReading
-from cluster.revival import Revival
 from cluster.worker import Role, State, WorkerStatus
 from llama4_dist.errors import ConflictError, Llama4Error, NotFoundError
 
 if TYPE_CHECKING:
-    from cluster.controller import Controller
+    from cluster.control_plane.controller import Controller
 
 log = logging.getLogger(__name__)
 

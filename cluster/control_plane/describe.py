@@ -5,10 +5,10 @@ from collections.abc import Iterable
 
 import psutil
 
+from cluster.control_plane.wishes import order
 from cluster.operation import PlacementView
-from cluster.placement import ExpertGeometry
+from cluster.planning.placement import ExpertGeometry
 from cluster.standing import CONTROLLER
-from cluster.wishes import order
 from cluster.worker import Location, Role, State, Topology, WorkerStatus
 
 

@@ -3,13 +3,13 @@
 import threading
 from collections.abc import Mapping, Sequence
 
-from cluster.balance import PlacementPlan, plan_placement, worth_moving
-from cluster.loads import LoadMeter
+from cluster.control_plane.load_meter import LoadMeter
+from cluster.control_plane.wishes import Wish
 from cluster.operation import HostLoad, Kind
-from cluster.placement import HostSlot, Placement
 from cluster.plan import ClusterPlan
+from cluster.planning.balance import PlacementPlan, plan_placement, worth_moving
+from cluster.planning.placement import HostSlot, Placement
 from cluster.planning.policy import PlanPolicy
-from cluster.wishes import Wish
 from llama4_dist.errors import PreconditionError
 
 

@@ -11,9 +11,9 @@ from typing import TypeVar
 import psutil
 import torch
 
-from cluster.epochs import Epochs
-from cluster.stage_door import StageDoor
-from cluster.topology_follower import follower_of
+from cluster.data_plane.epochs import Epochs
+from cluster.data_plane.stage_door import StageDoor
+from cluster.data_plane.topology_follower import follower_of
 from cluster.worker import (
     Adopted,
     Formation,

@@ -14,7 +14,7 @@ from cluster.worker import Role
 from llama4_dist.errors import Llama4Error
 
 if TYPE_CHECKING:
-    from cluster.controller import Controller
+    from cluster.control_plane.controller import Controller
 
 log = logging.getLogger(__name__)
 

@@ -11,15 +11,15 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Protocol
 
-from cluster.balance import PlacementPlan
+from cluster.control_plane.ledger import OperationLedger
+from cluster.control_plane.members import Members, seconds_until
+from cluster.control_plane.proofs import compare, to_prove
+from cluster.control_plane.provisioning import Provisioning
+from cluster.control_plane.wishes import Wish
 from cluster.handle import PROGRESS_INTERVAL_S, Handle
-from cluster.ledger import OperationLedger
-from cluster.members import Members, seconds_until
 from cluster.operation import Change, ChangeOptions, Kind, Phase
-from cluster.placement import Pair
-from cluster.proofs import compare, to_prove
-from cluster.provisioning import Provisioning
-from cluster.wishes import Wish
+from cluster.planning.balance import PlacementPlan
+from cluster.planning.placement import Pair
 from cluster.worker import Adopted, HostAddress, Role, Topology
 from llama4_dist.errors import EngineError, Llama4Error, UnavailableError
 

@@ -4,10 +4,10 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from cluster.control_plane.members import Members
+from cluster.control_plane.wishes import order
 from cluster.handle import Handle
-from cluster.members import Members
-from cluster.placement import Pair, Placement
-from cluster.wishes import order
+from cluster.planning.placement import Pair, Placement
 from cluster.worker import HostAddress, Role, State, Topology, WorkerStatus
 
 

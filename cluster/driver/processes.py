@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
+from cluster.control_plane.members import STATUS_TIMEOUT_S
 from cluster.handle import PROGRESS_INTERVAL_S, Handle, results, settled
-from cluster.members import STATUS_TIMEOUT_S
 from cluster.plan import ClusterPlan
 from cluster.standing import Orders
 from cluster.worker import LoadProgress, Role, State, WorkerConfig

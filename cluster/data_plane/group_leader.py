@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import psutil
 
-from cluster.epochs import Epochs
-from cluster.serving import Serving
-from cluster.stage_door import StageDoor
+from cluster.data_plane.epochs import Epochs
+from cluster.data_plane.serving import Serving
+from cluster.data_plane.stage_door import StageDoor
 from cluster.worker import (
     Adopted,
     Formation,

@@ -12,25 +12,26 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
 
-from cluster.autoscale import AutoscalePolicy
-from cluster.balance import PlacementPlan
-from cluster.change import ChangeRun, change_of
-from cluster.describe import in_order, own_status, placement_view
-from cluster.first_load import load_all
-from cluster.forming import form
+from cluster.control_plane.census import read_cluster
+from cluster.control_plane.change import ChangeRun, change_of
+from cluster.control_plane.describe import in_order, own_status, placement_view
+from cluster.control_plane.first_load import load_all
+from cluster.control_plane.forming import form
+from cluster.control_plane.ledger import OperationLedger
+from cluster.control_plane.members import Members
+from cluster.control_plane.planner import Planner
+from cluster.control_plane.provisioning import Provisioning
+from cluster.control_plane.takeover import strangers, take_stock
+from cluster.control_plane.watch import Watch
+from cluster.control_plane.wishes import Wish, likely_nodes, order, scaled, without
 from cluster.handle import Handle
-from cluster.ledger import OperationLedger
-from cluster.members import Members
 from cluster.operation import ChangeOptions, ClusterView, HostLoad, Kind, Operation, Phase, PlacementView
-from cluster.placement import Placement
 from cluster.plan import ClusterPlan, Group
-from cluster.planner import Planner
-from cluster.provisioning import Provisioning
-from cluster.reading import ClusterReading, read_cluster
+from cluster.planning.autoscale import AutoscalePolicy
+from cluster.planning.balance import PlacementPlan
+from cluster.planning.placement import Placement
+from cluster.reading import ClusterReading
 from cluster.standing import Engines, Orders
-from cluster.takeover import strangers, take_stock
-from cluster.watch import Watch
-from cluster.wishes import Wish, likely_nodes, order, scaled, without
 from cluster.worker import Adopted, LoadProgress, Location, Role, State, Topology, WorkerStatus
 from llama4_dist.errors import (
     ConfigError,

@@ -1,8 +1,8 @@
 """The control plane as the driver offers it: passes what an operator asks on to the controller. Decides nothing."""
 
 from cluster.control import DEFAULT_OPTIONS
+from cluster.driver.processes import ClusterProcesses
 from cluster.operation import ChangeOptions, ClusterView, HostLoad, Operation, PlacementView
-from cluster.processes import ClusterProcesses
 from cluster.reading import ClusterReading
 
 READING_TIMEOUT_S = 3.0  # a controller that answers waits for workers a second less

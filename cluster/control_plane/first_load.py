@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import wait
 
+from cluster.control_plane.members import Members
 from cluster.handle import PROGRESS_INTERVAL_S, results, settled
-from cluster.members import Members
-from cluster.placement import Placement
+from cluster.planning.placement import Placement
 from cluster.worker import HostAddress, LoadProgress, Role
 
 

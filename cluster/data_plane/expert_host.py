@@ -9,10 +9,10 @@ from contextlib import ExitStack, suppress
 
 import psutil
 
+from cluster.data_plane.unhurried import unhurried
 from cluster.operation import HostLoad
-from cluster.placement import Pair
+from cluster.planning.placement import Pair
 from cluster.reading import HostReading
-from cluster.unhurried import unhurried
 from cluster.worker import HostAddress, LoadProgress, Location, Role, State, WorkerConfig, WorkerStatus, url_host
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.dispatch.expert_server import ExpertServer

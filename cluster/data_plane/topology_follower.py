@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
-from cluster.epochs import Epochs
-from cluster.host_links import Dial, HostLinks
-from cluster.placement import routing_table
-from cluster.referee import Referee
+from cluster.data_plane.epochs import Epochs
+from cluster.data_plane.host_links import Dial, HostLinks
+from cluster.data_plane.referee import Referee
+from cluster.planning.placement import routing_table
 from cluster.worker import Adopted, HostAddress, Topology, WorkerConfig
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.dispatch.cross_check import CrossCheck

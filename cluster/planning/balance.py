@@ -7,11 +7,11 @@ in `planning`: copies of each (layer, expert), quotas of each host and layer, ex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.movement import Move, crowded, crowded_pairs, moves_between, released_by
-from cluster.placement import ExpertGeometry, HostSlot, Pair, Placement, check_hosts
 from cluster.planning.assign import HostsOf, as_full, assign, layer_tasks, stay
 from cluster.planning.copies import count_copies
 from cluster.planning.loads import ExpertLoads, balancedness
+from cluster.planning.movement import Move, crowded, crowded_pairs, moves_between, released_by
+from cluster.planning.placement import ExpertGeometry, HostSlot, Pair, Placement, check_hosts
 from cluster.planning.policy import PlanPolicy
 from cluster.planning.quotas import node_limits
 

@@ -1,0 +1,1 @@
+"""What decides: one controller, its operations, and the policies that act by themselves. Neither Ray nor torch."""

@@ -1,0 +1,1 @@
+"""What computes: the processes that hold attention stages and experts. They decide nothing about the cluster."""

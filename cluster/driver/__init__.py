@@ -1,0 +1,1 @@
+"""The driver's half: starts and ends processes, on Ray. The only folder that knows it."""
