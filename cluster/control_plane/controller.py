@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from cluster.control_plane.census import read_cluster
 from cluster.control_plane.change import ChangeRun, change_of
-from cluster.control_plane.describe import in_order, own_status, placement_view
+from cluster.control_plane.describe import in_order, placement_view
 from cluster.control_plane.first_load import load_all
 from cluster.control_plane.forming import form
 from cluster.control_plane.ledger import OperationLedger
@@ -30,8 +30,9 @@ from cluster.plan import ClusterPlan, Group
 from cluster.planning.autoscale import AutoscalePolicy
 from cluster.planning.balance import PlacementPlan
 from cluster.planning.placement import Placement
+from cluster.presence import Presence
 from cluster.reading import ClusterReading
-from cluster.standing import Engines, Orders
+from cluster.standing import CONTROLLER, Engines, Orders
 from cluster.worker import Adopted, LoadProgress, Location, Role, State, Topology, WorkerStatus
 from llama4_dist.errors import (
     ConfigError,
@@ -53,16 +54,15 @@ class Controller:
     """The workers of one cluster. `start` a new one or `recover` one that serves; then it may be changed."""
 
     def __init__(self, plan: ClusterPlan, workers: Sequence[Handle], location: Location) -> None:
-        self.incarnation = time.time_ns() // 1_000_000
+        self.presence = Presence(worker=CONTROLLER, role=Role.CONTROLLER, location=location)
+        self.incarnation = self.presence.incarnation
         self.members = Members(workers)
         self.provisioning = Provisioning()
         self.ledger = OperationLedger(f"{self.incarnation:x}")
         self.topology = NOTHING
         self.engines = Engines()
-        self.state = State.NEW
         self._plan = plan
         self._planner = Planner(plan)
-        self._location = location
         self._beginning = threading.Lock()
         self._progress: dict[str, LoadProgress] = {}
         self._watch = Watch(self)
@@ -70,7 +70,7 @@ class Controller:
     def start(self, timeout_s: float) -> Mapping[str, str]:
         """Place, load, publish epoch 1 and open the engine services within `timeout_s`; return address by worker."""
         deadline = time.monotonic() + timeout_s
-        self.state = State.LOADING
+        self.presence.state = State.LOADING
         experts, attention = self.members.of(Role.EXPERT), self.members.of(Role.ATTENTION)
         followers = self.members.followers
         locations = self.members.ask(experts, "location", deadline=deadline)
@@ -133,8 +133,7 @@ class Controller:
 
     def status(self) -> tuple[WorkerStatus, ...]:
         """Describe the controller and every worker; one that does not answer is LOST."""
-        own = own_status(self._location, incarnation=self.incarnation, state=self.state, epoch=self.topology.epoch)
-        return (own, *in_order(self.members.statuses(), self.missing))
+        return (self.presence.status(epoch=self.topology.epoch), *in_order(self.members.statuses(), self.missing))
 
     def view(self) -> ClusterView:
         """Describe the cluster."""
@@ -310,11 +309,11 @@ class Controller:
         self._planner.note(self.loads())
 
     def _check_ready(self) -> None:
-        if self.state is not State.READY:
-            raise PreconditionError(f"the cluster is {self.state}: wait until it is ready", reason="NOT_READY")
+        if self.presence.state is not State.READY:
+            raise PreconditionError(f"the cluster is {self.presence.state}: wait until it is ready", reason="NOT_READY")
 
     def _be_ready(self) -> None:
-        self.state = State.READY
+        self.presence.state = State.READY
         self._watch.start()
 
     def _live_nodes(self) -> dict[str, str]:

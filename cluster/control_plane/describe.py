@@ -1,30 +1,11 @@
 """Puts what a controller knows into the records that an operator sees. Asks nobody and decides nothing."""
 
-import os
 from collections.abc import Iterable
-
-import psutil
 
 from cluster.control_plane.wishes import order
 from cluster.operation import PlacementView
 from cluster.planning.placement import ExpertGeometry
-from cluster.standing import CONTROLLER
-from cluster.worker import Location, Role, State, Topology, WorkerStatus
-
-
-def own_status(location: Location, *, incarnation: int, state: State, epoch: int) -> WorkerStatus:
-    """Describe the controller itself; call in its process."""
-    return WorkerStatus(
-        worker=CONTROLLER,
-        role=Role.CONTROLLER,
-        state=state,
-        incarnation=incarnation,
-        pid=os.getpid(),
-        node=location.node,
-        epoch=epoch,
-        memory_bytes=psutil.Process().memory_info().rss,
-        cpu_s=sum(psutil.Process().cpu_times()[:2]),
-    )
+from cluster.worker import Role, State, Topology, WorkerStatus
 
 
 def in_order(statuses: Iterable[WorkerStatus], missing: Iterable[tuple[Role, str]]) -> tuple[WorkerStatus, ...]:

@@ -1,21 +1,17 @@
 """An attention worker: the engine of one model copy, links to every expert host, and the gRPC service; no Ray."""
 
-import os
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-
-import psutil
 
 from cluster.data_plane.epochs import Epochs
 from cluster.data_plane.serving import Serving
 from cluster.data_plane.topology_follower import follower_of
+from cluster.presence import Presence
 from cluster.worker import (
     Adopted,
     HostAddress,
     LoadProgress,
     Location,
-    Role,
     State,
     Topology,
     WorkerConfig,
@@ -34,10 +30,7 @@ class AttentionWorker:
 
     def __init__(self, config: WorkerConfig, location: Location) -> None:
         self._config = config
-        self._location = location
-        self.incarnation = time.time_ns() // 1_000_000
-        self._state = State.NEW
-        self._loaded = (0, 0)
+        self._presence = Presence(worker=config.worker, role=config.role, location=location)
         self._serving = Serving(config, location)
         self._epochs = Epochs()
         self._resources = ExitStack()
@@ -49,12 +42,12 @@ class AttentionWorker:
 
     def location(self) -> Location:
         """Say where this worker runs."""
-        return self._location
+        return self._presence.location
 
     def load(self) -> None:
         """Open the checkpoint and build the engine, without any expert host yet."""
         config = self._config
-        self._state = State.LOADING
+        self._presence.state = State.LOADING
         threads.set_count(config.num_threads)
         checkpoint = Checkpoint.open(config.model_dir)
         self._resources.callback(checkpoint.close)
@@ -63,8 +56,8 @@ class AttentionWorker:
             config,
             checkpoint,
             self._epochs,
-            incarnation=self.incarnation,
-            node=self._location.node,
+            incarnation=self._presence.incarnation,
+            node=self._presence.location.node,
             device=rows_device(dtype, config.device),
             between_steps=self._serving.between_steps,
         )
@@ -76,7 +69,7 @@ class AttentionWorker:
             dtype=dtype,
             device=config.device,
             weights=config.weights,
-            progress=self._report,
+            progress=self._presence.note_loaded,
         )
         self._resources.callback(self._engine.close)
         self._resources.callback(follower.close)
@@ -85,7 +78,7 @@ class AttentionWorker:
         """Start the engine and its service; return the service's address."""
         address = self._serving.serve(self._engine)
         self._resources.callback(self._serving.close)
-        self._state = State.READY
+        self._presence.state = State.READY
         return address
 
     def connect(self, hosts: Mapping[str, HostAddress]) -> None:
@@ -105,8 +98,7 @@ class AttentionWorker:
 
     def progress(self) -> LoadProgress:
         """Say how many tensors are loaded."""
-        done, total = self._loaded
-        return LoadProgress(worker=self._config.worker, role=Role.ATTENTION, state=self._state, done=done, total=total)
+        return self._presence.progress()
 
     def queue_age_s(self) -> float:
         """Say how long the oldest request has waited to be admitted."""
@@ -114,23 +106,12 @@ class AttentionWorker:
 
     def status(self) -> WorkerStatus:
         """Describe this worker."""
-        return WorkerStatus(
-            worker=self._config.worker,
-            role=Role.ATTENTION,
-            state=self._state,
-            incarnation=self.incarnation,
-            pid=os.getpid(),
-            node=self._location.node,
+        return self._presence.status(
             addresses=self._serving.addresses,
             epoch=self._epochs.epoch,
-            memory_bytes=psutil.Process().memory_info().rss,
-            cpu_s=sum(psutil.Process().cpu_times()[:2]),
         )
 
     def close(self) -> None:
         """Stop the service, the engine and the links, in that order; what was traced is sent."""
         self._resources.close()
         tracing.flush()
-
-    def _report(self, done: int, total: int) -> None:
-        self._loaded = (done, total)

@@ -1,19 +1,17 @@
 """An expert host: maps its own (layer, expert) weights and serves them on a Unix socket and on TCP; no KV, no Ray."""
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
-import psutil
-
 from cluster.data_plane.unhurried import unhurried
 from cluster.operation import HostLoad
 from cluster.planning.placement import Pair
+from cluster.presence import Presence
 from cluster.reading import HostReading
-from cluster.worker import HostAddress, LoadProgress, Location, Role, State, WorkerConfig, WorkerStatus, url_host
+from cluster.worker import HostAddress, LoadProgress, Location, State, WorkerConfig, WorkerStatus, url_host
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.dispatch.fault_points import FaultPoints
@@ -39,13 +37,8 @@ class ExpertHost:
 
     def __init__(self, config: WorkerConfig, location: Location, *, faults: FaultPoints | None = None) -> None:
         self._config = config
-        self._location = location
+        self._presence = Presence(worker=config.worker, role=config.role, location=location)
         self._faults = faults
-        # A life is named by its start: a host that comes back is told apart from the one that died.
-        self.incarnation = time.time_ns() // 1_000_000
-        self._state = State.NEW
-        self._num_wanted = 0
-        self._num_mapped = 0
         self._store: ExpertStore | None = None
         self._address: HostAddress | None = None
         self._server: ExpertServer | None = None
@@ -55,12 +48,12 @@ class ExpertHost:
 
     def location(self) -> Location:
         """Say where this host runs."""
-        return self._location
+        return self._presence.location
 
     def load(self, pairs: Sequence[Pair]) -> HostAddress:
         """Map `pairs`, listen, and serve from a thread of its own; return where."""
-        config, location = self._config, self._location
-        self._state = State.LOADING
+        config, location = self._config, self._presence.location
+        self._presence.state = State.LOADING
         threads.set_count(config.num_threads)
         checkpoint = Checkpoint.open(config.model_dir)
         self._resources.callback(checkpoint.close)
@@ -81,7 +74,7 @@ class ExpertHost:
         server = ExpertServer(
             identity=HostIdentity(
                 host=config.worker,
-                incarnation=self.incarnation,
+                incarnation=self._presence.incarnation,
                 model_hash=checkpoint.model_hash,
                 num_layers=geometry.num_layers,
                 num_experts=geometry.num_experts,
@@ -96,7 +89,7 @@ class ExpertHost:
             wire=config.wire,
             faults=self._faults,
         )
-        path = config.run_dir / f"{config.worker}-{self.incarnation}.sock"
+        path = config.run_dir / f"{config.worker}-{self._presence.incarnation}.sock"
         unix = Listener(f"unix:{path}", secret=config.secret)
         tcp = Listener(f"tcp:{url_host(location.address)}:0", secret=config.secret)
         self._resources.callback(path.unlink, missing_ok=True)
@@ -108,23 +101,27 @@ class ExpertHost:
         self._server = server
         self._address = HostAddress(
             host=config.worker,
-            incarnation=self.incarnation,
+            incarnation=self._presence.incarnation,
             node=location.node,
             unix=unix.address,
             tcp=tcp.address,
             machine=location.machine,
         )
-        self._state = State.READY
+        self._presence.state = State.READY
         log.info(
-            "expert_host_ready host=%s incarnation=%d experts=%d", config.worker, self.incarnation, self._num_mapped
+            "expert_host_ready host=%s incarnation=%d experts=%d",
+            config.worker,
+            self._presence.incarnation,
+            self._presence.loaded[0],
         )
         return self._address
 
     def add(self, pairs: Sequence[Pair]) -> None:
         """Map more experts while those here are served; UnavailableError (NO_ROOM) beyond the capacity."""
-        self._num_mapped, self._num_wanted = 0, len(set(pairs) - self._held().holds)
         store = self._held()
-        unhurried(lambda: store.add(pairs, self._note_mapped))
+        num_wanted = len(set(pairs) - store.holds)
+        self._presence.note_loaded(0, num_wanted)
+        unhurried(lambda: store.add(pairs, lambda num_done: self._presence.note_loaded(num_done, num_wanted)))
 
     def keep(self, pairs: Sequence[Pair]) -> int:
         """Let go of all but these: what was adopted meanwhile goes too. Return the bytes that are free again."""
@@ -151,13 +148,7 @@ class ExpertHost:
 
     def progress(self) -> LoadProgress:
         """Say how many experts are mapped."""
-        return LoadProgress(
-            worker=self._config.worker,
-            role=Role.EXPERT,
-            state=self._state,
-            done=self._num_mapped,
-            total=self._num_wanted,
-        )
+        return self._presence.progress()
 
     def stats(self) -> HostStats:
         """Return the counters of the serving half."""
@@ -169,7 +160,7 @@ class ExpertHost:
         residency = store.residency if store is not None else None
         return HostLoad(
             host=self._config.worker,
-            incarnation=self.incarnation,
+            incarnation=self._presence.incarnation,
             at_s=time.monotonic(),
             rows=dict(stats.rows_by_expert),
             compute_s=stats.compute_seconds,
@@ -197,17 +188,9 @@ class ExpertHost:
     def status(self) -> WorkerStatus:
         """Describe this host."""
         address = self._address
-        return WorkerStatus(
-            worker=self._config.worker,
-            role=Role.EXPERT,
-            state=self._state,
-            incarnation=self.incarnation,
-            pid=os.getpid(),
-            node=self._location.node,
+        return self._presence.status(
             addresses=(address.unix, address.tcp) if address is not None else (),
             experts=tuple(sorted(self._store.holds)) if self._store is not None else (),
-            memory_bytes=psutil.Process().memory_info().rss,
-            cpu_s=sum(psutil.Process().cpu_times()[:2]),
         )
 
     def close(self) -> None:
@@ -221,9 +204,6 @@ class ExpertHost:
             raise UnavailableError(f"{self._config.worker} has not loaded: call `load` first")
         return self._store
 
-    def _note_mapped(self, num_done: int) -> None:
-        self._num_mapped = num_done
-
     def _serve(self, server: ExpertServer) -> None:
         """Run the server; should it fail, its links go down, so that workers turn to another replica at once."""
         try:
@@ -231,17 +211,17 @@ class ExpertHost:
         except Exception:
             log.exception("expert_host_failed host=%s", self._config.worker)
             with self._ending:
-                self._state = State.LOST
+                self._presence.state = State.LOST
                 server.close()
 
     def _halt(self, server: ExpertServer, thread: threading.Thread) -> None:
         """End the serving thread and close the server, unless it failed and did so itself."""
         self._stop.set()
         with self._ending:
-            failed = self._state is State.LOST
+            failed = self._presence.state is State.LOST
             if not failed:
                 server.wake()
         thread.join()
         if not failed:
             server.close()
-        self._state = State.LOST
+        self._presence.state = State.LOST

@@ -1,25 +1,22 @@
 """The leader of an attention group: scheduler, pages, sampler and the gRPC service; it computes no layer; no Ray."""
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
-import psutil
-
 from cluster.data_plane.epochs import Epochs
 from cluster.data_plane.serving import Serving
 from cluster.data_plane.stage_door import StageDoor
+from cluster.presence import Presence
 from cluster.worker import (
     Adopted,
     Formation,
     HostAddress,
     LoadProgress,
     Location,
-    Role,
     StageAddress,
     State,
     Topology,
@@ -51,9 +48,7 @@ class GroupLeader:
 
     def __init__(self, config: WorkerConfig, location: Location) -> None:
         self._config = config
-        self._location = location
-        self.incarnation = time.time_ns() // 1_000_000
-        self._state = State.NEW
+        self._presence = Presence(worker=config.worker, role=config.role, location=location)
         self._epochs = Epochs()
         self._serving = Serving(config, location)
         self._forming = threading.Lock()
@@ -70,15 +65,15 @@ class GroupLeader:
 
     def location(self) -> Location:
         """Say where this worker runs."""
-        return self._location
+        return self._presence.location
 
     def load(self) -> None:
         """Open the checkpoint and listen; the engine is built with the first group."""
-        self._state = State.LOADING
+        self._presence.state = State.LOADING
         threads.set_count(self._config.num_threads)
         self._checkpoint = Checkpoint.open(self._config.model_dir)
         self._resources.callback(self._checkpoint.close)
-        self._door = StageDoor(self._config, self._location, self.incarnation)
+        self._door = StageDoor(self._config, self._presence.location, self._presence.incarnation)
         self._resources.callback(self._door.close)
 
     def connect(self, hosts: Mapping[str, HostAddress]) -> None:
@@ -137,12 +132,12 @@ class GroupLeader:
             raise UnavailableError(f"{self._config.worker} leads no group yet: call `form` first")
         address = self._serving.serve(self._engine)
         self._resources.callback(self._serving.close)
-        self._state = State.READY
+        self._presence.state = State.READY
         return address
 
     def progress(self) -> LoadProgress:
         """Say that there is nothing to load."""
-        return LoadProgress(worker=self._config.worker, role=Role.ATTENTION, state=self._state)
+        return self._presence.progress()
 
     def queue_age_s(self) -> float:
         """Say how long the oldest request has waited to be admitted."""
@@ -151,17 +146,9 @@ class GroupLeader:
     def status(self) -> WorkerStatus:
         """Describe this worker."""
         group, door = self._group, self._door
-        return WorkerStatus(
-            worker=self._config.worker,
-            role=Role.ATTENTION,
-            state=self._state,
-            incarnation=self.incarnation,
-            pid=os.getpid(),
-            node=self._location.node,
+        return self._presence.status(
             addresses=self._serving.addresses,
             epoch=self._epochs.epoch,
-            memory_bytes=psutil.Process().memory_info().rss,
-            cpu_s=sum(psutil.Process().cpu_times()[:2]),
             group=self._config.worker,
             formation=0 if group is None or group.lost is not None else group.number,
             last_formation=0 if door is None else door.number,

@@ -1,6 +1,5 @@
 """A member of an attention group: a range of layers, a rank's part of each, links to every expert host; no Ray."""
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -8,19 +7,18 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TypeVar
 
-import psutil
 import torch
 
 from cluster.data_plane.epochs import Epochs
 from cluster.data_plane.stage_door import StageDoor
 from cluster.data_plane.topology_follower import follower_of
+from cluster.presence import Presence
 from cluster.worker import (
     Adopted,
     Formation,
     HostAddress,
     LoadProgress,
     Location,
-    Role,
     StageAddress,
     State,
     Topology,
@@ -54,10 +52,7 @@ class StageWorker:
 
     def __init__(self, config: WorkerConfig, location: Location) -> None:
         self._config = config
-        self._location = location
-        self.incarnation = time.time_ns() // 1_000_000
-        self._state = State.NEW
-        self._loaded = (0, 0)
+        self._presence = Presence(worker=config.worker, role=config.role, location=location)
         self._epochs = Epochs()
         self._forming = threading.Lock()
         self._door: StageDoor | None = None
@@ -72,12 +67,12 @@ class StageWorker:
 
     def location(self) -> Location:
         """Say where this worker runs."""
-        return self._location
+        return self._presence.location
 
     def load(self) -> None:
         """Read this member's share of the weights and listen, without any expert host or neighbour yet."""
         config = self._config
-        self._state = State.LOADING
+        self._presence.state = State.LOADING
         threads.set_count(config.num_threads)
         checkpoint = self._checkpoint = Checkpoint.open(config.model_dir)
         self._resources.callback(checkpoint.close)
@@ -93,7 +88,7 @@ class StageWorker:
             dtype=dtype,
             device=config.device,
             weight_format=config.weights,
-            progress=self._report,
+            progress=self._presence.note_loaded,
         )
         if is_native(dtype, config.device):
             threads.leave_to_native()
@@ -102,19 +97,19 @@ class StageWorker:
             config,
             checkpoint,
             self._epochs,
-            incarnation=self.incarnation,
-            node=self._location.node,
+            incarnation=self._presence.incarnation,
+            node=self._presence.location.node,
             device=config.device,
             between_steps=self._between_parts,
         )
         self._resources.callback(follower.dispatcher.close)
-        door = StageDoor(config, self._location, self.incarnation)
+        door = StageDoor(config, self._presence.location, self._presence.incarnation)
         self._resources.callback(door.close)
         member = ProcessMember(share, door.door, device=config.device)
         self._resources.callback(member.close)
         self._resources.callback(follower.close)
         self._door, self._member = door, member
-        self._state = State.READY
+        self._presence.state = State.READY
 
     def connect(self, hosts: Mapping[str, HostAddress]) -> None:
         """Do what `TopologyFollower.connect` does."""
@@ -156,22 +151,13 @@ class StageWorker:
 
     def progress(self) -> LoadProgress:
         """Say how many layers are loaded."""
-        done, total = self._loaded
-        return LoadProgress(worker=self._config.worker, role=Role.STAGE, state=self._state, done=done, total=total)
+        return self._presence.progress()
 
     def status(self) -> WorkerStatus:
         """Describe this worker."""
         config, door, member = self._config, self._door, self._member
-        status = WorkerStatus(
-            worker=config.worker,
-            role=Role.STAGE,
-            state=self._state,
-            incarnation=self.incarnation,
-            pid=os.getpid(),
-            node=self._location.node,
+        status = self._presence.status(
             epoch=self._epochs.epoch,
-            memory_bytes=psutil.Process().memory_info().rss,
-            cpu_s=sum(psutil.Process().cpu_times()[:2]),
             group=config.group,
             stage=config.stage,
             rank=config.rank,
@@ -235,6 +221,3 @@ class StageWorker:
     def _between_parts(self, action: Callable[[], T]) -> T:
         member = self._member
         return action() if member is None else member.loop.do(action, timeout_s=SWITCH_TIMEOUT_S)
-
-    def _report(self, done: int, total: int) -> None:
-        self._loaded = (done, total)

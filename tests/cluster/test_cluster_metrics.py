@@ -1,5 +1,6 @@
 """The cluster's metrics over fake workers: what is known, what is not, and that nothing stale is shown."""
 
+import threading
 import time
 from collections.abc import Iterator
 
@@ -52,9 +53,11 @@ def test_changes_are_counted_by_kind_and_result(cluster: SmallCluster) -> None:
     cluster.rest()
     collector = collector_of(cluster)
     cluster.scale_well(4)
-    cluster.spawner.faults["expert-4.load"] = lambda: time.sleep(0.3)
+    may_load = threading.Event()
+    cluster.spawner.faults["expert-4.load"] = may_load.wait
     cluster.control.scale(5)
     running = Scrape(collector.collect())
+    may_load.set()
     assert running.all("scale_operation_running", kind="scale") == [1.0]
     until(lambda: not Scrape(collector.collect()).all("scale_operation_running"))
     found = Scrape(collector.collect())
@@ -65,13 +68,15 @@ def test_changes_are_counted_by_kind_and_result(cluster: SmallCluster) -> None:
 def test_a_dead_host_is_down_counted_and_its_numbers_are_gone(cluster: SmallCluster) -> None:
     cluster.rest()
     collector = collector_of(cluster)
-    cluster.spawner.faults["expert-1.load"] = lambda: time.sleep(0.5)  # its successor takes time
+    may_load = threading.Event()
+    cluster.spawner.faults["expert-1.load"] = may_load.wait  # its successor takes as long as we look
     cluster.spawner.die("expert-1")
     until(lambda: Scrape(collector.collect()).value("workers_lost_total", worker="expert-1", role="expert") == 1.0)
     found = Scrape(collector.collect())
     assert found.value("worker_up", worker="expert-1") == 0.0
     assert found.value("worker_resident_memory_bytes", worker="expert-1") is None
     assert found.value("expert_worker_tokens_total", worker="expert-1") is None
+    may_load.set()
     cluster.rest()
     until(lambda: Scrape(collector.collect()).value("worker_up", worker="expert-1") == 1.0)
 
@@ -81,9 +86,11 @@ def test_without_a_controller_workers_are_absent_and_an_age_grows(cluster: Small
     collector = collector_of(cluster)
     assert Scrape(collector.collect()).all("worker_up")
     cluster.processes._controller = None
-    cluster.spawner.faults["controller.recover"] = lambda: time.sleep(1.0)
+    may_recover = threading.Event()
+    cluster.spawner.faults["controller.recover"] = may_recover.wait
     time.sleep(0.05)
     found = Scrape(collector.collect())
+    may_recover.set()
     assert found.value("controller_up") == 0.0
     assert not found.all("worker_up")
     assert not found.all("expert_worker_tokens_total")
