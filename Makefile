@@ -5,6 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export NO_PROXY := localhost,127.0.0.1,::1
 
+# Tests wait more than they compute, for clusters that start and hosts that die: several files run at a time.
+TEST_WORKERS ?= 3
+PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
 .PHONY: help setup demo test test-fast check format stubs bench chaos soak switch-off deploy-check gpu-check clean
 
 help: ## Show this list
@@ -26,10 +30,10 @@ demo: setup ## A Ray cluster, a gateway and real prompts on this machine
 	$(BIN)/python tools/demo.py
 
 test: setup ## All tests: real actors, sockets and gateway; CPU, offline
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: setup ## Tests without Ray and without the slow ones
-	$(BIN)/python -m pytest -m "not ray and not slow"
+	$(PYTEST) -m "not ray and not slow"
 
 check: setup ## Format, lint, types, layering, protos, stubs
 	$(BIN)/ruff check .

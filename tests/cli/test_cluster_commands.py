@@ -29,9 +29,7 @@ from tests.cluster.memory_control import MemoryControl
 from tests.gateway.serving import eventually
 
 ROOT = Path(__file__).parents[2]
-# What runs in the background of a shell ignores Ctrl-C, and its children inherit that: these heed it.
-HEED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-PROGRAM = [sys.executable, "-c", HEED + "from llama4_dist.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from llama4_dist.cli import main; main()"]
 
 
 def environment(**changes: str) -> dict[str, str]:
