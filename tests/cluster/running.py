@@ -1,7 +1,8 @@
 """Runs requests on any engine and collects what comes out; the reference is the engine in one process."""
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,13 @@ from llama4_dist.request import EngineRequest, Sampling, TokenOutput
 TIMEOUT_S = 60
 
 Tokens = dict[str, tuple[int, ...]]
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = TIMEOUT_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s"
+        time.sleep(0.05)
 
 
 class Collector:

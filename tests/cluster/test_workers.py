@@ -34,11 +34,6 @@ ELSEWHERE = Location(node="elsewhere", address="127.0.0.1")
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("scout"), "scout")
-
-
-@pytest.fixture(scope="module")
 def expected(model_dir: Path) -> Tokens:
     return reference(model_dir, some_requests("r"))
 
