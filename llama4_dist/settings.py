@@ -29,8 +29,6 @@ OTHER_VARIABLES = frozenset(
 )
 MAX_FILE_BYTES = 1024 * 1024
 
-Port = Field(ge=0, le=65535)
-
 
 class ServeSettings(BaseModel):
     """Everything `serve` can be told. Sizes are bytes, times seconds."""
