@@ -12,11 +12,12 @@ from llama4_dist.engine.port import Engine
 from llama4_dist.request import EngineRequest, Sampling, TokenOutput
 
 TIMEOUT_S = 60
+REPAIR_TIMEOUT_S = 90  # processes start anew, on machines that may be busy
 
 Tokens = dict[str, tuple[int, ...]]
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = TIMEOUT_S) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = REPAIR_TIMEOUT_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s} s"

@@ -356,8 +356,11 @@ def test_hosts_of_one_checkpoint_agree_on_their_experts_and_load_is_counted(
     assert first.keep(pairs[1:]) == first.keep(pairs) + 3 * 64 * 96 * 4
     assert first.fingerprints([(0, 0)]) == {}
     load = second.load_now()
-    assert (load.host, load.incarnation) == ("expert-1", second.status().incarnation)
-    assert load.bytes_held == 64 * 3 * 64 * 96 * 4
+    assert (load.host, load.incarnation, load.bytes_held) == (
+        "expert-1",
+        second.status().incarnation,
+        64 * 3 * 64 * 96 * 4,
+    )
 
 
 def test_a_host_that_has_not_loaded_says_so(model_dir: Path, tmp_path: Path) -> None:
