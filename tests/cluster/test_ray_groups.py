@@ -1,18 +1,14 @@
 """Attention groups of several processes over Ray: the tokens of one process, through deaths of any of them."""
 
 import os
-import shutil
 import signal
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from cluster.driver.launch import ensure_ray
 from cluster.ray_engine import RayEngine
 from cluster.worker import Role, State, WorkerStatus
 from llama4_dist.engine.build import build_single_process
@@ -20,37 +16,13 @@ from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError
 from llama4_dist.partition import Partition
 from llama4_dist.request import EngineRequest
-from tests.checkpoints import make_checkpoint
-from tests.cluster.running import Collector, Tokens, some_requests
+from tests.cluster.running import Collector, Tokens, some_requests, wait_until
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 OPTIONS = EngineOptions(num_blocks=200, max_num_seqs=8)
 WIDE = Partition(num_stages=2, num_ranks=2)
 GROUP = "attention-0"
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("scout"), "scout")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    tmp_path_factory.getbasetemp()  # pytest's own folder stays where it is
-    before, tempfile.tempdir = tempfile.tempdir, tempfile.mkdtemp(prefix="l4-")  # others run clusters here too
-    session = ensure_ray()
-    yield
-    session.close()
-    shutil.rmtree(tempfile.gettempdir())
-    tempfile.tempdir = before
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = 90) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s"
-        time.sleep(0.05)
 
 
 def reference(model_dir: Path, requests: list[EngineRequest], partition: Partition, slices: int = 1) -> Tokens:

@@ -3,7 +3,7 @@
 from cluster.observe import families as c
 from llama4_dist.gateway.observe import engine_families as e
 from tools.dashboards.panels import Dashboard, Panel, Row
-from tools.dashboards.queries import mean, now, percentiles, rate, share, worst
+from tools.dashboards.queries import each, mean, now, percentiles, rate, share, worst
 
 N, M = e.NUMBERS, e.MAPPINGS
 
@@ -18,19 +18,19 @@ EXPERTS = Dashboard(
                 Panel(
                     title="Rows computed",
                     meaning="By expert host.",
-                    lines={"{{worker}}": rate(c.TOKENS, "worker")},
+                    lines=each(rate, c.TOKENS, "worker"),
                     unit="cps",
                 ),
                 Panel(
                     title="Busy",
                     meaning="Share of the time that a host computed.",
-                    lines={"{{worker}}": rate(c.COMPUTE, "worker")},
+                    lines=each(rate, c.COMPUTE, "worker"),
                     unit="percentunit",
                 ),
                 Panel(
                     title="Frames that wait",
                     meaning="By host; a queue that stays means the host is too slow for what it gets.",
-                    lines={"{{worker}}": now(c.QUEUE, "worker")},
+                    lines=each(now, c.QUEUE, "worker"),
                 ),
             ),
         ),
@@ -69,19 +69,19 @@ EXPERTS = Dashboard(
                 Panel(
                     title="Slowest hosts",
                     meaning="Time of frames under way to a host, per second: many at once count many times.",
-                    lines={"{{host}}": rate(M["reply_seconds"], "host")},
+                    lines=each(rate, M["reply_seconds"], "host"),
                     unit="percentunit",
                 ),
                 Panel(
                     title="Attention waits for experts",
                     meaning="Share of the time that a worker's steps waited with nothing to do.",
-                    lines={"{{worker}}": rate(N["wait_on_experts_s"], "worker")},
+                    lines=each(rate, N["wait_on_experts_s"], "worker"),
                     unit="percentunit",
                 ),
                 Panel(
                     title="Bytes of rows",
                     meaning="By direction and how they travel.",
-                    lines={"{{direction}} {{transport}}": rate(e.BYTES, "direction", "transport")},
+                    lines=each(rate, e.BYTES, "direction", "transport"),
                     unit="Bps",
                 ),
             ),
@@ -92,7 +92,7 @@ EXPERTS = Dashboard(
                 Panel(
                     title="Mean time at each station",
                     meaning="Of the steps that came by; stations are those of docs/observability.md.",
-                    lines={"{{station}}": mean(e.STATIONS, "station")},
+                    lines=each(mean, e.STATIONS, "station"),
                     unit="s",
                 ),
                 Panel(

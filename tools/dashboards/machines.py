@@ -4,7 +4,7 @@ from cluster.observe import families as c
 from llama4_dist.gateway import metrics as g
 from llama4_dist.gateway.observe import engine_families as e
 from tools.dashboards.panels import Dashboard, Panel, Row
-from tools.dashboards.queries import now, percentiles, rate, share, worst
+from tools.dashboards.queries import each, now, percentiles, rate, share, worst
 
 N, M = e.NUMBERS, e.MAPPINGS
 
@@ -19,24 +19,24 @@ MACHINES = Dashboard(
                 Panel(
                     title="Resident memory",
                     meaning="Pages of the checkpoint that processes share are counted with each.",
-                    lines={"{{worker}}": now(c.MEMORY, "worker")},
+                    lines=each(now, c.MEMORY, "worker"),
                     unit="bytes",
                 ),
                 Panel(
                     title="Processors",
                     meaning="Cores that a worker keeps busy.",
-                    lines={"{{worker}}": rate(c.CPU, "worker")},
+                    lines=each(rate, c.CPU, "worker"),
                 ),
                 Panel(
                     title="Weights held",
                     meaning="By expert host.",
-                    lines={"{{worker}}": now(c.WEIGHTS, "worker")},
+                    lines=each(now, c.WEIGHTS, "worker"),
                     unit="bytes",
                 ),
                 Panel(
                     title="Links",
                     meaning="To attention workers, by expert host.",
-                    lines={"{{worker}}": now(c.LINKS, "worker")},
+                    lines=each(now, c.LINKS, "worker"),
                 ),
             ),
         ),
@@ -46,12 +46,12 @@ MACHINES = Dashboard(
                 Panel(
                     title="Generations in the gateways",
                     meaning="By gateway.",
-                    lines={"{{instance}}": now(g.IN_FLIGHT, "instance")},
+                    lines=each(now, g.IN_FLIGHT, "instance"),
                 ),
                 Panel(
                     title="Calls",
                     meaning="By method and status code.",
-                    lines={"{{method}} {{code}}": rate(g.CALLS, "method", "code")},
+                    lines=each(rate, g.CALLS, "method", "code"),
                     unit="reqps",
                 ),
                 Panel(
@@ -70,11 +70,11 @@ MACHINES = Dashboard(
         Row(
             title="Engines",
             panels=(
-                Panel(title="Steps", meaning="A second.", lines={"{{worker}}": rate(N["steps"], "worker")}, unit="cps"),
+                Panel(title="Steps", meaning="A second.", lines=each(rate, N["steps"], "worker"), unit="cps"),
                 Panel(
                     title="Rows sent to hosts",
                     meaning="By attention worker.",
-                    lines={"{{worker}}": rate(M["host_rows"], "worker")},
+                    lines=each(rate, M["host_rows"], "worker"),
                     unit="cps",
                 ),
                 Panel(
