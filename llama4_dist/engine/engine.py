@@ -104,6 +104,8 @@ class EngineCore:
         """
         self.lost = error
         self.scheduler.forget_prefixes()
+        if self._traces is not None:
+            self._traces.lose_steps(error.reason)
         return [self._end(sequence, error=error) for sequence in tuple(self.scheduler.running)]
 
     def renew(self) -> list[TokenOutput]:
@@ -132,6 +134,7 @@ class EngineCore:
         stations.mark(SCHEDULE)
         if plan.spans:
             before = None if self._traces is None else self._traces.begin_step(plan.spans)
+            self.runner.trace = "" if before is None else before.span.traceparent
             num_decodes = sum(span.sequence.num_pending == 1 for span in plan.spans)
             results = self.runner.run(plan.spans)
             if self.runner.lost is not None:
@@ -147,7 +150,7 @@ class EngineCore:
             outputs += self._hold(self.runner.held)
             stations.end_step()
             if before is not None and self._traces is not None:
-                self._traces.end_step(before, self.counters.steps, plan.spans)
+                self._traces.end_step(before, self.counters.steps)
         if self.options.debug_invariants:
             self.scheduler.check()
         return outputs

@@ -56,6 +56,7 @@ class StepRunner:
         self._counters = counters
         self._num_microbatches = num_microbatches
         self._microbatches = MicrobatchChoice()
+        self.trace = ""  # the `traceparent` of the step to be run, where that has a span
         self.local_hosts: Sequence[ExpertServer] = ()  # whose experts are computed on this thread
 
     def run(self, spans: Sequence[PlannedSpan]) -> list[Result]:
@@ -124,7 +125,7 @@ class StepRunner:
         return sum(host.stats().compute_seconds for host in self.local_hosts)
 
     def _compute(self, spans: Sequence[PlannedSpan]) -> list[Result]:
-        step_batch = build_batch(spans, step=self._counters.next_step(), device=self.device)
+        step_batch = build_batch(spans, step=self._counters.next_step(), device=self.device, trace=self.trace)
         logits_PV = self.forward(step_batch.batch)
         self._counters.stations.begin()
         for rows in step_batch.prompt_rows:
