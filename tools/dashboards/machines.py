@@ -2,11 +2,10 @@
 
 from cluster.observe import families as c
 from llama4_dist.gateway import metrics as g
+from llama4_dist.gateway.observe import dispatch_families as d
 from llama4_dist.gateway.observe import engine_families as e
 from tools.dashboards.panels import Dashboard, Panel, Row
 from tools.dashboards.queries import now, percentiles, rate, share, worst
-
-N, M = e.NUMBERS, e.MAPPINGS
 
 MACHINES = Dashboard(
     name="machines",
@@ -70,11 +69,16 @@ MACHINES = Dashboard(
         Row(
             title="Engines",
             panels=(
-                Panel(title="Steps", meaning="A second.", lines={"{{worker}}": rate(N["steps"], "worker")}, unit="cps"),
+                Panel(
+                    title="Steps",
+                    meaning="A second.",
+                    lines={"{{worker}}": rate(e.NUMBERS["steps"], "worker")},
+                    unit="cps",
+                ),
                 Panel(
                     title="Rows sent to hosts",
-                    meaning="By attention worker.",
-                    lines={"{{worker}}": rate(M["host_rows"], "worker")},
+                    meaning="By attention worker, or group: a copy of the model.",
+                    lines={"{{group}}": rate(d.BY_HOST["host_rows"], "group")},
                     unit="cps",
                 ),
                 Panel(
