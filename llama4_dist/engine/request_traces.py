@@ -18,11 +18,10 @@ STEP_INTERVAL_S = 1.0
 MAX_LINKS = 32
 
 
-class _Before(NamedTuple):
+class Before(NamedTuple):
     """What the counters said when a step began."""
 
     began_s: float
-    sums_ns: tuple[int, ...]
     reply_seconds: dict[str, float]
     rows_out: dict[str, int]
 
@@ -72,20 +71,23 @@ class RequestTraces:
         if sequence.first_token_s is not None:
             self._tracing.record("decode", parent, (first_s, now_s))
 
-    def begin_step(self, spans: Sequence[PlannedSpan]) -> _Before | None:
+    def begin_step(self, spans: Sequence[PlannedSpan]) -> Before | None:
         """Read the counters before a step that is to be recorded; None for one that is not."""
         now_s = self._clock()
         if now_s < self._next_step_s or not any(is_sampled(span.sequence.request.trace) for span in spans):
             return None
         self._next_step_s = now_s + STEP_INTERVAL_S
         traffic = self._traffic
-        return _Before(now_s, tuple(self._stations.sums_ns), dict(traffic.reply_seconds), dict(traffic.rows_out))
+        return Before(now_s, dict(traffic.reply_seconds), dict(traffic.rows_out))
 
-    def end_step(self, before: _Before, step: int, spans: Sequence[PlannedSpan]) -> None:
-        """Record a step under the first traced request in it, linked with the others."""
+    def end_step(self, before: Before, step: int, spans: Sequence[PlannedSpan]) -> None:
+        """Record a step under the first traced request in it, linked with the others; before its stations are counted.
+
+        Its stations are what the engine did since the step before it ended, also where several are in flight.
+        """
         traces = [span.sequence.request.trace for span in spans if is_sampled(span.sequence.request.trace)]
-        taken = zip(NAMES, self._stations.sums_ns, before.sums_ns, strict=True)
-        stations = {f"{name}_s": (now_ns - then_ns) / 1e9 for name, now_ns, then_ns in taken if now_ns > then_ns}
+        taken = zip(NAMES, self._stations.step_ns, strict=True)
+        stations = {f"{name}_s": taken_ns / 1e9 for name, taken_ns in taken if taken_ns > 0}
         self._tracing.record(
             "engine.step",
             traces[0],
@@ -99,5 +101,5 @@ class RequestTraces:
             ],
         )
 
-    def _reply_s(self, host: str, before: _Before) -> float:
+    def _reply_s(self, host: str, before: Before) -> float:
         return self._traffic.reply_seconds.get(host, 0.0) - before.reply_seconds.get(host, 0.0)
