@@ -26,6 +26,7 @@ class Step:
     spans: tuple[PlannedSpan, ...]
     num_decodes: int
     num_tokens: int
+    num_sampling: int
     beside: InFlight
     started_s: float
     before: Before | None  # of its trace
@@ -81,6 +82,7 @@ class Flight:
             num_steps=len(self._steps),
             num_tokens=sum(step.num_tokens for step in self._steps),
             num_prompt_tokens=sum(step.num_prompt_tokens for step in self._steps),
+            num_sampling=sum(step.num_sampling for step in self._steps),
             sequences=self._step_of.keys(),
         )
 
@@ -90,6 +92,7 @@ class Flight:
             spans=plan.spans,
             num_decodes=sum(span.sequence.num_pending == 1 for span in plan.spans),
             num_tokens=sum(span.num_tokens for span in plan.spans),
+            num_sampling=sum(span.num_tokens == span.sequence.num_pending for span in plan.spans),
             beside=beside,
             started_s=started_s,
             before=before,

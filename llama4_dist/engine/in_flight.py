@@ -12,21 +12,25 @@ from llama4_dist.engine.sequence import SequenceState
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class InFlight:
-    """At most `depth` steps; `num_steps` are under way with so many tokens, and `sequences` must not be planned."""
+    """At most `depth` steps; `num_steps` are under way with so many tokens, and `sequences` must not be planned.
+
+    Of these `num_sampling` get a token, so they decode from then on.
+    """
 
     depth: int = 1
     num_steps: int = 0
     num_tokens: int = 0
     num_prompt_tokens: int = 0
+    num_sampling: int = 0
     sequences: Collection[SequenceState] = frozenset()
 
     @property
     def num_decodes(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
 
-    def most_decodes(self, num_decoding: int) -> int:
-        """Return how many decodes a step takes, so that all who decode, in flight or not, are in `depth` steps."""
-        return -(-num_decoding // self.depth)
+    def share(self, number: int) -> int:
+        """Return how many of so many sequences, in flight or not, a step takes, so that all are in `depth` steps."""
+        return -(-number // self.depth)
 
     def prompt_share(self, bound: int, taken: int, num_prompts: int) -> int:
         """Return how many prompt tokens a step takes of `bound`, of which so many are taken already.

@@ -69,16 +69,19 @@ def plan_step(
     num_coming = min(num_places, len(waiting))
     budget = _Budget(options, layout, room.num_free)
     decodes = [s for s in idle if s.num_pending == 1]
-    if flight.depth > 1:
-        decodes = decodes[: flight.most_decodes(sum(s.num_pending == 1 for s in kept))]
+    decodes = decodes[: flight.share(len(decodes) + flight.num_sampling)]
     spans = [span for s in decodes if (span := budget.spend(s, s.num_cached, moves.get(s.request_id)))]
     candidates = [s for s in idle if s.num_pending > 1]
     prompts = (*candidates, *flight.sequences)
-    budget.leave_to_prompts(flight, len(spans), num_coming + sum(s.num_pending > 1 for s in prompts), max_prompt_tokens)
+    num_prompts = num_coming + sum(s.num_pending > 1 for s in prompts)
+    budget.leave_to_prompts(flight, len(spans), num_prompts, max_prompt_tokens)
+    most_spans = len(spans) + flight.share(num_prompts)
     admissions = _Admissions(budget, pool, layout, options, num_places=num_places, prompts=prompts, freed=room.freed)
     if num_places > 0:
         candidates += waiting
     for sequence in sorted(candidates, key=lambda s: (s.order[0], served(s.request.tenant), s.order)):
+        if len(spans) == most_spans:
+            break
         if sequence.pages:
             span = budget.spend(sequence, sequence.num_cached, moves.get(sequence.request_id))
         else:

@@ -36,6 +36,7 @@ class EngineStats:
 
     requests_running: int = 0
     requests_waiting: int = 0
+    steps_in_flight: int = 0
     kv_blocks_total: int = 0
     kv_blocks_free: int = 0
     kv_blocks_cached: int = 0
