@@ -102,6 +102,17 @@ def test_with_few_sequences_there_are_fewer_steps_and_never_more_than_stages(num
     assert max(most) == min(3, number)
 
 
+def test_steps_are_made_equal_again_when_some_have_ended() -> None:
+    stages, wanted = in_turns(2), prompts(6)
+    core = staged_core(stages, max_num_batched_tokens=48)
+    for number, (name, prompt) in enumerate(wanted.items()):
+        core.add(request(name, prompt, max_tokens=3 if number < 2 else 20))
+    run(core)
+    sizes = [len(part.spans) for stage, part in stages.computed if stage == 0]
+    assert sizes[:4] == [3, 3, 3, 3]
+    assert sizes[12:36] == [2] * 24
+
+
 def test_a_prompt_alone_goes_out_in_parts_and_prompts_together_share_the_budget() -> None:
     alone, together = in_turns(4), in_turns(4)
     core = staged_core(alone, max_num_batched_tokens=16, enable_prefix_caching=False)
@@ -117,10 +128,13 @@ def test_a_prompt_alone_goes_out_in_parts_and_prompts_together_share_the_budget(
     assert len(together.turns) == 16 + 3
 
 
-def test_prompts_beside_decodes_of_other_steps_are_bounded_as_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_decoding", [1, 2])
+def test_prompts_beside_decodes_of_other_steps_are_bounded_as_in_one_step(
+    monkeypatch: pytest.MonkeyPatch, num_decoding: int
+) -> None:
     stages = in_turns(2)
     core = staged_core(stages, max_num_batched_tokens=48, enable_prefix_caching=False)
-    start(core, prompts(2), max_tokens=30)
+    start(core, prompts(num_decoding), max_tokens=30)
     core.step()
     monkeypatch.setattr(StepTimes, "prompt_tokens_beside_decodes", lambda times, slowdown, at_least: 6)
     start(core, {"long": tuple(range(24)), "other": tuple(range(30, 54))}, max_tokens=1)
