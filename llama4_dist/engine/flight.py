@@ -135,12 +135,13 @@ class Flight:
         return [] if self.lost is not None else steps
 
     def _land(self) -> Step:
-        step = self._steps.popleft()
+        step = self._steps[0]  # in flight as long as it is waited for
         if step.error is None:
             try:
                 step.results = self._runner.finish(step.spans, step.submitted)
             except Exception as error:  # noqa: BLE001 - `_recover` logs it
                 step.error = error
+        self._steps.popleft()
         if self.depth > 1:
             for span in step.spans:
                 self._step_of.pop(span.sequence, None)

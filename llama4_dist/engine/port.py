@@ -20,6 +20,7 @@ class EngineStats:
 
     `station_seconds` sums wall time per station of a step, and `station_steps` counts steps by the time they spent
     there, by bucket; names and buckets are those of `llama4_dist.stations`. `host_*` are per expert host.
+    `steps_in_flight` have begun and their tokens have not come: one at most, or as many as a group has stages.
     `requests_replayed` counts the times a group gave a request to another engine because its own was lost.
     `kv_blocks_cached` are free pages kept for the prefixes in them; `prefix_hits` admissions that found some,
     `prefix_tokens` the positions they did not compute, `prefix_evictions` cached pages that were needed for something
