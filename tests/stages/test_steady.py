@@ -183,6 +183,7 @@ def test_a_deadline_that_passes_in_flight_ends_only_its_own_sequence() -> None:
     (ended,) = [output for output in said if output.request_id == "late"]
     assert isinstance(ended.error, DeadlineExceededError)
     outputs = run(core)
+    assert "late" not in outputs
     for name, prompt in wanted.items():
         assert tokens([o for o in said if o.request_id == name] + outputs[name]) == greedy(prompt, 12)
     assert all_free(core)
@@ -212,8 +213,8 @@ def test_one_that_breaks_its_step_ends_alone(stage: int) -> None:
     """The step's others are computed again, alone; what other steps say meanwhile is kept."""
     stages, wanted = Stages(3), prompts(6)
     core = staged_core(stages, max_num_batched_tokens=48)
-    start(core, wanted)
     core.add(request("poison", (70, EOS), max_tokens=12))
+    start(core, wanted)
     stages.models[stage].before_forward = raising(EngineError("poison"), EOS)
     outputs = run(core)
     (ended,) = outputs["poison"]
