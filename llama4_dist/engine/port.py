@@ -21,6 +21,7 @@ class EngineStats(DispatchCounters):
 
     `station_seconds` sums wall time per station of a step, and `station_steps` counts steps by the time they spent
     there, by bucket; names and buckets are those of `llama4_dist.stations`.
+    `steps_in_flight` have begun and their tokens have not come: one at most, or as many as a group has stages.
     `requests_replayed` counts the times a group gave a request to another engine because its own was lost.
     `kv_blocks_cached` are free pages kept for the prefixes in them; `prefix_hits` admissions that found some,
     `prefix_tokens` the positions they did not compute, `prefix_evictions` cached pages that were needed for something
@@ -32,6 +33,7 @@ class EngineStats(DispatchCounters):
 
     requests_running: int = 0
     requests_waiting: int = 0
+    steps_in_flight: int = 0
     kv_blocks_total: int = 0
     kv_blocks_free: int = 0
     kv_blocks_cached: int = 0

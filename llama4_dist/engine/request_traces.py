@@ -21,10 +21,9 @@ MAX_LINKS = 32
 
 
 class Before(NamedTuple):
-    """The span of a step that runs, and what the counters said when it began."""
+    """The span of a step that runs, and what the dispatcher's counters said when it began."""
 
     span: OpenSpan
-    sums_ns: tuple[int, ...]
     traffic: TrafficMark
 
 
@@ -88,15 +87,18 @@ class RequestTraces:
         self._next_step_s = now_s + STEP_INTERVAL_S
         said = ours(sequences=len(spans), tokens=sum(span.num_tokens for span in spans))
         span = self._tracing.begin("engine.step", traces[0], said, links=traces[1 : 1 + MAX_LINKS])
-        before = Before(span, tuple(self._stations.sums_ns), TrafficMark(self._traffic))
+        before = Before(span, TrafficMark(self._traffic))
         self._running.append(before)
         return before
 
     def end_step(self, before: Before, step: int) -> None:
-        """End a step's span, with what the counters have moved by."""
+        """End a step's span, before its stations are counted.
+
+        They are what the engine did since the step before it ended, also where several are in flight.
+        """
         self._running.remove(before)
-        taken = zip(NAMES, self._stations.sums_ns, before.sums_ns, strict=True)
-        stations = {f"{name}_s": (now_ns - then_ns) / 1e9 for name, now_ns, then_ns in taken if now_ns > then_ns}
+        taken = zip(NAMES, self._stations.step_ns, strict=True)
+        stations = {f"{name}_s": taken_ns / 1e9 for name, taken_ns in taken if taken_ns > 0}
         before.span.say(ours(step=step, **stations))
         for name, said in before.traffic.events():
             before.span.event(name, said)

@@ -19,6 +19,7 @@ def snapshot(core: EngineCore) -> EngineStats:
     return EngineStats(
         requests_running=len(scheduler.running),
         requests_waiting=len(waiting),
+        steps_in_flight=core.flight.num_steps,
         kv_blocks_total=scheduler.allocator.num_pages,
         kv_blocks_free=scheduler.allocator.num_free,
         kv_blocks_cached=scheduler.allocator.num_idle,

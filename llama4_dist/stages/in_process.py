@@ -117,7 +117,7 @@ def start_group(
     runner_of: RunnerOf,
     *,
     resources: ExitStack,
-    num_parts: int | None = None,
+    depth: int | None = None,
     num_microbatches: int = 1,
     timeout_s: float = TIMEOUT_S,
 ) -> PipelinedModel:
@@ -140,7 +140,7 @@ def start_group(
     return PipelinedModel(
         plans,
         inlets,
-        num_parts=num_parts or partition.num_stages,
+        depth=depth or partition.num_stages,
         num_microbatches=num_microbatches,
         timeout_s=timeout_s,
     )

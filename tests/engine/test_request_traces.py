@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from llama4_dist.engine import request_traces
 from llama4_dist.engine.build import build_single_process
 from llama4_dist.engine.local import LocalEngine
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.model.batch import Batch
+from llama4_dist.partition import Partition
 from llama4_dist.request import EngineRequest, Sampling
 from llama4_dist.stages.ports import worker_lost
 from llama4_dist.telemetry import tracing
@@ -74,6 +77,25 @@ def test_only_what_is_traced_has_spans_and_its_phases_fill_it(model_dir: Path, e
     step = spans["engine.step"].attributes or {}
     assert step["llama4_dist.sequences"] == 3
     assert step["llama4_dist.attention_s"] > 0  # type: ignore[operator]
+
+
+def test_steps_in_flight_together_have_spans_of_their_own(
+    model_dir: Path, exported: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a step with its own number and sequences; what the engine did in between is counted for one only."""
+    monkeypatch.setattr(request_traces, "STEP_INTERVAL_S", 0.0)
+    engine = build_single_process(
+        model_dir, num_threads=1, options=EngineOptions(num_blocks=64), partition=Partition(num_stages=2)
+    )
+    run(engine, *(request(name, TRACE) for name in "abcd"))
+    steps = [span for span in exported.get_finished_spans() if span.name == "engine.step"]
+    numbers = [(span.attributes or {})["llama4_dist.step"] for span in steps]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) == engine.stats().steps
+    overlaps = [before.end_time > after.start_time for before, after in pairwise(steps)]  # type: ignore[operator]
+    assert any(overlaps), "no two steps were in flight together"
+    counted_s = sum(float((span.attributes or {}).get("llama4_dist.model_s", 0.0)) for span in steps)  # type: ignore[arg-type]
+    assert counted_s == pytest.approx(engine.stats().station_seconds["model"], rel=1e-6)
 
 
 def test_a_request_that_fails_is_a_failed_span(model_dir: Path, exported: InMemorySpanExporter) -> None:

@@ -19,6 +19,7 @@ REPLAYED = counter("requests_replayed", "Requests that went on with another engi
 NUMBERS: Mapping[str, Family] = {
     "requests_running": gauge("requests_running", "Sequences in the batch.", WORKER),
     "requests_waiting": gauge("requests_waiting", "Sequences that wait for admission.", WORKER),
+    "steps_in_flight": gauge("steps_in_flight", "Steps begun whose tokens have not come.", WORKER),
     "max_queue_age_s": gauge("queue_age_seconds", "Age of the oldest request that waits.", WORKER),
     "kv_blocks_total": gauge("kv_blocks", "Blocks of the KV cache.", WORKER),
     "steps": counter("engine_steps", "Steps.", WORKER),
