@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from llama4_dist.errors import ConfigError
-from llama4_dist.settings import MAX_FILE_BYTES, ServeSettings, load_settings
+from llama4_dist.settings import ServeSettings, load_settings
+from llama4_dist.settings_file import MAX_FILE_BYTES
 
 
 def load(

@@ -148,10 +148,7 @@ def kill_one(admin: AdminClient, history: History, console: Console) -> None:
     victim = next(one for one in admin.status().workers if one.role == "expert")
     begun = time.monotonic()
     with history.fault(Kill(victim.pid), name="kill", phase="serving"):
-        while not any(
-            one.worker == victim.worker and one.state == "ready" and one.pid != victim.pid
-            for one in admin.status().workers
-        ):
+        while not is_replaced(victim, admin):
             if time.monotonic() - begun > SHUTDOWN_S:
                 raise SystemExit(f"{victim.worker} was not replaced")
             time.sleep(0.1)

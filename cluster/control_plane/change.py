@@ -5,23 +5,24 @@ has switched between two of its steps, so nothing is in flight to the old places
 """
 
 import logging
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
+from cluster.control_plane.describe import change_of
+from cluster.control_plane.following import WorkerLostError, follow
 from cluster.control_plane.ledger import OperationLedger
-from cluster.control_plane.members import Members, seconds_until
+from cluster.control_plane.members import Members
 from cluster.control_plane.proofs import compare, to_prove
 from cluster.control_plane.provisioning import Provisioning
 from cluster.control_plane.wishes import Wish
-from cluster.handle import PROGRESS_INTERVAL_S, Handle
-from cluster.operation import Change, ChangeOptions, Kind, Phase
+from cluster.handle import Handle
+from cluster.operation import ChangeOptions, Kind, Phase
 from cluster.planning.balance import PlacementPlan
 from cluster.planning.placement import Pair
 from cluster.worker import Adopted, HostAddress, Role, Topology
-from llama4_dist.errors import EngineError, Llama4Error, UnavailableError
+from llama4_dist.errors import EngineError, Llama4Error
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +44,6 @@ class Site(Protocol):
     def plan(self, wish: Wish, nodes: Mapping[str, str], kind: Kind) -> PlacementPlan: ...
     def pays(self, kind: Kind, plan: PlacementPlan) -> bool: ...
     def publish(self, topology: Topology, timeout_s: float) -> Mapping[str, Adopted]: ...
-
-
-class WorkerLostError(UnavailableError):
-    """A worker died while it was asked."""
-
-    reason = "WORKER_LOST"
-
-    def __init__(self, worker: str, message: str) -> None:
-        super().__init__(message)
-        self.worker = worker
 
 
 class ChangeRun:
@@ -148,10 +139,13 @@ class ChangeRun:
         attention = self._told = self._site.members.followers
         new = {host: known[host] for host in wish.joining}
         calls = {worker: worker.call("connect", new) for worker in attention}
-        answers = self._follow(calls, "connect", timeout_s=COMMIT_TIMEOUT_S, spare=True)
+        answers = self._follow(calls, "connect", timeout_s=COMMIT_TIMEOUT_S, spared=self._note_death)
         others = {host: known[host] for host in wish.staying}
         # A host that died this moment is no reason to stop: attention workers do without it already.
         wait([one.call("connect", others) for one in attention if one.worker in answers], timeout=COMMIT_TIMEOUT_S)
+
+    def _note_death(self, worker: str) -> None:
+        self._site.ledger.warn(self._name, f"{worker} died meanwhile")
 
     def _start_hosts(self) -> dict[str, str]:
         """Have new hosts started; return what every host there will be dies with."""
@@ -253,39 +247,9 @@ class ChangeRun:
         return handles
 
     def _follow(
-        self,
-        calls: Mapping[Handle, Future[Any]],
-        doing: str,
-        *,
-        timeout_s: float,
-        done: Callable[[str], None] = lambda worker: None,
-        spare: bool = False,
+        self, calls: Mapping[Handle, Future[Any]], doing: str, *, timeout_s: float, **told: Any
     ) -> dict[str, Any]:
-        """Wait for all calls and tell `done` of each; raises the first failure, or that the operation is cancelled.
-
-        With `spare` the death of one that was asked is no failure.
-        """
-        deadline = time.monotonic() + timeout_s
-        open_calls = {call: handle.worker for handle, call in calls.items()}
-        answers: dict[str, Any] = {}
-        while open_calls:
-            self._check_cancelled()
-            for call in wait(open_calls, timeout=PROGRESS_INTERVAL_S, return_when=FIRST_COMPLETED).done:
-                worker = open_calls.pop(call)
-                try:
-                    answers[worker] = call.result()
-                except UnavailableError as error:
-                    if error.reason != "WORKER_LOST":
-                        raise
-                    if not spare:
-                        raise WorkerLostError(worker, error.message) from None
-                    self._site.ledger.warn(self._name, f"{worker} died meanwhile")
-                else:
-                    done(worker)
-            if open_calls and seconds_until(deadline) == 0.0:
-                late = ", ".join(sorted(open_calls.values()))
-                raise UnavailableError(f"{late} did not {doing} in {timeout_s:.0f} s", reason="TIMEOUT")
-        return answers
+        return follow(calls, doing, timeout_s=timeout_s, check=self._check_cancelled, **told)
 
     def _enter(self, phase: Phase) -> None:
         self._site.ledger.enter(self._name, phase)
@@ -293,28 +257,6 @@ class ChangeRun:
 
     def _check_cancelled(self) -> None:
         self._site.ledger.check_cancelled(self._name)
-
-
-def change_of(wish: Wish, topology: Topology, plan: PlacementPlan) -> Change:
-    """Say in figures what a plan does."""
-    return Change(
-        hosts_before=len(topology.hosts),
-        hosts_after=len(wish.hosts),
-        added=wish.joining,
-        removed=wish.leaving,
-        freed_nodes=freed_nodes(wish, topology),
-        num_moves=len(plan.moves),
-        num_bytes=plan.num_bytes,
-        balance_before=plan.balance_before,
-        balance_after=plan.balance_after,
-    )
-
-
-def freed_nodes(wish: Wish, topology: Topology) -> tuple[str, ...]:
-    """Return the nodes on which nobody is left when a wish has come true."""
-    node_of = {host: address.node for host, address in topology.hosts.items()}
-    staying = {node_of[host] for host in wish.staying if host in node_of}
-    return tuple(sorted({node_of[host] for host in wish.leaving if host in node_of} - staying))
 
 
 def _public(error: Exception) -> Llama4Error:

@@ -13,8 +13,8 @@ from concurrent.futures import wait
 from dataclasses import replace
 
 from cluster.control_plane.census import read_cluster
-from cluster.control_plane.change import ChangeRun, change_of
-from cluster.control_plane.describe import in_order, placement_view
+from cluster.control_plane.change import ChangeRun
+from cluster.control_plane.describe import change_of, in_order, placement_view
 from cluster.control_plane.first_load import load_all
 from cluster.control_plane.forming import form
 from cluster.control_plane.ledger import OperationLedger

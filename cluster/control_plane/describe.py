@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
-from cluster.control_plane.wishes import order
-from cluster.operation import PlacementView
+from cluster.control_plane.wishes import Wish, order
+from cluster.operation import Change, PlacementView
+from cluster.planning.balance import PlacementPlan
 from cluster.planning.placement import ExpertGeometry
 from cluster.worker import Role, State, Topology, WorkerStatus
 
@@ -25,3 +26,25 @@ def placement_view(geometry: ExpertGeometry, topology: Topology) -> PlacementVie
         num_slices=geometry.num_slices,
         slice_bytes=geometry.slice_bytes,
     )
+
+
+def change_of(wish: Wish, topology: Topology, plan: PlacementPlan) -> Change:
+    """Say in figures what a plan does."""
+    return Change(
+        hosts_before=len(topology.hosts),
+        hosts_after=len(wish.hosts),
+        added=wish.joining,
+        removed=wish.leaving,
+        freed_nodes=freed_nodes(wish, topology),
+        num_moves=len(plan.moves),
+        num_bytes=plan.num_bytes,
+        balance_before=plan.balance_before,
+        balance_after=plan.balance_after,
+    )
+
+
+def freed_nodes(wish: Wish, topology: Topology) -> tuple[str, ...]:
+    """Return the nodes on which nobody is left when a wish has come true."""
+    node_of = {host: address.node for host, address in topology.hosts.items()}
+    staying = {node_of[host] for host in wish.staying if host in node_of}
+    return tuple(sorted({node_of[host] for host in wish.leaving if host in node_of} - staying))

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from cluster.driver.actor_handle import HEAD, HEAD_TIMEOUT_S, ActorHandle
 from cluster.driver.actors import ACTORS, this_node
 from cluster.driver.nodes import Node, emptiest
+from cluster.driver.worker_bundle import pool_of, stage_of, worker_bundle
 from cluster.handle import Handle
 from cluster.plan import ClusterPlan
 from cluster.standing import CONTROLLER
@@ -24,7 +25,6 @@ log = logging.getLogger(__name__)
 
 PLACEMENT_TIMEOUT_S = 60.0  # for room on any node, unless another is given
 NODE_TIMEOUT_S = 5.0  # for room on the node we chose
-LEADER_CPU = 0.1  # of an attention group: it plans and samples, and holds no layer
 NODE_LABEL = "ray.io/node-id"
 CONCURRENT_CALLS = 8  # a worker answers progress and status while it loads, the controller while it starts them
 
@@ -224,33 +224,6 @@ class RaySpawner:
         with self._lock:
             self._homes[config.worker] = home._replace(handle=handle)
         return handle
-
-
-def worker_bundle(
-    config: WorkerConfig, cluster_resources: Mapping[str, float], *, demand_role: bool = False
-) -> dict[str, float]:
-    """Return the Ray resources one worker holds: its threads, a GPU if it computes there, its role's own resource.
-
-    Members of an attention group hold what attention workers do; their leader computes nothing and needs little.
-    """
-    if config.leads:
-        return {"CPU": LEADER_CPU}
-    bundle: dict[str, float] = {"CPU": config.num_threads}
-    if config.device.startswith("cuda"):
-        bundle["GPU"] = 1
-    if (resource := f"llama4_{pool_of(config)}") in cluster_resources or demand_role:
-        bundle[resource] = 1
-    return bundle
-
-
-def pool_of(config: WorkerConfig) -> Role:
-    """Return whose nodes a worker goes to: members of attention groups go where attention workers would."""
-    return Role.ATTENTION if config.role is Role.STAGE else config.role
-
-
-def stage_of(config: WorkerConfig) -> tuple[str, int]:
-    """Name the stage that a member belongs to; all else is of the stage without a name."""
-    return config.group, config.stage
 
 
 def alive_nodes() -> list[dict[str, Any]]:

@@ -1,24 +1,22 @@
 """The commands and their flags; each command's work is in the file of its name."""
 
 import sys
-from dataclasses import fields
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from llama4_dist.cli.backend import Backend, Place
 from llama4_dist.cli.bench import bench_app
 from llama4_dist.cli.checkpoint import checkpoint_app, inspect
 from llama4_dist.cli.cluster import cluster_app
 from llama4_dist.cli.deploy import deploy_app
 from llama4_dist.cli.experts import experts_app
-from llama4_dist.cli.flags import DtypeChoice, ExpertMemory, JsonFlag, TlsCa, Token, WeightsChoice, parse_seconds
+from llama4_dist.cli.flag_groups import with_flag_groups
+from llama4_dist.cli.flags import JsonFlag, TlsCa, parse_seconds
 from llama4_dist.cli.planning import plan, simulate
+from llama4_dist.cli.request_flags import ChatFlags, GenerateFlags, SamplingFlags
 from llama4_dist.cli.serving import serve, serve_gateway
-
-if TYPE_CHECKING:
-    from llama4_dist.cli.backend import Backend
 
 OWN_PACKAGES = ("llama4_dist", "cluster")
 
@@ -41,96 +39,36 @@ app.command()(plan)
 app.command()(simulate)
 
 
-Model = Annotated[Path | None, typer.Option("--model", "-m", help="Checkpoint folder; runs in this process.")]
-Server = Annotated[str | None, typer.Option("--server", "-s", help="host:port of a running gateway.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the checkpoint's own, else 1.")]
-TopP = Annotated[float | None, typer.Option(help="Nucleus sampling mass.")]
-TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 is off.")]
-Seed = Annotated[int | None, typer.Option(help="Fixes every draw.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Default: what the context still holds.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")]
-Dtype = Annotated[DtypeChoice, typer.Option(help="Compute dtype (with --model).")]
-Weights = Annotated[WeightsChoice, typer.Option(help="Format of linear weights; int8 changes tokens (with --model).")]
-Device = Annotated[str, typer.Option(help="cpu or cuda (with --model).")]
 Period = Annotated[float | None, typer.Option(parser=parse_seconds, metavar="TIME")]
-Experts = Annotated[int, typer.Option(help="Expert host processes (with --model); 0 = this process only.")]
-ExpertSlices = Annotated[int, typer.Option(help="Slices every expert is cut into (with --model).")]
 
 
 @app.command()
-def generate(
-    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts; '-' or none reads standard input.")] = None,
-    model: Model = None,
-    server: Server = None,
-    token: Token = None,
-    tls_ca: TlsCa = None,
-    token_ids: Annotated[str | None, typer.Option(help="Prompt as comma-separated token ids.")] = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = 0,
-    seed: Seed = None,
-    max_tokens: MaxTokens = 128,
-    stop: Stop = None,
-    n: Annotated[int, typer.Option("-n", help="Sequences per prompt.")] = 1,
-    logprobs: Annotated[int | None, typer.Option(help="Return the k likeliest tokens.")] = None,
-    dtype: Dtype = DtypeChoice.AUTO,
-    weights: Weights = WeightsChoice.STORED,
-    device: Device = "cpu",
-    experts: Experts = 0,
-    expert_slices: ExpertSlices = 1,
-    expert_memory_bytes: ExpertMemory = None,
-    as_json: JsonFlag = False,
-) -> None:
+@with_flag_groups
+def generate(flags: GenerateFlags, sampling: SamplingFlags, backend: Backend) -> None:
     """Continue prompts; the text streams to the terminal."""
-    options = locals()
     from llama4_dist.cli.generate import run_generate
 
-    run_generate(*_split(options))
+    run_generate(flags, sampling, backend)
 
 
 @app.command()
-def chat(
-    message: Annotated[str | None, typer.Argument(help="One message; without it the chat is interactive.")] = None,
-    model: Model = None,
-    server: Server = None,
-    token: Token = None,
-    tls_ca: TlsCa = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = 0,
-    seed: Seed = None,
-    max_tokens: MaxTokens = 256,
-    stop: Stop = None,
-    dtype: Dtype = DtypeChoice.AUTO,
-    weights: Weights = WeightsChoice.STORED,
-    device: Device = "cpu",
-    experts: Experts = 0,
-    expert_slices: ExpertSlices = 1,
-    expert_memory_bytes: ExpertMemory = None,
-    as_json: JsonFlag = False,
-) -> None:
+@with_flag_groups
+def chat(flags: ChatFlags, sampling: SamplingFlags, backend: Backend) -> None:
     """Chat with a checkpoint or a running gateway."""
-    options = locals()
     from llama4_dist.cli.chat import run_chat
 
-    run_chat(*_split(options))
+    run_chat(flags, sampling, backend)
 
 
 @app.command()
+@with_flag_groups
 def tokenize(
-    text: Annotated[str | None, typer.Argument(help="Text; '-' or none reads standard input.")] = None,
-    model: Model = None,
-    server: Server = None,
-    token: Token = None,
-    tls_ca: TlsCa = None,
-    as_json: JsonFlag = False,
+    text: Annotated[str | None, typer.Argument(help="Text; '-' or none reads standard input.")] = None, *, place: Place
 ) -> None:
     """Show the tokens of a text."""
-    options = locals()
     from llama4_dist.cli.tokenize import run_tokenize
 
-    run_tokenize(*_split(options))
+    run_tokenize(text, place)
 
 
 @app.command()
@@ -222,20 +160,6 @@ def version(as_json: JsonFlag = False) -> None:
         print_json({"version": __version__})
     else:
         print(__version__)
-
-
-def _split(options: dict[str, Any]) -> "tuple[Backend, dict[str, Any]]":
-    """Part a command's flags into where the work is done and the rest; typer's enums become strings."""
-    from llama4_dist.cli.backend import Backend
-
-    plain: dict[str, Any] = {
-        name: value.value if isinstance(value, StrEnum) else value for name, value in options.items()
-    }
-    places = {field.name for field in fields(Backend)}
-    return (
-        Backend(**{name: value for name, value in plain.items() if name in places}),
-        {name: value for name, value in plain.items() if name not in places},
-    )
 
 
 def main() -> None:

@@ -1,25 +1,23 @@
 """`llama4-dist chat`: one message, or a conversation at the terminal."""
 
-from typing import Any
-
 import typer
 
 from llama4_dist.cli.backend import Backend, open_client
-from llama4_dist.cli.generate import completion_json, make_sampling, show_usage
+from llama4_dist.cli.generate import completion_json, show_usage
 from llama4_dist.cli.output import console, print_json, reporting
+from llama4_dist.cli.request_flags import ChatFlags, SamplingFlags
 from llama4_dist.client import Client
 from llama4_dist.request import Completion, Message, Sampling
 
 
-def run_chat(backend: Backend, flags: dict[str, Any]) -> None:
-    """Answer one message, or go on until an empty line. `flags` are message, system and fields of `Sampling`."""
+def run_chat(flags: ChatFlags, sampling_flags: SamplingFlags, backend: Backend) -> None:
+    """Answer one message, or go on until an empty line."""
     with reporting(backend.as_json):
-        message, system = flags.pop("message"), flags.pop("system")
-        sampling = make_sampling(flags)
-        messages = [Message(role="system", content=system)] if system else []
+        sampling = sampling_flags.sampling(max_tokens=flags.max_tokens)
+        messages = [Message(role="system", content=flags.system)] if flags.system else []
         with open_client(backend) as client:
-            if message is not None:
-                messages.append(Message(role="user", content=message))
+            if flags.message is not None:
+                messages.append(Message(role="user", content=flags.message))
                 _answer(client, messages, sampling, backend.as_json)
                 return
             while said := _ask():

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from llama4_dist.cli.admin import Admin
+from llama4_dist.cli.admin import Admin, ChangeFlags
 from llama4_dist.cli.cluster_views import duration_of
 from llama4_dist.cli.output import EXIT_FAILED, console, error_console, human_bytes, print_json, print_pairs, reporting
 from llama4_dist.client.admin import AdminClient
@@ -14,16 +14,23 @@ from llama4_dist.client.admin_results import ClusterChange, Operation
 from llama4_dist.errors import UnavailableError
 
 
-def run_change(admin: Admin, begin: Callable[[AdminClient], Operation], *, dry_run: bool, wait: bool) -> None:
-    """Begin a change, follow it unless told not to, and show its end; exit code 1 where it did not come about."""
+def run_change(admin: Admin, flags: ChangeFlags, change: Callable[[AdminClient], Callable[..., Operation]]) -> None:
+    """Begin a change, follow it unless told not to, and show its end; exit code 1 where it did not come about.
+
+    `change` names the method of the client, with what only this change is told.
+    """
     with reporting(admin.as_json), admin.open() as client:
-        operation = begin(client)
-        if wait and not operation.done:
+        operation = change(client)(
+            request_id=flags.request_id, validate_only=flags.dry_run, drain_timeout_s=flags.drain_timeout
+        )
+        if not flags.no_wait and not operation.done:
             operation = follow(client, operation, show=not admin.as_json)
     if admin.as_json:
-        print_json({**asdict(operation), "validate_only": dry_run})
+        print_json({**asdict(operation), "validate_only": flags.dry_run})
     else:
-        print_pairs("Plan: nothing was changed" if dry_run else operation.name, summary(operation, planned=dry_run))
+        print_pairs(
+            "Plan: nothing was changed" if flags.dry_run else operation.name, summary(operation, planned=flags.dry_run)
+        )
     if operation.failed:
         raise typer.Exit(EXIT_FAILED)
 

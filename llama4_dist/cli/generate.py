@@ -7,16 +7,17 @@ from typing import Any
 
 from llama4_dist.cli.backend import Backend, open_client
 from llama4_dist.cli.output import console, print_json, reporting
+from llama4_dist.cli.request_flags import GenerateFlags, SamplingFlags
 from llama4_dist.client import Client
 from llama4_dist.errors import ConfigError
 from llama4_dist.request import Completion, Prompt, Sampling
 
 
-def run_generate(backend: Backend, flags: dict[str, Any]) -> None:
-    """Run each prompt in turn. `flags` are prompt, token_ids and, by their own names, fields of `Sampling`."""
+def run_generate(flags: GenerateFlags, sampling_flags: SamplingFlags, backend: Backend) -> None:
+    """Run each prompt in turn."""
     with reporting(backend.as_json):
-        prompts = read_prompts(flags.pop("prompt"), flags.pop("token_ids"))
-        sampling = make_sampling(flags)
+        prompts = read_prompts(flags.prompt, flags.token_ids)
+        sampling = sampling_flags.sampling(max_tokens=flags.max_tokens, n=flags.n, logprobs=flags.logprobs)
         with open_client(backend) as client:
             for prompt in prompts:
                 if backend.as_json:
@@ -37,13 +38,6 @@ def read_prompts(prompt: Sequence[str] | None, token_ids: str | None) -> list[Pr
     if not prompt or list(prompt) == ["-"]:
         return [sys.stdin.read()]
     return list(prompt)
-
-
-def make_sampling(flags: dict[str, Any]) -> Sampling:
-    """Build a Sampling from the flags that were given."""
-    given = {name: value for name, value in flags.items() if value is not None}
-    given["stop"] = tuple(given.get("stop", ()))  # typer gives a list
-    return Sampling(**given)
 
 
 def show_stream(client: Client, prompt: Prompt, sampling: Sampling) -> None:

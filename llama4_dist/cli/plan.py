@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from llama4_dist.cli.output import console, print_json, reporting
+from llama4_dist.cli.plan_flags import PlanFlags, PlanOutput
 from llama4_dist.config import ModelConfig
 from llama4_dist.errors import ConfigError
 from llama4_dist.planner import formats
@@ -32,49 +33,13 @@ LAYOUT_COLUMNS = ("", "groups", "P", "T", "hosts", "S", "R", "batch", "m", "GPUs
 TERM_COLUMNS = ("", "attn", "shared", "out", "expert", "back", "layer", "exposed", "GB A", "GB E", "busy A", "busy E")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanFlags:
-    """What `plan` and `simulate` take to say what is planned; None is left to the planner."""
-
-    model: str
-    hardware: str
-    dtype: str
-    wire: str
-    kv_dtype: str
-    link: str
-    context: int
-    batch: int | None
-    slo_tpot_s: float | None
-    objective: str
-    layout: str | None
-    replicas: int
-    price: float | None
-    skew: float
-    loads: Path | None
-    pooled: bool
-    measured_rates: bool
-    alpha_us: float
-    memory_share: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanOutput:
-    """Where the answer goes."""
-
-    explain: bool
-    top: int
-    chart: Path | None
-    file: Path | None
-    as_json: bool
-
-
-def run_plan(flags: PlanFlags, output: PlanOutput) -> None:
+def run_plan(flags: PlanFlags, price: float | None, output: PlanOutput) -> None:
     """Search, or judge the one layout given; write the picture and the document; show the table."""
     with reporting(output.as_json):
         if not 1 <= output.top <= MOST_TOP:
             raise ConfigError(f"top={output.top} must be from 1 to {MOST_TOP}")
         check_chart(output.chart)
-        request = request_of(flags)
+        request = request_of(flags, price)
         found = find_plans(request, flags.layout, output.top)
         document = plan_document(request, found.plans[0], found.plans[1:])
         if output.file is not None:
@@ -87,8 +52,8 @@ def run_plan(flags: PlanFlags, output: PlanOutput) -> None:
     _show(request, found, explained=output.explain)
 
 
-def request_of(flags: PlanFlags) -> PlanRequest:
-    """Turn flags into a request, or say which flag is wrong."""
+def request_of(flags: PlanFlags, price_per_hour: float | None = None) -> PlanRequest:
+    """Turn flags into a request, or say which flag is wrong; without a price the planner takes its example."""
     source = find_model(flags.model)
     count, hardware = parse_hardware(flags.hardware)
     if flags.objective not in list(Objective):
@@ -116,7 +81,7 @@ def request_of(flags: PlanFlags) -> PlanRequest:
         objective=Objective(flags.objective),
         slo_tpot_s=flags.slo_tpot_s,
         batch=flags.batch,
-        price_per_hour=flags.price,
+        price_per_hour=price_per_hour,
         memory_share=flags.memory_share,
     )
 

@@ -1,12 +1,12 @@
 """`llama4-dist simulate`: a load on a planned cluster in simulated time; nothing is started, nothing is measured."""
 
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 from llama4_dist.cli.bench_report import counting, shown
 from llama4_dist.cli.output import console, print_json, print_pairs, reporting
-from llama4_dist.cli.plan import PlanFlags, find_plans, request_of, write_document
+from llama4_dist.cli.plan import find_plans, request_of, write_document
+from llama4_dist.cli.plan_flags import LoadFlags, PlanFlags, SimulationOutput
 from llama4_dist.errors import ConfigError
 from llama4_dist.planner.chart import check_chart
 from llama4_dist.planner.document import layout_document, notes
@@ -26,29 +26,10 @@ SHOWN = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadFlags:
-    """What comes when, and what happens meanwhile."""
-
-    rate: float
-    duration_s: float
-    drain_s: float
-    prompt_len: int
-    output_len: int
-    spread: float
-    trace: Path | None
-    events: tuple[str, ...]
-    detect_s: float
-    respawn_s: float
-    source: str
-    max_num_batched_tokens: int
-    seed: int
-
-
-def run_simulate(flags: PlanFlags, load: LoadFlags, *, chart: Path | None, file: Path | None, as_json: bool) -> None:
+def run_simulate(flags: PlanFlags, load: LoadFlags, output: SimulationOutput) -> None:
     """Plan or take the layout given, run the load through it, and show what clients and GPUs would see."""
-    with reporting(as_json):
-        check_chart(chart)
+    with reporting(output.as_json):
+        check_chart(output.chart)
         if load.source not in SOURCES:
             raise ConfigError(f"source={load.source!r} holds no weights: choose one of {', '.join(SOURCES)}")
         if not 1 <= load.max_num_batched_tokens <= 1 << 20:
@@ -57,7 +38,7 @@ def run_simulate(flags: PlanFlags, load: LoadFlags, *, chart: Path | None, file:
         plan = find_plans(request, flags.layout, top=1).plans[0]
         arrivals, scenario = _arrivals(load), _scenario(load, plan)
         check_fits(arrivals, _longest(request, plan))
-        with counting("Simulating", round(scenario.duration_s), quiet=as_json) as count:
+        with counting("Simulating", round(scenario.duration_s), quiet=output.as_json) as count:
             result = simulate(
                 request,
                 plan,
@@ -67,11 +48,11 @@ def run_simulate(flags: PlanFlags, load: LoadFlags, *, chart: Path | None, file:
                 on_progress=lambda now_s: count(int(now_s)),
             )
         document = simulation_document(request, plan, scenario, result)
-        if file is not None:
-            write_document(file, document)
-        if chart is not None:
-            draw_run(chart, result, f"{request.model} on {request.hardware.name}: {plan.layout.describe()}")
-    if as_json:
+        if output.file is not None:
+            write_document(output.file, document)
+        if output.chart is not None:
+            draw_run(output.chart, result, f"{request.model} on {request.hardware.name}: {plan.layout.describe()}")
+    if output.as_json:
         print_json(document)
         return
     _show(request, plan, scenario, result)
@@ -111,7 +92,7 @@ def _arrivals(load: LoadFlags) -> tuple[Arrival, ...]:
 def _scenario(load: LoadFlags, plan: Plan) -> Scenario:
     return Scenario(
         duration_s=load.duration_s + load.drain_s,
-        events=parse_events(load.events, plan.layout.hosts),
+        events=parse_events(load.events or (), plan.layout.hosts),
         detect_s=load.detect_s,
         respawn_s=load.respawn_s,
         source=load.source,

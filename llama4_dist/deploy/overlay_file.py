@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from llama4_dist.errors import ConfigError
-from llama4_dist.settings import read_yaml
+from llama4_dist.settings_file import read_yaml
 
 
 class OverlaySettings(BaseModel):

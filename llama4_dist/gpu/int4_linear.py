@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama4_dist.gpu.quantize import GROUP, from_int4
-from llama4_dist.gpu.stream_linear import MIN_ROWS, RowGroups, stream_linear_reference
+from llama4_dist.gpu.quantize import GROUP
+from llama4_dist.gpu.stream_linear import MIN_ROWS, RowGroups
 from llama4_dist.gpu.tile_loads import add_product, silu_times
 from llama4_dist.gpu.tiles import Tile, precision_of
 
@@ -61,13 +61,6 @@ def int4_linear(
         num_stages=tile.num_stages,
     )
     return out_RF
-
-
-def int4_linear_reference(
-    x_RD: Tensor, packed: Tensor, scales: Tensor, groups: RowGroups, *, gated: bool = False
-) -> Tensor:
-    """The same in float64."""
-    return stream_linear_reference(x_RD, from_int4(packed, scales), groups, gated=gated)
 
 
 @triton.jit

@@ -17,7 +17,6 @@ from llama4_dist.native.library import FLAGS, HEADERS, SOURCES, compile_into
 
 log = logging.getLogger(__name__)
 
-VARIABLE = "LLAMA4_DIST_NATIVE_LIBRARY"
 _V3 = frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 # What a level of the x86-64 psABI demands, in the words of /proc/cpuinfo; the best first.
 LEVELS: Mapping[str, frozenset[str]] = {

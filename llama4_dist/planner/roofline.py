@@ -212,13 +212,3 @@ def hop_s(geometry: Geometry, layout: Layout, rates: Rates, rows: float) -> floa
 def ridge_rows(rates: Rates, weight_bytes: float) -> float:
     """Rows per expert at which reading its weights and computing take equally long: b_w FL / (2 BW)."""
     return weight_bytes * rates.flops / (2 * rates.memory)
-
-
-def link_rows(expert_width: int, weight_bytes: float, memory: float, link: float) -> float:
-    """B*: rows per expert at which sending results and reading weights take equally long: 1.5 F b_w BWn / BW."""
-    return 1.5 * expert_width * weight_bytes * link / memory
-
-
-def compute_over_transfer(expert_width: int, flops: float, link: float) -> float:
-    """rho = 3 F BWn / FL; below 1 the link is the limit of a busy expert, not its arithmetic."""
-    return 3 * expert_width * link / flops

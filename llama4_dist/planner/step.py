@@ -34,10 +34,6 @@ class StepTimes:
     attention_busy: float  # share of the step an attention GPU computes
     expert_busy: float  # share of the step the mean expert GPU computes
 
-    @property
-    def tokens_per_s_and_sequence(self) -> float:
-        return 1.0 / self.step_s
-
 
 def step_times(
     geometry: Geometry, layout: Layout, rates: Rates, traffic: Traffic, *, samples: int = SAMPLES

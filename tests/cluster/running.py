@@ -1,7 +1,8 @@
 """Runs requests on any engine and collects what comes out; the reference is the engine in one process."""
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,8 +12,16 @@ from llama4_dist.engine.port import Engine
 from llama4_dist.request import EngineRequest, Sampling, TokenOutput
 
 TIMEOUT_S = 60
+REPAIR_TIMEOUT_S = 90  # processes start anew, on machines that may be busy
 
 Tokens = dict[str, tuple[int, ...]]
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = REPAIR_TIMEOUT_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s"
+        time.sleep(0.05)
 
 
 class Collector:

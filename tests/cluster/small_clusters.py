@@ -25,7 +25,7 @@ FAST = {
     "control_plane.revival.LONGEST_PAUSE_S": 0.1,
     "control_plane.forming.FIRST_PAUSE_S": 0.05,
     "control_plane.forming.LONGEST_PAUSE_S": 0.1,
-    "control_plane.change.PROGRESS_INTERVAL_S": 0.02,
+    "control_plane.following.PROGRESS_INTERVAL_S": 0.02,
 }
 
 

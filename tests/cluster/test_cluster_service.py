@@ -1,7 +1,6 @@
 """ClusterService and Operations through a real port: what an operator asks, and every way it is refused."""
 
 import threading
-from collections.abc import Iterator
 
 import grpc
 import pytest
@@ -14,7 +13,6 @@ from cluster.admin.settings import AdminSettings
 from cluster.operation import Kind, Operation, Phase
 from cluster.worker import Role, State
 from llama4_dist.client.admin import AdminClient
-from llama4_dist.client.options import ConnectOptions
 from llama4_dist.errors import (
     ConflictError,
     DeadlineExceededError,
@@ -26,33 +24,8 @@ from llama4_dist.errors import (
 )
 from llama4_dist.rpc import status
 from llama4_dist.v1 import cluster_pb2, cluster_pb2_grpc
-from tests.cluster.admin_serving import Served, admin_serving
+from tests.cluster.admin_serving import ONCE, Served, admin_serving
 from tests.cluster.memory_control import MemoryControl
-
-ONCE = ConnectOptions(max_attempts=1, timeout_s=20)
-
-
-@pytest.fixture
-def control() -> MemoryControl:
-    return MemoryControl()
-
-
-@pytest.fixture
-def served(control: MemoryControl) -> Iterator[Served]:
-    with admin_serving(control) as running:
-        yield running
-
-
-@pytest.fixture
-def client(served: Served) -> Iterator[AdminClient]:
-    with AdminClient(served.address, ONCE) as connected:
-        yield connected
-
-
-@pytest.fixture
-def channel(served: Served) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(served.address) as opened:
-        yield opened
 
 
 def test_the_cluster_is_described_as_it_is(client: AdminClient, control: MemoryControl) -> None:

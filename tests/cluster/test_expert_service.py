@@ -1,45 +1,22 @@
 """ExpertService through a real port: who holds what, how busy it is, and how both change."""
 
-from collections.abc import Iterator
-
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from llama4_dist.client.admin import AdminClient
 from llama4_dist.client.admin_experts import Loads
-from llama4_dist.client.options import ConnectOptions
 from llama4_dist.errors import InvalidRequestError
 from llama4_dist.rpc import status
 from llama4_dist.v1 import experts_pb2, experts_pb2_grpc
-from tests.cluster.admin_serving import Served, admin_serving
 from tests.cluster.memory_control import MemoryControl
 
-ONCE = ConnectOptions(max_attempts=1, timeout_s=20)
 SHORT_S = 0.05
 
 
 @pytest.fixture
-def control() -> MemoryControl:
-    return MemoryControl()
-
-
-@pytest.fixture
-def served(control: MemoryControl) -> Iterator[Served]:
-    with admin_serving(control) as running:
-        yield running
-
-
-@pytest.fixture
-def client(served: Served) -> Iterator[AdminClient]:
-    with AdminClient(served.address, ONCE) as connected:
-        yield connected
-
-
-@pytest.fixture
-def stub(served: Served) -> Iterator[experts_pb2_grpc.ExpertServiceStub]:
-    with grpc.insecure_channel(served.address) as channel:
-        yield experts_pb2_grpc.ExpertServiceStub(channel)
+def stub(channel: grpc.Channel) -> experts_pb2_grpc.ExpertServiceStub:
+    return experts_pb2_grpc.ExpertServiceStub(channel)
 
 
 def holder(control: MemoryControl, pair: tuple[int, int]) -> str:

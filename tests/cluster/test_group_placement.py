@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cluster.driver.nodes import Node
-from cluster.driver.spawn import Home, RaySpawner, stage_of, worker_bundle
+from cluster.driver.spawn import Home, RaySpawner
+from cluster.driver.worker_bundle import stage_of, worker_bundle
 from cluster.plan import stages_of
 from cluster.worker import Role, WorkerConfig
 from llama4_dist.partition import Partition

@@ -1,14 +1,13 @@
 """The engine over real Ray actors: same tokens, also while Ray stands still; nothing left behind; clear failures."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,7 +18,6 @@ import torch
 from ray.util import list_named_actors
 from ray.util.placement_group import placement_group_table
 
-from cluster.driver.launch import ensure_ray
 from cluster.operation import Kind, Operation, Phase
 from cluster.ray_engine import RayEngine
 from cluster.worker import LoadProgress, Role, State
@@ -28,28 +26,12 @@ from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import CheckpointError, UnavailableError
 from llama4_dist.request import FinishReason
 from tests.checkpoints import make_checkpoint
-from tests.cluster.running import Collector, reference, some_requests
+from tests.cluster.running import Collector, reference, some_requests, wait_until
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = EngineOptions(num_blocks=128, max_num_seqs=8)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("scout"), "scout")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    tmp_path_factory.getbasetemp()  # pytest's own folder stays where it is
-    before, tempfile.tempdir = tempfile.tempdir, tempfile.mkdtemp(prefix="l4-")  # others run clusters here too
-    session = ensure_ray()
-    yield
-    session.close()
-    shutil.rmtree(tempfile.gettempdir())
-    tempfile.tempdir = before
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +55,6 @@ def descendants() -> set[psutil.Process]:
             if "Worker" in process.name() or "Actor" in process.name():
                 found.add(process)
     return found
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s"
-        time.sleep(0.05)
 
 
 def live_actors() -> list[str]:

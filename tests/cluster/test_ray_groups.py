@@ -1,11 +1,8 @@
 """Attention groups of several processes over Ray: the tokens of one process, through deaths of any of them."""
 
 import os
-import shutil
 import signal
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +10,6 @@ import psutil
 import pytest
 import torch
 
-from cluster.driver.launch import ensure_ray
 from cluster.observe.collector import ClusterCollector
 from cluster.ray_engine import RayEngine
 from cluster.worker import Role, State, WorkerStatus
@@ -25,40 +21,16 @@ from llama4_dist.gateway.observe.merged import Merged
 from llama4_dist.partition import Partition
 from llama4_dist.request import EngineRequest
 from llama4_dist.telemetry.settings import Telemetry
-from tests.checkpoints import make_checkpoint
-from tests.cluster.running import Collector, Tokens, some_requests
+from tests.cluster.running import Collector, Tokens, some_requests, wait_until
 from tests.scraping import Scrape
 from tests.telemetry.collector import Collected, Span, collecting
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 OPTIONS = EngineOptions(num_blocks=200, max_num_seqs=8)
 WIDE = Partition(num_stages=2, num_ranks=2)
 GROUP = "attention-0"
 TRACE = "ab" * 16
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("scout"), "scout")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    tmp_path_factory.getbasetemp()  # pytest's own folder stays where it is
-    before, tempfile.tempdir = tempfile.tempdir, tempfile.mkdtemp(prefix="l4-")  # others run clusters here too
-    session = ensure_ray()
-    yield
-    session.close()
-    shutil.rmtree(tempfile.gettempdir())
-    tempfile.tempdir = before
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = 90) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s"
-        time.sleep(0.05)
 
 
 def reference(model_dir: Path, requests: list[EngineRequest], partition: Partition, slices: int = 1) -> Tokens:

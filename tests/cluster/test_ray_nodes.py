@@ -12,18 +12,12 @@ from cluster.ray_engine import RayEngine
 from cluster.worker import Role
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import UnavailableError
-from tests.checkpoints import make_checkpoint
 from tests.cluster.running import Collector, reference, some_requests
 
 pytestmark = pytest.mark.ray
 
 OPTIONS = EngineOptions(num_blocks=128, max_num_seqs=8)
 STORE = 80 * 1024 * 1024
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("scout"), "scout")
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,9 @@
 """Quantised checkpoints over real Ray actors: experts in two slices on two hosts each say what one process says."""
 
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cluster.driver.launch import ensure_ray
 from cluster.ray_engine import RayEngine, read_geometry
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.engine.options import EngineOptions
@@ -19,21 +15,10 @@ from tests.cluster.running import Collector, reference, some_requests
 from tests.native.compiler import needs_compiler
 from tests.quantised_checkpoints import make_quantised
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 OPTIONS = EngineOptions(num_blocks=128, max_num_seqs=8)
 WIDTH, EXPERTS = 128, 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    tmp_path_factory.getbasetemp()  # pytest's own folder stays where it is
-    before, tempfile.tempdir = tempfile.tempdir, tempfile.mkdtemp(prefix="l4-")  # others run clusters here too
-    session = ensure_ray()
-    yield
-    session.close()
-    shutil.rmtree(tempfile.gettempdir())
-    tempfile.tempdir = before
 
 
 @needs_compiler

@@ -1,17 +1,12 @@
 """Experts cut into slices over real Ray actors: the tokens of one process, through deaths, growth and drains."""
 
 import os
-import shutil
 import signal
-import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from cluster.driver.launch import ensure_ray
 from cluster.operation import Operation, Phase
 from cluster.ray_engine import RayEngine
 from cluster.worker import Role, State
@@ -19,36 +14,13 @@ from llama4_dist.engine.build import build_single_process
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError
 from tests.checkpoints import make_checkpoint
-from tests.cluster.running import Collector, reference, some_requests
+from tests.cluster.running import Collector, reference, some_requests, wait_until
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 OPTIONS = EngineOptions(num_blocks=128, max_num_seqs=8)
 SLICES = 2
 PAIRS = {(layer, unit) for layer in range(4) for unit in range(16 * SLICES)}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("scout"), "scout")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    tmp_path_factory.getbasetemp()  # pytest's own folder stays where it is
-    before, tempfile.tempdir = tempfile.tempdir, tempfile.mkdtemp(prefix="l4-")  # others run clusters here too
-    session = ensure_ray()
-    yield
-    session.close()
-    shutil.rmtree(tempfile.gettempdir())
-    tempfile.tempdir = before
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s"
-        time.sleep(0.05)
 
 
 def end_of(engine: RayEngine, operation: Operation) -> Operation:

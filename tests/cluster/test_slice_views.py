@@ -1,38 +1,16 @@
 """What an operator sees of experts that are cut: slices with numbers of their own, through a real admin port."""
 
-from collections.abc import Iterator
-
 import grpc
 import pytest
 
 from llama4_dist.client.admin import AdminClient
-from llama4_dist.client.options import ConnectOptions
 from llama4_dist.v1 import cluster_pb2, cluster_pb2_grpc, experts_pb2, experts_pb2_grpc
-from tests.cluster.admin_serving import Served, admin_serving
 from tests.cluster.memory_control import MemoryControl
 
 
 @pytest.fixture
 def control() -> MemoryControl:
     return MemoryControl(num_slices=2)
-
-
-@pytest.fixture
-def served(control: MemoryControl) -> Iterator[Served]:
-    with admin_serving(control) as running:
-        yield running
-
-
-@pytest.fixture
-def client(served: Served) -> Iterator[AdminClient]:
-    with AdminClient(served.address, ConnectOptions(max_attempts=1, timeout_s=20)) as connected:
-        yield connected
-
-
-@pytest.fixture
-def channel(served: Served) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(served.address) as channel:
-        yield channel
 
 
 def test_the_placement_names_every_slice(channel: grpc.Channel, client: AdminClient, control: MemoryControl) -> None:

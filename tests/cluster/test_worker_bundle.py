@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.driver.spawn import worker_bundle
+from cluster.driver.worker_bundle import worker_bundle
 from cluster.worker import Role, WorkerConfig
 
 

@@ -34,11 +34,6 @@ ELSEWHERE = Location(node="elsewhere", address="127.0.0.1")
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("scout"), "scout")
-
-
-@pytest.fixture(scope="module")
 def expected(model_dir: Path) -> Tokens:
     return reference(model_dir, some_requests("r"))
 
@@ -361,7 +356,11 @@ def test_hosts_of_one_checkpoint_agree_on_their_experts_and_load_is_counted(
     assert first.keep(pairs[1:]) == first.keep(pairs) + 3 * 64 * 96 * 4
     assert first.fingerprints([(0, 0)]) == {}
     load = second.load_now()
-    assert (load.host, load.incarnation, load.bytes_held) == ("expert-1", second.incarnation, 64 * 3 * 64 * 96 * 4)
+    assert (load.host, load.incarnation, load.bytes_held) == (
+        "expert-1",
+        second.status().incarnation,
+        64 * 3 * 64 * 96 * 4,
+    )
 
 
 def test_a_host_that_has_not_loaded_says_so(model_dir: Path, tmp_path: Path) -> None:

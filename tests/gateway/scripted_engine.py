@@ -110,7 +110,8 @@ class ScriptedEngine:
         with self._changed:
             self._stop = True
             self._changed.notify()
-        self._thread.join(timeout=5)
+        if self._thread.ident is not None:  # a gateway that did not come up has not started it
+            self._thread.join(timeout=5)
 
     def _run(self) -> None:
         while True:

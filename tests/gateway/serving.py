@@ -1,21 +1,19 @@
 """Runs a gateway in a thread with its own event loop, so that blocking and asyncio tests use it alike."""
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from prometheus_client.registry import Collector
 
 from llama4_dist.engine.port import Engine
-from llama4_dist.errors import Llama4Error
 from llama4_dist.gateway.run import Gateway, running_gateway
 from llama4_dist.gateway.server import NO_SERVICES, Services
 from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.text.tokenizer import Tokenizer
+from tests.loop_thread import OnLoop, in_loop_thread
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -26,16 +24,11 @@ def byte_tokenizer() -> Tokenizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class Served(OnLoop):
     """A gateway in its thread."""
 
     address: str
     gateway: Gateway
-    loop: asyncio.AbstractEventLoop
-
-    def run(self, coroutine: Any) -> Any:
-        """Run a coroutine on the gateway's loop and wait."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=30)
 
     def num_tasks(self) -> int:
         async def count() -> int:
@@ -55,41 +48,12 @@ def serving(
 ) -> Iterator[Served]:
     """Serve while inside, on a free loopback port unless `address` is given."""
     settings = replace(settings or GatewaySettings(), address=address)
-    started: list[Served | BaseException] = []
-    ready = threading.Event()
-
-    async def main() -> None:
-        stop = asyncio.Event()
-        try:
-            async with running_gateway(
-                engine, tokenizer, settings, extra_services=extra_services, collectors=collectors
-            ) as gateway:
-                loop = asyncio.get_running_loop()
-                stops.append((loop, stop))
-                started.append(Served(address=f"127.0.0.1:{gateway.port}", gateway=gateway, loop=loop))
-                ready.set()
-                await stop.wait()
-        except Llama4Error as error:
-            started.append(error)  # raised again in the caller's thread
-            ready.set()
-
-    stops: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
-    thread = threading.Thread(target=lambda: asyncio.run(main()), name="gateway", daemon=True)
-    thread.start()
-    if not ready.wait(timeout=20):  # no assert: this runs under `python -O` too
-        raise TimeoutError("the gateway did not start")
-    served = started[0]
-    if isinstance(served, Llama4Error):
-        raise served
+    gateway = running_gateway(engine, tokenizer, settings, extra_services=extra_services, collectors=collectors)
     try:
-        yield served
+        with in_loop_thread(gateway, "gateway") as (running, loop):
+            yield Served(address=f"127.0.0.1:{running.port}", gateway=running, loop=loop)
     finally:
-        loop, stop = stops[0]
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(timeout=20)
         engine.close()
-        if thread.is_alive():
-            raise TimeoutError("the gateway did not stop")
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:

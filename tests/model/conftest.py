@@ -1,11 +1,12 @@
 """One thread for the arithmetic: the tests are tiny, and two threads that wait for each other are slower."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from llama4_dist.model import expert, load
+from llama4_dist.native import threads
 from llama4_dist.native.bindings import passes
 
 torch.set_num_threads(1)
@@ -28,3 +29,9 @@ def arithmetic(request: pytest.FixtureRequest) -> str:
     elif passes() is None:
         pytest.skip("there is no compiler")
     return str(request.param)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    yield threads.set_count
+    threads.set_count(1)

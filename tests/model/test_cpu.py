@@ -1,6 +1,6 @@
 """The native passes compute what the obvious version does, with bits that no thread count or vector width changes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ from llama4_dist.model.cpu.llama4 import CpuLlama4
 from llama4_dist.model.cpu.panels import pack
 from llama4_dist.model.llama4 import Llama4
 from llama4_dist.model.weights import Weights
-from llama4_dist.native import threads
 from tests.checkpoints import make_checkpoint
 from tests.model.direct import Runner
 from tests.native.compiler import needs_compiler
@@ -30,12 +29,6 @@ TOKEN_IDS = torch.randint(0, 256, (70,), generator=GENERATOR).tolist()
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=GENERATOR).to(dtype)
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    yield threads.set_count
-    threads.set_count(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

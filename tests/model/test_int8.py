@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,6 @@ from llama4_dist.model.cpu.panels import Panels
 from llama4_dist.model.cpu.quantise import QuantisationError, quantise
 from llama4_dist.model.expert import Experts
 from llama4_dist.model.load import arithmetic, load_model
-from llama4_dist.native import threads
 from tests.checkpoints import make_checkpoint
 from tests.model.direct import Runner
 from tests.native.compiler import needs_compiler
@@ -34,12 +33,6 @@ TOKEN_IDS = torch.randint(0, 256, (70,), generator=GENERATOR).tolist()
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=GENERATOR).to(dtype)
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    yield threads.set_count
-    threads.set_count(1)
 
 
 def quantised(weight_DF: Tensor) -> tuple[Panels, QuantisationError]:

@@ -1,7 +1,6 @@
 """Native passes on quantised experts: every number as itself, bits that hold, memory that stays within its bound."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,41 +15,13 @@ from llama4_dist.model.cpu.feed_forward import Network, run_networks
 from llama4_dist.model.cpu.quantised import expanded_network, numbers_in_panels, stored_network
 from llama4_dist.model.expert import Experts
 from llama4_dist.model.quantised_expert import rounded_to_float8
-from llama4_dist.native import threads
 from tests.checkpoints import make_checkpoint
+from tests.model.quantised_experts import X_RD, D, answer, held, quantised_expert
 from tests.native.compiler import needs_compiler
 from tests.quantised_checkpoints import ALL, PLAIN, make_quantised
 
 FORMS = [*ALL, *PLAIN]
 pytestmark = needs_compiler
-
-D, F = 64, 96
-TOKEN_IDS = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(0)).tolist()
-X_RD = torch.randn(40, D, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    yield threads.set_count
-    threads.set_count(1)
-
-
-def quantised_expert(path: Path, layer: int = 1, expert: int = 3, *cut: int) -> QuantisedExpertWeights:
-    weights = Checkpoint.open(path).expert(layer, expert, *cut)
-    assert isinstance(weights, QuantisedExpertWeights)
-    return weights
-
-
-def answer(experts: Experts, groups: list[tuple[int, int]], dtype: torch.dtype = torch.float32) -> Tensor:
-    out_RD = torch.full((sum(number for _, number in groups), D), math.nan, dtype=dtype)
-    experts(1, groups, X_RD[: len(out_RD)].to(dtype), out_RD)
-    return out_RD
-
-
-def held(path: Path, dtype: torch.dtype = torch.float32, **options: int) -> Experts:
-    checkpoint = Checkpoint.open(path)
-    weights = {(1, expert): checkpoint.expert(1, expert) for expert in range(8)}
-    return Experts(weights, width=D, dtype=dtype, device="cpu", **options)
 
 
 @pytest.mark.parametrize("form", ["fp8", "int8", "int4", "int4-channel"])

@@ -10,7 +10,7 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.errors import ConfigError, UnavailableError
 from llama4_dist.model.expert_cut import ExpertCut
 from llama4_dist.model.expert_store import ExpertStore
-from tests.model.test_quantised import X_RD, D, in_float64, quantised_expert
+from tests.model.quantised_experts import X_RD, D, in_float64, quantised_expert
 from tests.native.compiler import needs_compiler
 from tests.quantised_checkpoints import ALL, make_quantised
 

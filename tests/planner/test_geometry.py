@@ -5,7 +5,6 @@ from llama4_dist.planner.hardware import GB, HARDWARE
 from llama4_dist.planner.layout import Layout
 from llama4_dist.planner.memory import longest_context, memory_of
 from llama4_dist.planner.multinomial import zipf
-from llama4_dist.planner.roofline import compute_over_transfer, link_rows
 from llama4_dist.planner.search import search
 from tests.planner.cases import geometry, request
 
@@ -74,8 +73,9 @@ def test_where_links_become_the_limit_is_as_published(
     assert 1e6 * found.expert_parameters * size / H200.memory_bandwidth == pytest.approx(read_us, rel=0.005)
     assert size * flops / (2 * H200.memory_bandwidth) == pytest.approx(206, abs=0.5)  # the ridge, of both formats
     for link, rows, rho in ((H200.nic_bandwidth, b_nic, rho_nic), (H200.nvlink_bandwidth, b_nvlink, rho_nvlink)):
-        assert link_rows(width, size, H200.memory_bandwidth, link) == pytest.approx(rows, rel=0.005)
-        assert compute_over_transfer(width, flops, link) == pytest.approx(rho, rel=0.01)
+        # Rows of an expert at which sending results takes as long as reading weights, and arithmetic over transfer.
+        assert 1.5 * width * size * link / H200.memory_bandwidth == pytest.approx(rows, rel=0.005)
+        assert 3 * width * link / flops == pytest.approx(rho, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,10 @@ class SimAttention(AttentionWorker):
         self.lost_for: list[str] = []
         self.core: EngineCore
 
+    @property
+    def incarnation(self) -> int:
+        return self._presence.incarnation
+
     def load(self) -> None:
         plan = self.world.plan
         dispatcher = Dispatcher(
@@ -76,7 +80,7 @@ class SimAttention(AttentionWorker):
 
     def serve(self) -> str:
         self.is_serving = True
-        self._state = State.READY
+        self._presence.state = State.READY
         return f"{self.name}/{self.incarnation}"
 
     def publish(self, topology: Topology) -> Adopted:
@@ -88,9 +92,9 @@ class SimAttention(AttentionWorker):
         return WorkerStatus(
             worker=self.name,
             role=Role.ATTENTION,
-            state=self._state,
+            state=self._presence.state,
             incarnation=self.incarnation,
-            node=self._location.node,
+            node=self._presence.location.node,
             addresses=(f"{self.name}/{self.incarnation}",) if self.is_serving else (),
             epoch=self.epoch,
         )

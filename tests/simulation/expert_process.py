@@ -103,6 +103,10 @@ class SimHost(ExpertHost):
         self.disturbed = False  # was ever stopped, slow, silent or behind a link that loses frames
         self.ends: list[HostsEnd] = []
 
+    @property
+    def incarnation(self) -> int:
+        return self._presence.incarnation
+
     def load(self, pairs: Sequence[Pair]) -> HostAddress:
         self._store = TinyStore(self, self._config.capacity_bytes)
         self.add(pairs)
@@ -122,9 +126,13 @@ class SimHost(ExpertHost):
             faults=SimPoints(self),
         )
         self._address = HostAddress(
-            host=self.name, incarnation=self.incarnation, node=self._location.node, unix=self.name, tcp=self.name
+            host=self.name,
+            incarnation=self.incarnation,
+            node=self._presence.location.node,
+            unix=self.name,
+            tcp=self.name,
         )
-        self._state = State.READY
+        self._presence.state = State.READY
         return self._address
 
     def keep(self, pairs: Sequence[Pair]) -> int:
@@ -139,9 +147,9 @@ class SimHost(ExpertHost):
         return WorkerStatus(
             worker=self.name,
             role=Role.EXPERT,
-            state=self._state,
+            state=self._presence.state,
             incarnation=self.incarnation,
-            node=self._location.node,
+            node=self._presence.location.node,
             experts=tuple(sorted(self.held)),
         )
 
@@ -161,7 +169,7 @@ class SimHost(ExpertHost):
     @property
     def well(self) -> bool:
         """Whether it answers as it should, now."""
-        return self.alive and not self.stopped and not self.slow and self._state is State.READY
+        return self.alive and not self.stopped and not self.slow and self._presence.state is State.READY
 
     def drive(self) -> None:
         """Run the server until nothing is left to do, or it dies of it."""
@@ -203,7 +211,7 @@ class SimHost(ExpertHost):
     def kill(self, *, silently: bool = False) -> None:
         """Die; silently as a machine that loses power, so that nobody sees an end of file."""
         self.alive = False
-        self._state = State.LOST
+        self._presence.state = State.LOST
         self.disturbed |= silently
         if not silently:
             for end in self.ends:

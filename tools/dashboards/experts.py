@@ -4,7 +4,7 @@ from cluster.observe import families as c
 from llama4_dist.gateway.observe import dispatch_families as d
 from llama4_dist.gateway.observe import engine_families as e
 from tools.dashboards.panels import Dashboard, Panel, Row
-from tools.dashboards.queries import mean, mean_rate, now, percentiles, rate, share, worst
+from tools.dashboards.queries import each, mean, mean_rate, now, percentiles, rate, share, worst
 
 EXPERTS = Dashboard(
     name="experts",
@@ -17,19 +17,19 @@ EXPERTS = Dashboard(
                 Panel(
                     title="Rows computed",
                     meaning="By expert host.",
-                    lines={"{{worker}}": rate(c.TOKENS, "worker")},
+                    lines=each(rate, c.TOKENS, "worker"),
                     unit="cps",
                 ),
                 Panel(
                     title="Busy",
                     meaning="Share of the time that a host computed.",
-                    lines={"{{worker}}": rate(c.COMPUTE, "worker")},
+                    lines=each(rate, c.COMPUTE, "worker"),
                     unit="percentunit",
                 ),
                 Panel(
                     title="Frames that wait",
                     meaning="By host; a queue that stays means the host is too slow for what it gets.",
-                    lines={"{{worker}}": now(c.QUEUE, "worker")},
+                    lines=each(now, c.QUEUE, "worker"),
                 ),
             ),
         ),
@@ -68,19 +68,19 @@ EXPERTS = Dashboard(
                 Panel(
                     title="Slowest hosts",
                     meaning="Time of frames under way to a host, per second: many at once count many times.",
-                    lines={"{{host}}": rate(d.BY_HOST["reply_seconds"], "host")},
+                    lines=each(rate, d.BY_HOST["reply_seconds"], "host"),
                     unit="percentunit",
                 ),
                 Panel(
                     title="Attention waits for experts",
                     meaning="Share of the time that steps waited with nothing to do, by who sent the rows.",
-                    lines={"{{worker}}": rate(d.NUMBERS["wait_on_experts_s"], "worker")},
+                    lines=each(rate, d.NUMBERS["wait_on_experts_s"], "worker"),
                     unit="percentunit",
                 ),
                 Panel(
                     title="Bytes of rows",
                     meaning="By direction and how they travel.",
-                    lines={"{{direction}} {{transport}}": rate(d.BYTES, "direction", "transport")},
+                    lines=each(rate, d.BYTES, "direction", "transport"),
                     unit="Bps",
                 ),
             ),
@@ -114,7 +114,7 @@ EXPERTS = Dashboard(
                 Panel(
                     title="Mean time at each station",
                     meaning="Of the steps that came by; stations are those of docs/observability.md.",
-                    lines={"{{station}}": mean(e.STATIONS, "station")},
+                    lines=each(mean, e.STATIONS, "station"),
                     unit="s",
                 ),
                 Panel(

@@ -4,7 +4,7 @@ from cluster.observe import families as c
 from llama4_dist.gateway.observe import dispatch_families as d
 from llama4_dist.gateway.observe import engine_families as e
 from tools.dashboards.panels import Dashboard, Panel, Row
-from tools.dashboards.queries import now, rate, series, worst
+from tools.dashboards.queries import each, now, rate, series, worst
 
 FAULTS = Dashboard(
     name="faults",
@@ -17,12 +17,12 @@ FAULTS = Dashboard(
                 Panel(
                     title="Workers that are up",
                     meaning="By role; below what was asked for while a successor starts.",
-                    lines={"{{role}}": now(c.UP, "role")},
+                    lines=each(now, c.UP, "role"),
                 ),
                 Panel(
                     title="Since a worker last answered",
                     meaning="The controller asks every half second.",
-                    lines={"{{worker}}": worst(c.HEARTBEAT, "worker")},
+                    lines=each(worst, c.HEARTBEAT, "worker"),
                     unit="s",
                 ),
                 Panel(
@@ -53,7 +53,7 @@ FAULTS = Dashboard(
                 Panel(
                     title="The change under way",
                     meaning="Kind and phase.",
-                    lines={"{{kind}} {{phase}}": now(c.RUNNING, "kind", "phase")},
+                    lines=each(now, c.RUNNING, "kind", "phase"),
                 ),
                 Panel(
                     title="Fewest copies of an expert",
@@ -68,7 +68,7 @@ FAULTS = Dashboard(
                 Panel(
                     title="Hedged rows by the host that was slow",
                     meaning="Asked of a replica too.",
-                    lines={"{{host}}": rate(d.BY_HOST["hedged_rows"], "host")},
+                    lines=each(rate, d.BY_HOST["hedged_rows"], "host"),
                     unit="cps",
                 ),
                 Panel(
@@ -91,7 +91,7 @@ FAULTS = Dashboard(
                 Panel(
                     title="Adoptions",
                     meaning="Experts a host took on because nobody else served them.",
-                    lines={"{{worker}}": rate(c.ADOPTED, "worker")},
+                    lines=each(rate, c.ADOPTED, "worker"),
                     unit="cps",
                 ),
             ),
@@ -102,13 +102,13 @@ FAULTS = Dashboard(
                 Panel(
                     title="Stalls",
                     meaning="Share of the time that steps were held because no host served an expert.",
-                    lines={"{{worker}}": rate(e.NUMBERS["step_held_s"], "worker")},
+                    lines=each(rate, e.NUMBERS["step_held_s"], "worker"),
                     unit="percentunit",
                 ),
                 Panel(
                     title="Replays",
                     meaning="Requests that went on with another engine, by the one that was lost.",
-                    lines={"{{worker}}": rate(e.REPLAYED, "worker")},
+                    lines=each(rate, e.REPLAYED, "worker"),
                     unit="reqps",
                 ),
                 Panel(

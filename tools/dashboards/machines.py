@@ -5,7 +5,7 @@ from llama4_dist.gateway import metrics as g
 from llama4_dist.gateway.observe import dispatch_families as d
 from llama4_dist.gateway.observe import engine_families as e
 from tools.dashboards.panels import Dashboard, Panel, Row
-from tools.dashboards.queries import now, percentiles, rate, share, worst
+from tools.dashboards.queries import each, now, percentiles, rate, share, worst
 
 MACHINES = Dashboard(
     name="machines",
@@ -18,24 +18,24 @@ MACHINES = Dashboard(
                 Panel(
                     title="Resident memory",
                     meaning="Pages of the checkpoint that processes share are counted with each.",
-                    lines={"{{worker}}": now(c.MEMORY, "worker")},
+                    lines=each(now, c.MEMORY, "worker"),
                     unit="bytes",
                 ),
                 Panel(
                     title="Processors",
                     meaning="Cores that a worker keeps busy.",
-                    lines={"{{worker}}": rate(c.CPU, "worker")},
+                    lines=each(rate, c.CPU, "worker"),
                 ),
                 Panel(
                     title="Weights held",
                     meaning="By expert host.",
-                    lines={"{{worker}}": now(c.WEIGHTS, "worker")},
+                    lines=each(now, c.WEIGHTS, "worker"),
                     unit="bytes",
                 ),
                 Panel(
                     title="Links",
                     meaning="To attention workers, by expert host.",
-                    lines={"{{worker}}": now(c.LINKS, "worker")},
+                    lines=each(now, c.LINKS, "worker"),
                 ),
             ),
         ),
@@ -45,12 +45,12 @@ MACHINES = Dashboard(
                 Panel(
                     title="Generations in the gateways",
                     meaning="By gateway.",
-                    lines={"{{instance}}": now(g.IN_FLIGHT, "instance")},
+                    lines=each(now, g.IN_FLIGHT, "instance"),
                 ),
                 Panel(
                     title="Calls",
                     meaning="By method and status code.",
-                    lines={"{{method}} {{code}}": rate(g.CALLS, "method", "code")},
+                    lines=each(rate, g.CALLS, "method", "code"),
                     unit="reqps",
                 ),
                 Panel(
@@ -69,16 +69,11 @@ MACHINES = Dashboard(
         Row(
             title="Engines",
             panels=(
-                Panel(
-                    title="Steps",
-                    meaning="A second.",
-                    lines={"{{worker}}": rate(e.NUMBERS["steps"], "worker")},
-                    unit="cps",
-                ),
+                Panel(title="Steps", meaning="A second.", lines=each(rate, e.NUMBERS["steps"], "worker"), unit="cps"),
                 Panel(
                     title="Rows sent to hosts",
                     meaning="By attention worker, or group: a copy of the model.",
-                    lines={"{{group}}": rate(d.BY_HOST["host_rows"], "group")},
+                    lines=each(rate, d.BY_HOST["host_rows"], "group"),
                     unit="cps",
                 ),
                 Panel(

@@ -3,7 +3,7 @@
 from llama4_dist.gateway import metrics as g
 from llama4_dist.gateway.observe import engine_families as e
 from tools.dashboards.panels import Dashboard, Panel, Row
-from tools.dashboards.queries import now, percentiles, rate, share, worst
+from tools.dashboards.queries import each, now, percentiles, rate, share, worst
 
 N = e.NUMBERS
 
@@ -29,7 +29,7 @@ OVERVIEW = Dashboard(
                 Panel(
                     title="Ended generations",
                     meaning="By how they ended; error is anything but a stop, a length or a cancel.",
-                    lines={"{{finish_reason}}": rate(g.REQUESTS, "finish_reason")},
+                    lines=each(rate, g.REQUESTS, "finish_reason"),
                     unit="reqps",
                 ),
             ),
@@ -69,7 +69,7 @@ OVERVIEW = Dashboard(
                 Panel(
                     title="Failed calls by reason",
                     meaning="Reasons are those of docs/grpc.md.",
-                    lines={"{{reason}}": rate(g.REFUSALS, "reason")},
+                    lines=each(rate, g.REFUSALS, "reason"),
                     unit="reqps",
                 ),
                 Panel(
@@ -81,7 +81,7 @@ OVERVIEW = Dashboard(
                 Panel(
                     title="Engines that answer",
                     meaning="As each gateway sees them.",
-                    lines={"{{instance}}": worst(e.ENGINES, "instance", least=True)},
+                    lines=each(worst, e.ENGINES, "instance", least=True),
                 ),
             ),
         ),

@@ -3,6 +3,9 @@
 Every gateway of a cluster exports its engines, so a worker's series may come several times: the largest is taken.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from llama4_dist.gateway.metrics import GATEWAY_FAMILIES
 from llama4_dist.gateway.observe.family import Family, Kind
 
@@ -51,6 +54,11 @@ def mean(family: Family, *by: str, where: str = "") -> str:
     """Return the mean of a histogram's values."""
     parts = (rate(family, *by, where=where, suffix=suffix) for suffix in ("_sum", "_count"))
     return " / ".join(parts)
+
+
+def each(query: Callable[..., str], family: Family, *by: str, **options: Any) -> dict[str, str]:
+    """Return a panel's lines where there is one for each value of the labels `by`, called by that value."""
+    return {" ".join(f"{{{{{label}}}}}" for label in by): query(family, *by, **options)}
 
 
 def share(part: str, whole: str) -> str:
