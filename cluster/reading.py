@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from cluster.operation import HostLoad, Kind, Phase
 from cluster.worker import Role, WorkerStatus
+from llama4_dist.dispatch.stats import DispatchCounters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,24 @@ class HostReading:
     adopted: int = 0
     refusals: Mapping[str, int] = field(default_factory=dict)
     closed_links: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageReading:
+    """One member of an attention group: its counters since its process began, however often the group was formed.
+
+    Of `parts` of steps it computed; `busy_s` is the time it took for them once their rows were there, waits for experts
+    and for the other ranks of its stage included; `starved_s` the time parts waited here for rows of the stage before.
+    """
+
+    worker: str
+    group: str
+    stage: int
+    rank: int
+    dispatch: DispatchCounters
+    parts: int = 0
+    busy_s: float = 0.0
+    starved_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,3 +63,4 @@ class ClusterReading:
     running: tuple[Kind, Phase] | None = None
     num_slices: int = 1  # of every expert; `HostLoad.rows` counts units
     lost: Mapping[tuple[Role, str], int] = field(default_factory=dict)
+    stages: tuple[StageReading, ...] = ()

@@ -2,11 +2,13 @@
 
 from cluster.observe.families import CLUSTER_FAMILIES
 from llama4_dist.gateway.metrics import GATEWAY_FAMILIES, PROCESS_NAMESPACE
+from llama4_dist.gateway.observe.dispatch_families import DISPATCH_FAMILIES
 from llama4_dist.gateway.observe.engine_families import ENGINE_FAMILIES
 from llama4_dist.gateway.observe.family import Kind
 from tests.scraping import Scrape
 
-DECLARED = {family.name: family for family in (*GATEWAY_FAMILIES, *ENGINE_FAMILIES, *CLUSTER_FAMILIES)}
+FAMILIES = (*GATEWAY_FAMILIES, *ENGINE_FAMILIES, *DISPATCH_FAMILIES, *CLUSTER_FAMILIES)
+DECLARED = {family.name: family for family in FAMILIES}
 
 
 def differences(found: Scrape) -> list[str]:

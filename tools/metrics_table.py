@@ -5,12 +5,18 @@ from pathlib import Path
 
 from cluster.observe.families import CLUSTER_FAMILIES
 from llama4_dist.gateway.metrics import GATEWAY_FAMILIES
+from llama4_dist.gateway.observe.dispatch_families import DISPATCH_FAMILIES
 from llama4_dist.gateway.observe.engine_families import ENGINE_FAMILIES
 from llama4_dist.gateway.observe.family import Family
 
 PAGE = Path(__file__).parents[1] / "docs" / "observability.md"
 BEGIN, END = "<!-- metrics: python -m tools.metrics_table -->", "<!-- end of metrics -->"
-PARTS = {"Gateway": GATEWAY_FAMILIES, "Engines": ENGINE_FAMILIES, "Cluster": CLUSTER_FAMILIES}
+PARTS = {
+    "Gateway": GATEWAY_FAMILIES,
+    "Engines": ENGINE_FAMILIES,
+    "From attention to experts": DISPATCH_FAMILIES,
+    "Cluster": CLUSTER_FAMILIES,
+}
 
 
 def table(families: Iterable[Family]) -> str:

@@ -1,8 +1,9 @@
 """Reads counters and states of all workers at one moment, for whoever measures the cluster."""
 
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
+from cluster.handle import Handle
 from cluster.planning.placement import Pair
 from cluster.reading import ClusterReading, WorkerReading
 from cluster.worker import Role, State, WorkerStatus
@@ -11,24 +12,33 @@ if TYPE_CHECKING:
     from cluster.control_plane.controller import Controller
     from cluster.control_plane.watch import Watch
 
-ANSWER_TIMEOUT_S = 2.0  # of an expert host, for its counters
+ANSWER_TIMEOUT_S = 2.0  # of a worker, for its counters
 
 
 def read_cluster(controller: "Controller", watch: "Watch") -> ClusterReading:
-    """Read what the controller knows, and ask the expert hosts for their counters; who is late is left out."""
-    experts = controller.members.of(Role.EXPERT)
-    answers, _ = controller.members.try_each(experts, "reading", timeout_s=ANSWER_TIMEOUT_S)
+    """Read what the controller knows, and ask the workers for their counters; who is late is left out.
+
+    Attention workers and leaders of groups tell theirs with their engines.
+    """
+    experts, stages = controller.members.of(Role.EXPERT), controller.members.of(Role.STAGE)
+    answers, _ = controller.members.try_each([*experts, *stages], "reading", timeout_s=ANSWER_TIMEOUT_S)
     topology = controller.topology
     return ClusterReading(
         epoch=topology.epoch,
         workers=(*watch.readings(), *map(gone, controller.missing)),
-        hosts=tuple(answers[worker] for worker in sorted(answers)),
+        hosts=answered(experts, answers),
+        stages=answered(stages, answers),
         replicas=fewest_copies(topology.placement.hosts_of, {host.worker for host in experts}),
         ended=dict(controller.ledger.num_ended),
         running=controller.ledger.under_way,
         num_slices=controller.num_slices,
         lost=dict(watch.lost),
     )
+
+
+def answered(workers: Iterable[Handle], answers: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what these workers said, by their names."""
+    return tuple(answers[worker] for worker in sorted(one.worker for one in workers) if worker in answers)
 
 
 def gone(worker: tuple[Role, str]) -> WorkerReading:

@@ -172,7 +172,7 @@ class GroupLeader:
             self._model = PipelinedModel(
                 group.plans,
                 group.outputs,
-                num_parts=plan.partition.num_stages,
+                depth=plan.partition.num_stages,
                 num_microbatches=self._config.options.num_microbatches or 1,
             )
             engine = self._engine = lead(self._checkpoint, self._model, plan, options=self._config.options)

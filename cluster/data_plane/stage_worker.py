@@ -13,6 +13,7 @@ from cluster.data_plane.epochs import Epochs
 from cluster.data_plane.stage_door import StageDoor
 from cluster.data_plane.topology_follower import follower_of
 from cluster.presence import Presence
+from cluster.reading import StageReading
 from cluster.worker import (
     Adopted,
     Formation,
@@ -26,6 +27,7 @@ from cluster.worker import (
     WorkerStatus,
 )
 from llama4_dist.checkpoint.reader import Checkpoint
+from llama4_dist.dispatch.stats import DispatchCounters
 from llama4_dist.engine.build import resolve_dtype
 from llama4_dist.engine.devices import load_member
 from llama4_dist.engine.members_plan import MembersPlan, plan_members
@@ -40,6 +42,7 @@ from llama4_dist.stages.links.member import MemberRules, ProcessMember
 from llama4_dist.stages.links.output_codec import OutputRules
 from llama4_dist.stages.links.plan_codec import PlanRules
 from llama4_dist.stages.member import StageRunner
+from llama4_dist.telemetry import tracing
 
 T = TypeVar("T")
 
@@ -153,6 +156,21 @@ class StageWorker:
         """Say how many layers are loaded."""
         return self._presence.progress()
 
+    def reading(self) -> StageReading:
+        """Return what is measured of this member; UnavailableError before it has loaded."""
+        _, member = self._ready()
+        config, record = self._config, member.record
+        return StageReading(
+            worker=config.worker,
+            group=config.group,
+            stage=config.stage,
+            rank=config.rank,
+            dispatch=DispatchCounters(**self._follower.dispatcher.stats().told()),
+            parts=record.num_parts,
+            busy_s=record.busy_s,
+            starved_s=record.starved_s,
+        )
+
     def status(self) -> WorkerStatus:
         """Describe this worker."""
         config, door, member = self._config, self._door, self._member
@@ -174,8 +192,9 @@ class StageWorker:
         )
 
     def close(self) -> None:
-        """Leave the group, end the thread and the links."""
+        """Leave the group, end the thread and the links; what was traced is sent."""
         self._resources.close()
+        tracing.flush()
 
     def _ready(self) -> tuple[StageDoor, ProcessMember]:
         if self._door is None or self._member is None:

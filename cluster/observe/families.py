@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping
 from prometheus_client.core import Metric
 
 from cluster.planning.placement import Pair
-from cluster.reading import ClusterReading, HostReading, WorkerReading
+from cluster.reading import ClusterReading, HostReading, StageReading, WorkerReading
 from cluster.worker import State
 from llama4_dist.dispatch.units import slice_of
+from llama4_dist.gateway.observe.dispatch_families import SENDER, Sender, dispatch_metrics
 from llama4_dist.gateway.observe.family import Family, counter, gauge
 
 WORKER, ROLE = "worker", "role"
@@ -47,6 +48,13 @@ MISSES = counter("expert_worker_residency_misses", "Uses of a slice that had to 
 REFUSALS = counter("expert_worker_refusals", "Frames refused.", WORKER, "reason")
 CLOSED = counter("expert_worker_links_closed", "Links and half-open connections closed.", WORKER, "reason")
 
+# Families of a member of an attention group.
+PARTS = counter("stage_parts", "Parts of steps that a member of an attention group computed.", *SENDER)
+BUSY = counter(
+    "stage_busy_seconds", "Time it computed, waits for experts and for the other ranks of its stage included.", *SENDER
+)
+STARVED = counter("stage_starved_seconds", "Time its parts waited for rows of the stage before.", *SENDER)
+
 BALANCE = gauge("expert_balancedness", "Mean load of a layer's hosts over that of the busiest; 1 is even.", "layer")
 BALANCE_MEAN = gauge("expert_balancedness_mean", "The mean of it over layers.")
 EXPERT_TOKENS = counter("expert_tokens", "Rows by expert, over all hosts; off by default.", "layer", "expert", "slice")
@@ -54,7 +62,7 @@ EXPERT_TOKENS = counter("expert_tokens", "Rows by expert, over all hosts; off by
 CLUSTER_FAMILIES = (
     CONTROLLER_UP, HEAD_UP, READING_AGE, EPOCH, REPLICAS, ENDED, RUNNING, UP, HEARTBEAT, MEMORY, CPU, ADOPTED_EPOCH,
     FORMATION, LOST, TOKENS, COMPUTE, FRAMES, POOLED, ADOPTED, QUEUE, LINKS, WEIGHTS, RESIDENT, MAPPED, HITS, MISSES,
-    REFUSALS, CLOSED, BALANCE, BALANCE_MEAN, EXPERT_TOKENS,
+    REFUSALS, CLOSED, PARTS, BUSY, STARVED, BALANCE, BALANCE_MEAN, EXPERT_TOKENS,
 )  # fmt: skip
 
 
@@ -75,6 +83,7 @@ def cluster_metrics(reading: ClusterReading) -> Iterator[Metric]:
     grouped = [one.status for one in lately if one.status.group]
     yield FORMATION.of(*(((one.worker, one.group), one.formation) for one in grouped))
     yield from host_metrics({one.load.host: one for one in reading.hosts})
+    yield from stage_metrics({sender_of(one): one for one in reading.stages})
 
 
 def host_metrics(hosts: Mapping[str, HostReading]) -> Iterator[Metric]:
@@ -97,6 +106,19 @@ def host_metrics(hosts: Mapping[str, HostReading]) -> Iterator[Metric]:
     yield each(MISSES, {host: one.load.residency_misses for host, one in hosts.items()})
     yield REFUSALS.of(*(((host, why), num) for host, one in hosts.items() for why, num in one.refusals.items()))
     yield CLOSED.of(*(((host, why), num) for host, one in hosts.items() for why, num in one.closed_links.items()))
+
+
+def stage_metrics(stages: Mapping[Sender, StageReading]) -> Iterator[Metric]:
+    """Translate the counters of members of attention groups; those of their rows are as any attention worker's."""
+    yield PARTS.of(*((sender, one.parts) for sender, one in stages.items()))
+    yield BUSY.of(*((sender, one.busy_s) for sender, one in stages.items()))
+    yield STARVED.of(*((sender, one.starved_s) for sender, one in stages.items()))
+    yield from dispatch_metrics({sender: one.dispatch for sender, one in stages.items()})
+
+
+def sender_of(one: StageReading) -> Sender:
+    """Return the labels of a member."""
+    return Sender(one.worker, one.group, str(one.stage), str(one.rank))
 
 
 def balance_metrics(balance: Mapping[int, float]) -> Iterator[Metric]:

@@ -30,7 +30,7 @@ class StepBatch:
     prompt_rows: tuple[PromptRows, ...]
 
 
-def build_batch(planned_spans: Iterable[PlannedSpan], *, step: int, device: str) -> StepBatch:
+def build_batch(planned_spans: Iterable[PlannedSpan], *, step: int, device: str, trace: str = "") -> StepBatch:
     """Pack the spans; ask for logits where a sequence's last token stands, and for prompt rows if wanted."""
     token_ids: list[int] = []
     spans: list[SequenceSpan] = []
@@ -56,6 +56,7 @@ def build_batch(planned_spans: Iterable[PlannedSpan], *, step: int, device: str)
         token_ids_T=torch.tensor(token_ids, dtype=torch.int64, device=device),
         spans=tuple(spans),
         logit_rows=tuple(logit_rows),
+        trace=trace,
     )
     return StepBatch(
         batch=batch,

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.engine.counters import Counters
 from llama4_dist.engine.deadlines import too_late
+from llama4_dist.engine.flight import Flight
 from llama4_dist.engine.intake import check_fits, make_sequence
 from llama4_dist.engine.options import EngineOptions
+from llama4_dist.engine.outputs import token_output
 from llama4_dist.engine.page_allocator import PageAllocator
-from llama4_dist.engine.plan import StepPlan
+from llama4_dist.engine.plan import PlannedSpan
 from llama4_dist.engine.request_traces import RequestTraces
 from llama4_dist.engine.sampler import Sampled
 from llama4_dist.engine.scheduler import Scheduler
@@ -52,11 +54,13 @@ class EngineCore:
         self.runner = StepRunner(
             model, cache, dispatcher, counters=self.counters, device=device, num_microbatches=options.num_microbatches
         )
+        self.flight = Flight(self.runner)
         self.clock = clock
-        self.times = StepTimes()
+        self.times = StepTimes(depth=self.flight.depth)
         self.held_since_s: float | None = None  # since when steps wait for what they cannot do without
         self.lost: Llama4Error | None = None  # why no step can be computed until `renew`
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._drained: list[TokenOutput] = []
         self._num_arrived = 0
         self._num_wrong_answers = 0
         self._traces: RequestTraces | None = None
@@ -67,7 +71,8 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        """Whether `step` has anything to do: sequences that live, or what came of those that did."""
+        return bool(self.scheduler.running or self.scheduler.waiting or self.flight.num_steps or self._drained)
 
     def add(self, request: EngineRequest, *, arrived_s: float | None = None) -> list[TokenOutput]:
         """Accept a request submitted at `arrived_s` (now, if left out); a replay that was complete ends at once."""
@@ -103,7 +108,10 @@ class EngineCore:
         Requests that have none wait for `renew`, `expert_timeout_s` at most.
         """
         self.lost = error
+        self.flight.clear()
         self.scheduler.forget_prefixes()
+        if self._traces is not None:
+            self._traces.lose_steps(error.reason)
         return [self._end(sequence, error=error) for sequence in tuple(self.scheduler.running)]
 
     def renew(self) -> list[TokenOutput]:
@@ -113,53 +121,77 @@ class EngineCore:
         return outputs
 
     def step(self) -> list[TokenOutput]:
-        """Run one step and return what it produced, ends and errors included."""
+        """Begin steps while the model takes more, wait for the oldest, and return what came of it.
+
+        Ends and errors are included, and what `drain` found before.
+        """
         started_s = self.clock()
-        outputs = self._expire(started_s)
+        outputs, self._drained = self._drained, []
+        outputs += self._expire(started_s)
         if self.lost is not None:
             return outputs + self._hold(dict.fromkeys(self.scheduler.waiting, self.lost))
-        stations = self.counters.stations
-        stations.begin()
-        plan = self.scheduler.schedule(
-            max_prompt_tokens=self.times.prompt_tokens_beside_decodes(
-                self.options.max_decode_slowdown, at_least=self.options.block_size
-            )
-        )
-        for sequence in plan.admitted:
-            if sequence.queue_s is None:
-                sequence.queue_s = started_s - sequence.arrived_s
-                self.counters.prompt_tokens += sequence.num_prompt_tokens
-        stations.mark(SCHEDULE)
-        if plan.spans:
-            before = None if self._traces is None else self._traces.begin_step(plan.spans)
-            num_decodes = sum(span.sequence.num_pending == 1 for span in plan.spans)
-            results = self.runner.run(plan.spans)
-            if self.runner.lost is not None:
-                return outputs + self.lose(self.runner.lost)
-            if not self.runner.held:
-                self.times.note(
-                    num_decodes=num_decodes,
-                    num_prompt_tokens=sum(span.num_tokens for span in plan.spans) - num_decodes,
-                    seconds=self.clock() - started_s,
-                )
-            self._keep_prefixes(plan)  # before a sequence ends and gives its pages back
-            outputs += [self._commit(sequence, result) for sequence, result in results]
-            outputs += self._hold(self.runner.held)
-            stations.end_step()
-            if before is not None and self._traces is not None:
-                self._traces.end_step(before, self.counters.steps, plan.spans)
+        self._begin_steps(started_s)
+        if self.flight.num_steps:
+            outputs += self._end_steps()
         if self.options.debug_invariants:
             self.scheduler.check()
         return outputs
 
-    def _keep_prefixes(self, plan: StepPlan) -> None:
+    def drain(self) -> None:
+        """Wait for all that is in flight; the next `step` returns what came of it."""
+        while self.flight.num_steps:
+            self._drained += self._end_steps()
+
+    def _begin_steps(self, now_s: float) -> None:
+        """Plan and submit until the model has all the steps that it takes, or nothing is left to plan."""
+        stations = self.counters.stations
+        stations.begin()
+        while self.flight.num_steps < self.flight.depth:
+            beside = self.flight.now()
+            most = self.times.prompt_tokens_beside_decodes(
+                self.options.max_decode_slowdown, at_least=self.options.block_size
+            )
+            plan = self.scheduler.schedule(max_prompt_tokens=most, flight=beside)
+            for sequence in plan.admitted:
+                if sequence.queue_s is None:
+                    sequence.queue_s = now_s - sequence.arrived_s
+                    self.counters.prompt_tokens += sequence.num_prompt_tokens
+            stations.mark(SCHEDULE)
+            if not plan.spans:
+                return
+            before = None if self._traces is None else self._traces.begin_step(plan.spans)
+            self.runner.trace = "" if before is None else before.span.traceparent
+            self.flight.submit(plan, beside, started_s=now_s, before=before)
+
+    def _end_steps(self) -> list[TokenOutput]:
+        """Wait for the oldest step and commit it; for all of them where something is not as usual.
+
+        So what is held is held with nothing under way, and is over only when all sequences have a step that is not.
+        """
+        steps = self.flight.collect(everything=self.held_since_s is not None)
+        if self.flight.lost is not None:
+            return self.lose(self.flight.lost)
+        outputs: list[TokenOutput] = []
+        for step in steps:
+            if not self.flight.held:
+                step.teach(self.times, now_s=self.clock())
+            self._keep_prefixes(step.live)  # before a sequence ends and gives its pages back
+            outputs += [self._commit(sequence, result) for sequence, result in step.results]
+        outputs += self._hold(self.flight.held)
+        for step in steps:
+            if step.before is not None and self._traces is not None:
+                self._traces.end_step(step.before, step.number or self.counters.steps)
+            self.counters.stations.end_step()
+        return outputs
+
+    def _keep_prefixes(self, spans: Sequence[PlannedSpan]) -> None:
         """Let what was computed be found, unless a host has been proved a liar: nobody knows since when it lied."""
         num_wrong_answers = self.runner.dispatcher.stats().wrong_answers.total()
         if num_wrong_answers > self._num_wrong_answers:
             self._num_wrong_answers = num_wrong_answers
             self.scheduler.forget_prefixes()
         else:
-            self.scheduler.keep_prefixes(plan.spans)
+            self.scheduler.keep_prefixes(spans)
 
     def _commit(self, sequence: SequenceState, result: Sampled | Llama4Error) -> TokenOutput:
         """Append a sampled token and say so; tokens leave the engine only here, after the whole step."""
@@ -172,17 +204,9 @@ class EngineCore:
         reason = finish_reason(sequence)
         if reason is not None:
             self._forget(sequence, finish=reason)
-        first = sequence.first_output
+        output = token_output(sequence, result, reason)
         sequence.first_output = False
-        return TokenOutput(
-            request_id=sequence.request_id,
-            token_ids=(result.token_id,),
-            logprobs=None if result.logprobs is None else (result.logprobs,),
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
-            finish_reason=reason,
-            stop_token_id=result.token_id if reason is FinishReason.STOP else None,
-            queue_s=sequence.queue_s if first else None,
-        )
+        return output
 
     def _hold(self, held: Mapping[SequenceState, Llama4Error]) -> list[TokenOutput]:
         """Leave sequences as they are while something cannot be had; after the bound fail them as retriable.
@@ -220,9 +244,10 @@ class EngineCore:
 
     def _forget(self, sequence: SequenceState, *, finish: FinishReason | None, reason: str = "") -> None:
         self.scheduler.remove(sequence)
+        self.flight.forget(sequence)
         if self._traces is not None:
             self._traces.end(sequence, finish, reason)
         self.counters.count_end(finish)
-        if not self.has_work and self.held_since_s is not None:
+        if self.held_since_s is not None and not self.scheduler.live():
             self.counters.held_s += self.clock() - self.held_since_s
             self.held_since_s = None  # nobody waits any more; whoever comes next waits from then on

@@ -4,7 +4,6 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ from llama4_dist.engine import scorer
 from llama4_dist.engine.engine import EngineCore
 from llama4_dist.engine.intake import check_fits
 from llama4_dist.engine.port import EngineStats, OnOutputs, is_last, unknown_request
-from llama4_dist.engine.scorer import ScoreJob
+from llama4_dist.engine.score_queue import ScoreQueue
 from llama4_dist.engine.snapshot import snapshot
 from llama4_dist.errors import (
     DuplicateRequestError,
@@ -41,7 +40,7 @@ class LocalEngine:
         self.on_close: Callable[[], None] | None = None
         self._on_outputs: OnOutputs = lambda outputs: None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._scores: deque[tuple[ScoreJob, Future[None]]] = deque()
+        self._scores = ScoreQueue(core)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._live: set[str] = set()
@@ -107,35 +106,34 @@ class LocalEngine:
             owner = f"score/{self._num_scores}"
         job = scorer.make_job(self.core, owner, token_ids, chunk_size)
         done: Future[None] = Future()
-        self._put(lambda: self._scores.append((job, done)), done)
+        self._put(lambda: self._scores.add(job, done), done)
         done.result()
         return torch.cat(job.parts)
 
     def between_steps(self, action: Callable[[], T]) -> T:
         """Run `action` on the engine's thread while no step runs and return its result (a table switch, say)."""
-        done: Future[T] = Future()
 
-        def act() -> None:
-            try:
-                done.set_result(action())
-            except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
-                done.set_exception(error)
+        def act() -> T:
+            self.core.drain()
+            return action()
 
-        self._put(act, done)
-        return done.result()
+        return self._call(act)
 
     def lose(self, error: Llama4Error) -> None:
         """End what runs before the next step: a member of the model's group is gone; see `EngineCore.lose`."""
         self._inbox.put(lambda: self._outbox.extend(self.core.lose(error)))
 
     def renew(self, reform: Callable[[], None]) -> None:
-        """Have `reform` give the model its new group between two steps, and go on with an empty cache."""
+        """Have `reform` give the model its new group between two steps, and go on with an empty cache.
+
+        Steps that the old group has in flight are waited for by nobody.
+        """
 
         def act() -> None:
             reform()
             self._outbox += self.core.renew()
 
-        self.between_steps(act)
+        self._call(act)
 
     def stats(self) -> EngineStats:
         """Return the counters of now; gauges may be a step old. UnavailableError once the engine's thread has died."""
@@ -173,12 +171,25 @@ class LocalEngine:
             done.add_done_callback(self._pending.discard)
             self._inbox.put(command)
 
+    def _call(self, action: Callable[[], T]) -> T:
+        """Run `action` on the engine's thread and return its result, or raise what it raises."""
+        done: Future[T] = Future()
+
+        def act() -> None:
+            try:
+                done.set_result(action())
+            except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
+                done.set_exception(error)
+
+        self._put(act, done)
+        return done.result()
+
     def _run(self) -> None:
         try:
             with torch.inference_mode():
                 while not self._stop:
                     self._obey()
-                    self._advance_score()
+                    self._scores.advance()
                     if self.core.has_work:
                         self._outbox += self.core.step()
                     self._flush()
@@ -206,20 +217,6 @@ class LocalEngine:
         except queue.Empty:
             return
 
-    def _advance_score(self) -> None:
-        if not self._scores:
-            return
-        job, done = self._scores[0]
-        try:
-            scorer.advance(self.core, job)
-        except Exception as error:  # noqa: BLE001 - raised again in the caller's thread; running requests go on
-            done.set_exception(error if isinstance(error, Llama4Error) else EngineError(f"scoring failed: {error}"))
-        if job.done:
-            done.set_result(None)
-        if done.done():
-            self._scores.popleft()
-            self.core.scheduler.give_back(job.owner)
-
     def _flush(self) -> None:
         """Hand out what this round produced, in one call."""
         outputs, self._outbox = self._outbox, []
@@ -239,15 +236,13 @@ class LocalEngine:
     def _shut_down(self) -> None:
         error = UnavailableError("the engine is shutting down", reason="DRAINING")
         self._outbox += self.core.fail_all(error)
-        for job, _ in self._scores:
-            self.core.scheduler.give_back(job.owner)
+        self._scores.drop()
         self._fail_pending(error)
         self._stop = True
 
     def _fail_pending(self, error: Llama4Error) -> None:
         for done in tuple(self._pending):
             done.set_exception(error)
-        self._scores.clear()
 
     def _retry_after_s(self) -> float:
         """Guess when to come back: as long as the oldest request in the queue has waited, at least 0.1 s."""

@@ -1,13 +1,13 @@
 """Decides what one step computes: pure functions of sequence state that return a plan and change nothing."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+from llama4_dist.engine.in_flight import NOTHING_IN_FLIGHT, InFlight
 from llama4_dist.engine.options import EngineOptions
-from llama4_dist.engine.page_move import PageMove, Pages, page_ids
-from llama4_dist.engine.prefix import NO_HIT, Key, PrefixHit, find_prefix
+from llama4_dist.engine.page_move import PageMove, page_ids
+from llama4_dist.engine.prefix import NO_HIT, PrefixHit, find_prefix
+from llama4_dist.engine.room import PagePool, find_room, move_to
 from llama4_dist.engine.sequence import SequenceState
 from llama4_dist.model.kv_layout import KVLayout
 
@@ -32,15 +32,10 @@ class StepPlan:
     admitted: tuple[SequenceState, ...]
     hits: tuple[PrefixHit, ...]  # parallel to `admitted`
     moves: tuple[tuple[SequenceState, PageMove], ...]
+    num_parts: int = 1  # in which the step goes through the stages of a model
 
 
-class PagePool(Protocol):
-    """What a plan reads of the pages; `PageAllocator` is one."""
-
-    @property
-    def num_free(self) -> int: ...
-    def num_holders(self, page: int) -> int: ...
-    def page_of(self, key: Key) -> int | None: ...
+NOTHING = StepPlan(spans=(), preempted=(), admitted=(), hits=(), moves=())
 
 
 def plan_step(
@@ -52,6 +47,7 @@ def plan_step(
     options: EngineOptions,
     served: Callable[[str], int] = lambda tenant: 0,
     max_prompt_tokens: int | None = None,
+    flight: InFlight = NOTHING_IN_FLIGHT,
 ) -> StepPlan:
     """Plan decodes first, oldest first, then prompts: chunks of those that run, and admissions.
 
@@ -60,20 +56,32 @@ def plan_step(
     A sequence gets pages for all its known tokens when it is admitted, in chunked layers for its chunk, so only
     decoding can run out; then the youngest running sequence is preempted (vLLM's recompute policy). The oldest is
     preempted for no other, and any single sequence fits an empty cache, hence the oldest always advances in the end.
-    Both inputs are sorted by `order`.
+    Both inputs are sorted by `order`. Sequences of steps in `flight` are left as they are, and the step takes its share
+    of what is to be done; nothing where the pages that are short can only come from one of them.
     """
-    kept, preempted, moves, num_free, freed = _keep_room(running, pool, layout, options.block_size)
-    budget = _Budget(options, layout, num_free)
-    decodes = [s for s in kept if s.num_pending == 1]
-    spans = [span for s in decodes if (span := budget.spend(s, s.num_cached, moves.get(s.request_id)))]
-    if spans and max_prompt_tokens is not None:
-        budget.num_tokens = min(budget.num_tokens, max_prompt_tokens)
-    candidates = [s for s in kept if s.num_pending > 1]
-    admissions = _Admissions(budget, pool, layout, options, num_running=len(kept), prompts=candidates, freed=freed)
+    room = find_room(running, flight.sequences, pool=pool, layout=layout, block_size=options.block_size)
+    if room is None:
+        return NOTHING
+    kept, moves = room.kept, room.moves
+    idle = [s for s in kept if s not in flight.sequences] if flight.sequences else kept
     # After a preemption nothing is admitted: it would take back the pages that were just freed.
-    if not preempted and len(kept) < options.max_num_seqs:
+    num_places = 0 if room.preempted else options.max_num_seqs - len(kept)
+    num_coming = min(num_places, len(waiting))
+    budget = _Budget(options, layout, room.num_free)
+    decodes = [s for s in idle if s.num_pending == 1]
+    decodes = decodes[: flight.share(len(decodes) + flight.num_sampling)]
+    spans = [span for s in decodes if (span := budget.spend(s, s.num_cached, moves.get(s.request_id)))]
+    candidates = [s for s in idle if s.num_pending > 1]
+    prompts = (*candidates, *flight.sequences)
+    num_prompts = num_coming + sum(s.num_pending > 1 for s in prompts)
+    budget.leave_to_prompts(flight, len(spans), num_prompts, max_prompt_tokens)
+    most_spans = len(spans) + flight.share(num_prompts)
+    admissions = _Admissions(budget, pool, layout, options, num_places=num_places, prompts=prompts, freed=room.freed)
+    if num_places > 0:
         candidates += waiting
     for sequence in sorted(candidates, key=lambda s: (s.order[0], served(s.request.tenant), s.order)):
+        if len(spans) == most_spans:
+            break
         if sequence.pages:
             span = budget.spend(sequence, sequence.num_cached, moves.get(sequence.request_id))
         else:
@@ -82,13 +90,16 @@ def plan_step(
             spans.append(span)
     with_span = {span.sequence.request_id for span in spans}
     # Who gets no token in this step moves too: what it lets go was counted as free.
-    others = [(s, moves[s.request_id]) for s in kept if s.request_id in moves and s.request_id not in with_span]
+    others = [(s, moves[s.request_id]) for s in idle if s.request_id in moves and s.request_id not in with_span]
     return StepPlan(
         spans=tuple(spans),
         moves=(*((span.sequence, span.move) for span in spans if span.move), *others),
-        preempted=tuple(preempted),
+        preempted=tuple(room.preempted),
         admitted=tuple(admissions.admitted),
         hits=tuple(admissions.hits),
+        num_parts=flight.num_parts(
+            sum(span.num_tokens for span in spans), options.max_num_batched_tokens, len(idle) + num_coming
+        ),
     )
 
 
@@ -102,7 +113,7 @@ class _Admissions:
         layout: KVLayout,
         options: EngineOptions,
         *,
-        num_running: int,
+        num_places: int,
         prompts: Iterable[SequenceState],
         freed: set[int],
     ) -> None:
@@ -112,7 +123,7 @@ class _Admissions:
         self._pool = pool
         self._layout = layout
         self._block_size = options.block_size
-        self._num_places = options.max_num_seqs - num_running
+        self._num_places = num_places
         self._freed = freed  # pages that this step's moves leave to nobody, unless an admission finds them
         self._woken: set[int] = set()  # idle pages that an admission of this step holds
         self._coming = {key for s in prompts if (key := _key_ahead(s, s.num_named, self._block_size))}
@@ -130,7 +141,7 @@ class _Admissions:
             return None  # another computes the same just now: its pages will be found
         first = hit.num_blocks * self._block_size
         idle = {page for page in page_ids(hit.pages) if page in self._freed or not self._pool.num_holders(page)}
-        move = _move(hit.pages, first, len(sequence.tokens), self._layout, self._block_size)
+        move = move_to(hit.pages, first, len(sequence.tokens), self._layout, self._block_size)
         num_needed = move.num_taken + len(idle - self._woken)
         if num_needed > self._budget.num_free:
             self._num_places = 0
@@ -162,66 +173,25 @@ def _key_ahead(sequence: SequenceState, block: int, block_size: int) -> bytes | 
     return sequence.chain.key(last)
 
 
-def _move(
-    pages: Pages, num_cached: int, num_known: int, layout: KVLayout, block_size: int, *, end: int | None = None
-) -> PageMove:
-    """Return how pages must move before positions up to `end` (default: the next one) are computed."""
-    blocks = layout.blocks(num_cached=num_cached, end=end or num_cached + 1, num_known=num_known, block_size=block_size)
-    return PageMove(pages=pages, blocks=blocks)
-
-
-def _next_move(sequence: SequenceState, layout: KVLayout, block_size: int) -> PageMove | None:
-    """Return how the pages of a running sequence must move before its next position; None if they stay."""
-    first, num_known = sequence.num_cached, len(sequence.tokens)
-    if num_known - first == 1 and num_known <= sequence.num_covered:
-        return None
-    return _move(sequence.pages, first, num_known, layout, block_size)
-
-
-def _keep_room(
-    running: Sequence[SequenceState], pool: PagePool, layout: KVLayout, block_size: int
-) -> tuple[list[SequenceState], list[SequenceState], dict[str, PageMove], int, set[int]]:
-    """Find room for the next tokens of every running sequence, preempting from the youngest end."""
-    kept = list(running)
-    preempted: list[SequenceState] = []
-    moves = {s.request_id: move for s in kept if (move := _next_move(s, layout, block_size))}
-    while True:
-        freed, num_taken = _exchanged(kept, preempted, moves, pool)
-        if (num_free := pool.num_free + len(freed) - num_taken) >= 0:
-            return kept, preempted, moves, num_free, freed
-        preempted.append(kept.pop())
-
-
-def _exchanged(
-    kept: Iterable[SequenceState],
-    preempted: Iterable[SequenceState],
-    moves: dict[str, PageMove],
-    pool: PagePool,
-) -> tuple[set[int], int]:
-    """Return which pages get free when preempted sequences give theirs back and kept ones move, and the number taken.
-
-    A page is free when all its holders have let go.
-    """
-    given_back: Counter[int] = Counter()
-    num_taken = 0
-    for sequence in preempted:
-        given_back.update(page_ids(sequence.pages))
-    for sequence in kept:
-        if move := moves.get(sequence.request_id):
-            given_back.update(move.dropped)
-            num_taken += move.num_taken
-    return {page for page, count in given_back.items() if count == pool.num_holders(page)}, num_taken
-
-
 class _Budget:
     """Tokens, logit rows and pages left in this step."""
 
     def __init__(self, options: EngineOptions, layout: KVLayout, num_free: int) -> None:
-        self.num_tokens = options.max_num_batched_tokens
+        self.num_tokens = self._bound = options.max_num_batched_tokens
         self.num_logit_rows = options.max_logit_rows
         self.num_free = num_free
         self._layout = layout
         self._block_size = options.block_size
+
+    def leave_to_prompts(
+        self, flight: InFlight, num_decodes: int, num_prompts: int, max_prompt_tokens: int | None
+    ) -> None:
+        """Go over from decodes to prompts: beside decodes, also those in flight, they may be bounded."""
+        bound = self._bound
+        self.num_tokens = flight.prompt_share(bound, flight.num_tokens + num_decodes, num_prompts)
+        if max_prompt_tokens is not None and (num_decodes or flight.num_decodes):
+            most = flight.prompt_share(max_prompt_tokens, flight.num_prompt_tokens, num_prompts)
+            self.num_tokens = min(self.num_tokens, most)
 
     def spend(self, sequence: SequenceState, first: int, move: PageMove | None) -> PlannedSpan | None:
         """Plan the next tokens of a sequence, from position `first` on; its `move` has been paid for."""
@@ -243,7 +213,7 @@ class _Budget:
         edge = self._layout.next_edge(first)
         if edge is None or first + count <= edge:
             return count, move
-        across = _move(move.pages, first, len(sequence.tokens), self._layout, self._block_size, end=first + count)
+        across = move_to(move.pages, first, len(sequence.tokens), self._layout, self._block_size, end=first + count)
         num_more = across.num_taken - move.num_taken
         if num_more > self.num_free:
             return edge - first, move

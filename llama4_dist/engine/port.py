@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from llama4_dist.dispatch.stats import DispatchCounters
 from llama4_dist.errors import NotFoundError, UnavailableError
 from llama4_dist.request import EngineLimits, EngineRequest, TokenOutput
 
@@ -15,27 +16,24 @@ OnOutputs = Callable[[Sequence[TokenOutput]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
+class EngineStats(DispatchCounters):
     """Gauges and counters since the engine was built; `admitted = finished + cancelled + failed + live`.
 
     `station_seconds` sums wall time per station of a step, and `station_steps` counts steps by the time they spent
-    there, by bucket; names and buckets are those of `llama4_dist.stations`. `host_*` are per expert host.
+    there, by bucket; names and buckets are those of `llama4_dist.stations`.
+    `steps_in_flight` have begun and their tokens have not come: one at most, or as many as a group has stages.
     `requests_replayed` counts the times a group gave a request to another engine because its own was lost.
     `kv_blocks_cached` are free pages kept for the prefixes in them; `prefix_hits` admissions that found some,
     `prefix_tokens` the positions they did not compute, `prefix_evictions` cached pages that were needed for something
     else.
 
     `step_holds` counts the times that steps waited for an expert nobody served, `step_held_s` how long, the wait of now
-    included. `wait_on_experts_s` is the time steps waited for rows with nothing to do. `resent_rows` were asked of
-    another host, `hedged_rows` among them because this one was slow; `late_replies` came after another's had counted;
-    `checked_frames` were compared with another host's, and `wrong_answers` are those of a host proved wrong.
-    `refused_frames` are by the host's reason, `lost_links` by ours. `reply_seconds` sums the time from a frame to its
-    answer, and `replies` counts them by bucket (as text: its place among the bounds of stations). `host_transports`
-    says how rows get to a host: inproc, unix or tcp.
+    included.
     """
 
     requests_running: int = 0
     requests_waiting: int = 0
+    steps_in_flight: int = 0
     kv_blocks_total: int = 0
     kv_blocks_free: int = 0
     kv_blocks_cached: int = 0
@@ -53,23 +51,9 @@ class EngineStats:
     requests_replayed: int = 0
     step_holds: int = 0
     step_held_s: float = 0.0
-    wait_on_experts_s: float = 0.0
-    resent_rows: int = 0
-    late_replies: int = 0
-    checked_frames: int = 0
     max_queue_age_s: float = 0.0
     station_seconds: Mapping[str, float] = field(default_factory=dict)
     station_steps: Mapping[str, int] = field(default_factory=dict)
-    host_rows: Mapping[str, int] = field(default_factory=dict)
-    host_bytes_out: Mapping[str, int] = field(default_factory=dict)
-    host_bytes_in: Mapping[str, int] = field(default_factory=dict)
-    host_transports: Mapping[str, str] = field(default_factory=dict)
-    hedged_rows: Mapping[str, int] = field(default_factory=dict)
-    wrong_answers: Mapping[str, int] = field(default_factory=dict)
-    refused_frames: Mapping[str, int] = field(default_factory=dict)
-    lost_links: Mapping[str, int] = field(default_factory=dict)
-    reply_seconds: Mapping[str, float] = field(default_factory=dict)
-    replies: Mapping[str, int] = field(default_factory=dict)
 
 
 def is_last(output: TokenOutput) -> bool:

@@ -1,30 +1,30 @@
-"""Spans of an engine's requests, and now and then of a step that served one; made when they are over.
+"""Spans of an engine's requests, and now and then of a step that served one.
 
-Nothing is held open while tokens are made, and only for requests whose caller traces is anything made at all. A step's
-span says how long each station and each expert host took: at most one a second, since all steps of a moment are alike.
+Those of requests are made when they are over, and only for requests whose caller traces is anything made at all. A
+step's span says how long each station and each expert host took: at most one a second, since all steps of a moment are
+alike. It is begun with the step, because members of an attention group make spans under it.
 """
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from llama4_dist.dispatch.stats import DispatchStats
+from llama4_dist.dispatch.traffic_mark import TrafficMark
 from llama4_dist.engine.plan import PlannedSpan
 from llama4_dist.engine.sequence import SequenceState
 from llama4_dist.request import FinishReason
 from llama4_dist.stations import NAMES, Stations
-from llama4_dist.telemetry.tracing import Tracing, is_sampled, ours
+from llama4_dist.telemetry.tracing import OpenSpan, Tracing, is_sampled, ours
 
 STEP_INTERVAL_S = 1.0
 MAX_LINKS = 32
 
 
-class _Before(NamedTuple):
-    """What the counters said when a step began."""
+class Before(NamedTuple):
+    """The span of a step that runs, and what the dispatcher's counters said when it began."""
 
-    began_s: float
-    sums_ns: tuple[int, ...]
-    reply_seconds: dict[str, float]
-    rows_out: dict[str, int]
+    span: OpenSpan
+    traffic: TrafficMark
 
 
 class RequestTraces:
@@ -38,6 +38,7 @@ class RequestTraces:
         self._traffic = traffic
         self._clock = clock
         self._next_step_s = 0.0
+        self._running: list[Before] = []
 
     def note_first_token(self, sequence: SequenceState) -> None:
         """Remember when prefill was over."""
@@ -72,32 +73,39 @@ class RequestTraces:
         if sequence.first_token_s is not None:
             self._tracing.record("decode", parent, (first_s, now_s))
 
-    def begin_step(self, spans: Sequence[PlannedSpan]) -> _Before | None:
-        """Read the counters before a step that is to be recorded; None for one that is not."""
+    def begin_step(self, spans: Sequence[PlannedSpan]) -> Before | None:
+        """Begin the span of a step under the first traced request in it, linked with the others; None for most steps.
+
+        `end_step` ends it, or `lose_steps`.
+        """
         now_s = self._clock()
-        if now_s < self._next_step_s or not any(is_sampled(span.sequence.request.trace) for span in spans):
+        if now_s < self._next_step_s:
+            return None
+        traces = [span.sequence.request.trace for span in spans if is_sampled(span.sequence.request.trace)]
+        if not traces:
             return None
         self._next_step_s = now_s + STEP_INTERVAL_S
-        traffic = self._traffic
-        return _Before(now_s, tuple(self._stations.sums_ns), dict(traffic.reply_seconds), dict(traffic.rows_out))
+        said = ours(sequences=len(spans), tokens=sum(span.num_tokens for span in spans))
+        span = self._tracing.begin("engine.step", traces[0], said, links=traces[1 : 1 + MAX_LINKS])
+        before = Before(span, TrafficMark(self._traffic))
+        self._running.append(before)
+        return before
 
-    def end_step(self, before: _Before, step: int, spans: Sequence[PlannedSpan]) -> None:
-        """Record a step under the first traced request in it, linked with the others."""
-        traces = [span.sequence.request.trace for span in spans if is_sampled(span.sequence.request.trace)]
-        taken = zip(NAMES, self._stations.sums_ns, before.sums_ns, strict=True)
-        stations = {f"{name}_s": (now_ns - then_ns) / 1e9 for name, now_ns, then_ns in taken if now_ns > then_ns}
-        self._tracing.record(
-            "engine.step",
-            traces[0],
-            (before.began_s, self._clock()),
-            ours(step=step, sequences=len(spans), tokens=sum(span.num_tokens for span in spans), **stations),
-            links=traces[1 : 1 + MAX_LINKS],
-            events=[
-                ("expert_host", ours(host=host, rows=rows, reply_s=self._reply_s(host, before)))
-                for host, total in self._traffic.rows_out.items()
-                if (rows := total - before.rows_out.get(host, 0))
-            ],
-        )
+    def end_step(self, before: Before, step: int) -> None:
+        """End a step's span, before its stations are counted.
 
-    def _reply_s(self, host: str, before: _Before) -> float:
-        return self._traffic.reply_seconds.get(host, 0.0) - before.reply_seconds.get(host, 0.0)
+        They are what the engine did since the step before it ended, also where several are in flight.
+        """
+        self._running.remove(before)
+        taken = zip(NAMES, self._stations.step_ns, strict=True)
+        stations = {f"{name}_s": taken_ns / 1e9 for name, taken_ns in taken if taken_ns > 0}
+        before.span.say(ours(step=step, **stations))
+        for name, said in before.traffic.events():
+            before.span.event(name, said)
+        before.span.end()
+
+    def lose_steps(self, reason: str) -> None:
+        """End the spans of steps that nothing comes of: members have made spans under them."""
+        running, self._running = self._running, []
+        for before in running:
+            before.span.end(reason)

@@ -4,6 +4,7 @@ from bisect import insort
 from collections.abc import Iterable, Iterator
 
 from llama4_dist.engine.fair_share import FairShare
+from llama4_dist.engine.in_flight import NOTHING_IN_FLIGHT, InFlight
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.engine.page_allocator import PageAllocator
 from llama4_dist.engine.page_move import PageMove, Pages, page_ids
@@ -53,8 +54,12 @@ class Scheduler:
     def live(self) -> tuple[SequenceState, ...]:
         return (*self.running, *self.waiting)
 
-    def schedule(self, *, max_prompt_tokens: int | None = None) -> StepPlan:
-        """Plan the next step and carry out its preemptions, admissions and moves of pages."""
+    def schedule(self, *, max_prompt_tokens: int | None = None, flight: InFlight = NOTHING_IN_FLIGHT) -> StepPlan:
+        """Plan the next step and carry out its preemptions, admissions and moves of pages.
+
+        Pages that a sequence of a step in `flight` gave back at its end may go to this one: every stage computes steps
+        in their order, so what the earlier one still writes there is overwritten before it is read.
+        """
         plan = plan_step(
             self.running,
             self.waiting,
@@ -63,6 +68,7 @@ class Scheduler:
             options=self.options,
             served=self.shares.served,
             max_prompt_tokens=max_prompt_tokens,
+            flight=flight,
         )
         for span in plan.spans:
             self.shares.charge(span.sequence.request.tenant, span.num_tokens)

@@ -44,7 +44,11 @@ def make_job(core: EngineCore, owner: str, token_ids: Sequence[int], chunk_size:
 
 
 def advance(core: EngineCore, job: ScoreJob) -> None:
-    """Score the next chunk, within one chunk of attention; its pages may cost the youngest sequences theirs."""
+    """Score the next chunk, within one chunk of attention; its pages may cost the youngest sequences theirs.
+
+    Steps in flight are waited for first.
+    """
+    core.drain()
     scheduler, first, num_known = core.scheduler, job.num_cached, len(job.token_ids)
     end = min(first + job.chunk_size, num_known, scheduler.layout.next_edge(first) or num_known)
     chunk = job.token_ids[first:end]

@@ -16,10 +16,10 @@ def snapshot(core: EngineCore) -> EngineStats:
     now_s = core.clock()
     held_since_s = core.held_since_s
     queue_ages_s = (now_s - s.arrived_s for s in waiting if s.queue_s is None)  # a preempted one has been admitted
-    traffic = core.runner.dispatcher.stats()
     return EngineStats(
         requests_running=len(scheduler.running),
         requests_waiting=len(waiting),
+        steps_in_flight=core.flight.num_steps,
         kv_blocks_total=scheduler.allocator.num_pages,
         kv_blocks_free=scheduler.allocator.num_free,
         kv_blocks_cached=scheduler.allocator.num_idle,
@@ -37,22 +37,9 @@ def snapshot(core: EngineCore) -> EngineStats:
         max_queue_age_s=max(queue_ages_s, default=0.0),
         step_holds=counters.holds,
         step_held_s=counters.held_s + (now_s - held_since_s if held_since_s is not None else 0.0),
-        wait_on_experts_s=traffic.wait_seconds,
-        resent_rows=traffic.resent_rows,
-        late_replies=traffic.late_replies,
-        checked_frames=traffic.checked_frames,
         station_seconds=counters.stations.seconds(),
         station_steps=counters.stations.steps(),
-        host_rows=dict(traffic.rows_out),
-        host_bytes_out=dict(traffic.bytes_out),
-        host_bytes_in=dict(traffic.bytes_in),
-        host_transports=dict(traffic.transports),
-        hedged_rows=dict(traffic.hedged),
-        wrong_answers=dict(traffic.wrong_answers),
-        refused_frames=dict(traffic.refusals),
-        lost_links=dict(traffic.lost_hosts),
-        reply_seconds=dict(traffic.reply_seconds),
-        replies={str(place): number for place, number in enumerate(traffic.replies_by_bucket) if number},
+        **core.runner.dispatcher.stats().told(),
     )
 
 

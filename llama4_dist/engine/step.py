@@ -1,10 +1,9 @@
-"""Computes one planned step: batch, forward pass, sampling. Turns every failure into errors of those it concerns."""
+"""Computes one planned step: batch, forward pass, sampling; whatever fails is raised, and nothing has changed."""
 
-import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter_ns
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -12,20 +11,18 @@ from llama4_dist.dispatch.dispatcher import Dispatcher
 from llama4_dist.dispatch.expert_server import ExpertServer
 from llama4_dist.dispatch.microbatches import LayerTimes, MicrobatchChoice
 from llama4_dist.engine import prompt_logprobs
-from llama4_dist.engine.batch_builder import build_batch
+from llama4_dist.engine.batch_builder import StepBatch, build_batch
 from llama4_dist.engine.counters import Counters
 from llama4_dist.engine.plan import PlannedSpan
 from llama4_dist.engine.sampler import Sampled, sample
 from llama4_dist.engine.sequence import SequenceState
-from llama4_dist.errors import EngineError, Llama4Error, UnavailableError
+from llama4_dist.errors import Llama4Error
 from llama4_dist.model.batch import Batch
 from llama4_dist.model.kv_cache import KVCache
-from llama4_dist.stages.ports import is_lost
 from llama4_dist.stations import ATTENTION, COMBINE, DISPATCH_WAIT, EXPERT, MODEL, OTHER, ROUTE, SAMPLE
 
-log = logging.getLogger(__name__)
-
 Result = tuple[SequenceState, Sampled | Llama4Error]
+Parts = tuple[Batch, ...]
 
 
 class ForwardModel(Protocol):
@@ -34,8 +31,32 @@ class ForwardModel(Protocol):
     def forward(self, batch: Batch, cache: KVCache, dispatcher: Dispatcher) -> Tensor: ...
 
 
+@runtime_checkable
+class SteadyModel(ForwardModel, Protocol):
+    """A model that has up to `depth` steps in flight; `PipelinedModel` is one.
+
+    They are computed in the order they were submitted in, and must be collected in it.
+    """
+
+    depth: int
+
+    def submit(self, batch: Batch, num_parts: int) -> Parts:
+        """Begin a step and return at once what `collect` asks for."""
+
+    def collect(self, parts: Parts, dispatcher: Dispatcher) -> Tensor:
+        """Wait for a step that was begun; return what `forward` returns, and raise what it raises."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Submitted:
+    """A step that the model has begun."""
+
+    step_batch: StepBatch
+    parts: Parts
+
+
 class StepRunner:
-    """The model with its cache and its experts. It ends no sequence; that is the engine's part."""
+    """The model with its cache and its experts. It holds no step between two calls."""
 
     def __init__(
         self,
@@ -50,41 +71,52 @@ class StepRunner:
         self.model = model
         self.dispatcher = dispatcher
         self.device = device
+        self._steady = model if isinstance(model, SteadyModel) else None
         self._cache = cache
-        self.held: dict[SequenceState, UnavailableError] = {}  # what the last `run` left as it was, and why
-        self.lost: UnavailableError | None = None  # the last `run` found that the keys of all sequences are gone
         self._counters = counters
         self._num_microbatches = num_microbatches
         self._microbatches = MicrobatchChoice()
+        self.trace = ""  # the `traceparent` of the step to be run, where that has a span
         self.local_hosts: Sequence[ExpertServer] = ()  # whose experts are computed on this thread
 
+    @property
+    def depth(self) -> int:
+        """How many steps can be in flight."""
+        return 1 if self._steady is None else self._steady.depth
+
     def run(self, spans: Sequence[PlannedSpan]) -> list[Result]:
-        """Compute the spans; return a token for each sequence that has none pending, or its error.
+        """Compute the spans; return a token for each sequence that has none pending. Nothing else may be in flight."""
+        return self.finish(spans, self.submit(spans, self.depth))
 
-        Where an expert cannot be had just now, sequences are in `held` and their spans can be computed again later.
-        Where a member of the model's group is gone, `lost` says so, and nothing came of the step.
-        """
-        self.held.clear()
-        self.lost = None
-        return self._run(spans)
+    def submit(self, spans: Sequence[PlannedSpan], num_parts: int) -> Submitted | None:
+        """Begin a step in so many parts; None where the model computes one when it is finished."""
+        if self._steady is None:
+            return None
+        stations, started_ns = self._counters.stations, perf_counter_ns()
+        stations.begin()
+        step_batch = self._build(spans)
+        parts = self._steady.submit(step_batch.batch, num_parts)
+        stations.mark(OTHER)
+        stations.add(MODEL, perf_counter_ns() - started_ns)
+        return Submitted(step_batch=step_batch, parts=parts)
 
-    def _run(self, spans: Sequence[PlannedSpan]) -> list[Result]:
-        try:
-            return self._compute(spans)
-        except UnavailableError as error:
-            if is_lost(error):
-                self.lost = error
-                return []
-            self.held |= {span.sequence: error for span in spans}
-            return []
-        except Exception as error:
-            if len(spans) == 1:
-                log.error("step_failed request_id=%s", spans[0].sequence.request_id, exc_info=error)
-                failure = f"the engine failed in a step: {type(error).__name__}"
-                return [(spans[0].sequence, error if isinstance(error, Llama4Error) else EngineError(failure))]
-            # One sequence may be the cause. A step changes nothing before its end, so each is computed again, alone.
-            log.warning("step_split sequences=%d cause=%s", len(spans), type(error).__name__)
-            return [result for span in spans for result in self._run([span])]
+    def finish(self, spans: Sequence[PlannedSpan], submitted: Submitted | None) -> list[Result]:
+        """Wait for a step that was submitted, or compute it now; sample from its logits."""
+        step_batch = self._build(spans) if submitted is None else submitted.step_batch
+        if submitted is None:
+            logits_PV = self.forward(step_batch.batch)
+        else:
+            logits_PV = self._forward(step_batch.batch, submitted.parts)
+        self._counters.stations.begin()
+        for rows in step_batch.prompt_rows:
+            prompt_logprobs.collect(rows, logits_PV)
+        if len(step_batch.sampled_rows) < len(logits_PV):  # a copy of all rows of a large vocabulary takes milliseconds
+            logits_PV = logits_PV[list(step_batch.sampled_rows)]
+        results = sample(logits_PV, step_batch.sampled)
+        for span in spans:
+            span.sequence.num_cached += span.num_tokens
+        self._counters.stations.mark(SAMPLE)
+        return list(zip(step_batch.sampled, results, strict=True))
 
     def forward(self, batch: Batch) -> Tensor:
         """Run the model on a batch, timed, in as many parts as pay; return logits_PV."""
@@ -99,12 +131,14 @@ class StepRunner:
             self._microbatches.observe(len(batch.token_ids_T), num_parts, taken_s[MODEL], _layer_times(taken_s))
         return logits_PV
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _forward(self, batch: Batch, begun: Parts | None = None) -> Tensor:
         stations, traffic = self._counters.stations, self.dispatcher.stats()
         waited_s, computed_s = traffic.wait_seconds, self._compute_seconds()
         started_ns = perf_counter_ns()
         stations.begin()
         try:
+            if begun is not None and self._steady is not None:
+                return self._steady.collect(begun, self.dispatcher)
             return self.model.forward(batch, self._cache, self.dispatcher)
         except BaseException:
             self.dispatcher.begin_step(batch.step)  # forgets the rows that a broken pass left in flight
@@ -123,19 +157,8 @@ class StepRunner:
     def _compute_seconds(self) -> float:
         return sum(host.stats().compute_seconds for host in self.local_hosts)
 
-    def _compute(self, spans: Sequence[PlannedSpan]) -> list[Result]:
-        step_batch = build_batch(spans, step=self._counters.next_step(), device=self.device)
-        logits_PV = self.forward(step_batch.batch)
-        self._counters.stations.begin()
-        for rows in step_batch.prompt_rows:
-            prompt_logprobs.collect(rows, logits_PV)
-        if len(step_batch.sampled_rows) < len(logits_PV):  # a copy of all rows of a large vocabulary takes milliseconds
-            logits_PV = logits_PV[list(step_batch.sampled_rows)]
-        results = sample(logits_PV, step_batch.sampled)
-        for span in spans:
-            span.sequence.num_cached += span.num_tokens
-        self._counters.stations.mark(SAMPLE)
-        return list(zip(step_batch.sampled, results, strict=True))
+    def _build(self, spans: Sequence[PlannedSpan]) -> StepBatch:
+        return build_batch(spans, step=self._counters.next_step(), device=self.device, trace=self.trace)
 
 
 def _layer_times(taken_s: Sequence[float]) -> LayerTimes:

@@ -8,15 +8,19 @@ PROBE_WEIGHT = 0.5
 LEAST_RISES = 0.05
 MANY_TOKENS = 64
 WARM_AFTER = 8  # steps
-PROBE_EVERY = 16  # steps with prompt tokens; then one without shows what decoding alone takes by now
+PROBE_EVERY = 16  # full depths of steps with prompt tokens; then one without shows what decoding takes by now
 
 
 @dataclass(slots=True)
 class StepTimes:
-    """Smoothed seconds of a step without prompt tokens, and of one prompt token. None = not measured yet."""
+    """Smoothed seconds of a step without prompt tokens, and of one prompt token. None = not measured yet.
+
+    Where up to `depth` steps are in flight, a step is what it waits for too: all that was in flight when it began.
+    """
 
     decode_s: float | None = None
     prompt_token_s: float | None = None
+    depth: int = 1
     num_mixed: int = 0  # since the last step without prompt tokens
     num_steps: int = 0
     least_decode_s: float | None = None  # falls with one quick step and rises slowly: what it takes at least
@@ -48,7 +52,7 @@ class StepTimes:
         """
         if not self.decode_s or not self.prompt_token_s or slowdown == math.inf:
             return None
-        if self.num_mixed >= PROBE_EVERY:
+        if self.num_mixed >= PROBE_EVERY * self.depth:
             return 0
         return max(at_least, int((slowdown - 1.0) * self.decode_s / self.prompt_token_s))
 

@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, disabl
 from prometheus_client.registry import Collector
 
 from llama4_dist.gateway.observe.family import counter, gauge, histogram
+from llama4_dist.gateway.observe.merged import Merged
 from llama4_dist.stations import BOUNDS_S
 from llama4_dist.version import __version__
 
@@ -40,8 +41,7 @@ class Metrics:
     def __init__(self, collectors: Iterable[Collector] = ()) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asks for
         self.registry = registry = CollectorRegistry()
-        for collector in collectors:
-            registry.register(collector)
+        registry.register(Merged(collectors))
         ProcessCollector(namespace=PROCESS_NAMESPACE, registry=registry)
         BUILD.gauge(registry).labels(__version__).set(1)
         self.calls = CALLS.counter(registry)

@@ -52,7 +52,8 @@ class Batch:
     """The tokens of all spans, one span after the other; `logit_rows` are the rows whose logits are wanted.
 
     A model whose experts are elsewhere takes the tokens through its layers in `num_microbatches` parts, numbered from
-    `first_microbatch` on: a step that goes through stages is itself one of several parts.
+    `first_microbatch` on: a step that goes through stages is itself one of several parts. `trace` is the `traceparent`
+    of the step's span, "" where it has none.
     """
 
     step: int
@@ -61,3 +62,4 @@ class Batch:
     logit_rows: tuple[int, ...]
     num_microbatches: int = 1
     first_microbatch: int = 0
+    trace: str = ""

@@ -61,7 +61,7 @@ def _memory(request: PlanRequest, plan: Plan) -> Iterator[str]:
 def _stages(plan: Plan) -> Iterator[str]:
     if plan.layout.stages > 1:
         share = plan.step.pipeline_s / plan.step.step_s
-        yield f"filling and draining {plan.layout.stages} stages takes {share:.0%} of a step"
+        yield f"stages wait for each other, for experts and for rows between them {share:.0%} of a step"
 
 
 def _parts(terms: Terms) -> str:

@@ -36,10 +36,12 @@ class Traffic:
 class Work:
     """What a step computes in one group. Of a decode B rows at context ctx: B rows, B ctx_eff keys read and scored.
 
-    Tokens of a prompt share the keys they read; `logit_rows` of the rows get logits.
+    Tokens of a prompt share the keys they read; `logit_rows` of the rows get logits. They are of so many `sequences`:
+    only those of different ones can be in different steps at the same time.
     """
 
     rows: int
+    sequences: int
     keys_read: float
     keys_scored: float
     logit_rows: int
@@ -50,6 +52,7 @@ class Work:
         share = rows / self.rows
         return Work(
             rows=rows,
+            sequences=min(rows, self.sequences),
             keys_read=share * self.keys_read,
             keys_scored=share * self.keys_scored,
             logit_rows=min(rows, self.logit_rows),
@@ -59,7 +62,7 @@ class Work:
 def decode_work(geometry: Geometry, rows: int, context: float) -> Work:
     """Return a token for each of so many sequences of that many cached positions."""
     keys = rows * geometry.keys_seen(context)
-    return Work(rows=rows, keys_read=keys, keys_scored=keys, logit_rows=rows)
+    return Work(rows=rows, sequences=rows, keys_read=keys, keys_scored=keys, logit_rows=rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

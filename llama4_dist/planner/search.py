@@ -80,7 +80,7 @@ def shapes(request: PlanRequest) -> Iterator[Layout]:
 
 
 def _cuts(request: PlanRequest) -> Iterator[tuple[int, int]]:
-    """Yield stages and ranks of a group; stages only while weights crowd the memory, since they fill and drain."""
+    """Yield stages and ranks of a group; stages only while weights crowd the memory: each part reads weights again."""
     config = request.geometry.config
     weights = request.geometry.trunk_parameters * formats.weight_bytes(request.defaults.dtype)
     for stages in _powers(min(MOST_STAGES, config.num_layers)):

@@ -36,7 +36,7 @@ STATS_NUMBERS = (
     "generated_tokens", "preemptions", "requests_admitted", "requests_finished", "requests_cancelled",
     "requests_failed", "requests_replayed", "max_queue_age_s", "kv_blocks_cached", "prefix_hits", "prefix_tokens",
     "prefix_evictions", "step_holds", "step_held_s", "wait_on_experts_s", "resent_rows", "late_replies",
-    "checked_frames",
+    "checked_frames", "steps_in_flight",
 )  # fmt: skip
 STATS_MAPS = (
     "station_seconds", "station_steps", "host_rows", "host_bytes_out", "host_bytes_in", "host_transports",

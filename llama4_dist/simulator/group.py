@@ -126,6 +126,7 @@ class Group:
             keys_scored += span.num_tokens * self._geometry.keys_seen(cached + (span.num_tokens + 1) / 2)
         return Work(
             rows=sum(span.num_tokens for span in spans),
+            sequences=len(spans),
             keys_read=keys_read,
             keys_scored=keys_scored,
             logit_rows=sum(span.num_tokens == span.sequence.num_pending for span in spans),

@@ -12,8 +12,10 @@ from llama4_dist.errors import Llama4Error
 from llama4_dist.model.batch import Batch
 from llama4_dist.partition import Partition
 from llama4_dist.stages.member import StageMember, StageRunner
+from llama4_dist.stages.part_record import PartRecord
 from llama4_dist.stages.pipeline import PipelinedModel
 from llama4_dist.stages.ports import TIMEOUT_S, Inlet, Outlet, StageOutput, worker_lost
+from llama4_dist.telemetry.tracing import ours
 
 _CLOSED = None
 RunnerOf = Callable[[int, int], StageRunner]  # stage, rank
@@ -115,7 +117,7 @@ def start_group(
     runner_of: RunnerOf,
     *,
     resources: ExitStack,
-    num_parts: int | None = None,
+    depth: int | None = None,
     num_microbatches: int = 1,
     timeout_s: float = TIMEOUT_S,
 ) -> PipelinedModel:
@@ -127,7 +129,10 @@ def start_group(
         for rank, after in enumerate(links):
             before: Inlet | None = inlets[rank] if inlets else None
             outlet: Outlet = after
-            member = StageMember(runner_of(stage, rank), before=before, after=outlet, timeout_s=timeout_s)
+            record = PartRecord(ours(stage=stage, rank=rank))
+            member = StageMember(
+                runner_of(stage, rank), before=before, after=outlet, record=record, timeout_s=timeout_s
+            )
             plans.append(MemberThread(member, f"stage-{stage}-rank-{rank}", after))
         inlets = links
     for plan in plans:
@@ -135,7 +140,7 @@ def start_group(
     return PipelinedModel(
         plans,
         inlets,
-        num_parts=num_parts or partition.num_stages,
+        depth=depth or partition.num_stages,
         num_microbatches=num_microbatches,
         timeout_s=timeout_s,
     )

@@ -4,6 +4,7 @@ It knows its neighbours as ports only, and no sequences: what the leader plans i
 """
 
 import logging
+import time
 from collections import Counter
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from llama4_dist.model.batch import Batch
 from llama4_dist.model.dispatcher import Dispatcher
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.reduction import Ranks, Reduction
+from llama4_dist.stages.part_record import PartRecord
 from llama4_dist.stages.ports import TIMEOUT_S, Inlet, Outlet, StageOutput, take_output, worker_lost
 
 log = logging.getLogger(__name__)
@@ -127,17 +129,32 @@ class StageMember:
     """A runner between its neighbours: takes rows from the one before, gives what it makes of them to the one after."""
 
     def __init__(
-        self, runner: StageRunner, *, before: Inlet | None, after: Outlet, timeout_s: float = TIMEOUT_S
+        self,
+        runner: StageRunner,
+        *,
+        before: Inlet | None,
+        after: Outlet,
+        record: PartRecord | None = None,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         """`before` is None in the first stage; in the last, `after` leads to the leader."""
         self.runner = runner
         self._before = before
         self._after = after
+        self._record = record or PartRecord()
         self._timeout_s = timeout_s
 
     def compute(self, part: Batch) -> None:
         """Carry out a part as the leader planned it. Raises WORKER_LOST where its output can go nowhere."""
-        self._after.put(self.runner.run(part, self._rows_before(part)))
+        taken_s = time.monotonic()
+        before = self._rows_before(part)
+        began_s = time.monotonic()
+        mark = self._record.mark(part, self.runner.dispatcher.stats())
+        output = self.runner.run(part, before)
+        try:
+            self._after.put(output)
+        finally:
+            self._record.note(part, output, taken_s, began_s, mark)
 
     def _rows_before(self, part: Batch) -> StageOutput | None:
         if self._before is None:

@@ -4,6 +4,7 @@ As with logging there is one destination a process, and code anywhere asks for i
 trace travels as the W3C `traceparent`, a string, so that what carries it from process to process knows no more.
 """
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from llama4_dist.telemetry.settings import Telemetry
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.trace import Span
+    from opentelemetry.trace import Link, Span
 
 SERVICE = "llama4_dist"
 EXPORT_INTERVAL_S = 1.0
@@ -23,12 +24,18 @@ FLUSH_TIMEOUT_S = 2.0
 Attributes = Mapping[str, str | int | float | bool]
 NO_ATTRIBUTES: Attributes = {}
 
+TRACEPARENT_LEN = 55
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
 
 class OpenSpan:
     """A span that runs. `traceparent` and `trace_id` are "" where nothing is kept of it."""
 
     traceparent = ""
     trace_id = ""
+
+    def say(self, attributes: Attributes) -> None:
+        """Add what was not known when it began."""
 
     def event(self, name: str, attributes: Attributes = NO_ATTRIBUTES, *, after_s: float | None = None) -> None:
         """Note that something happened now, or so many seconds after the span began."""
@@ -46,6 +53,10 @@ class _Recorded(OpenSpan):
         self._began_ns = began_ns
         self.traceparent = traceparent
         self.trace_id = f"{span.get_span_context().trace_id:032x}"
+
+    def say(self, attributes: Attributes) -> None:
+        if self._span is not None:
+            self._span.set_attributes(attributes)
 
     def event(self, name: str, attributes: Attributes = NO_ATTRIBUTES, *, after_s: float | None = None) -> None:
         if self._span is not None:
@@ -70,11 +81,21 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
         self._api = trace
 
-    def begin(self, name: str, parent: str, attributes: Attributes, *, kind: str = "INTERNAL") -> OpenSpan:
-        """Begin a span now. A `parent` that is no `traceparent` begins a trace; what is not sampled costs no more."""
+    def begin(
+        self, name: str, parent: str, attributes: Attributes, *, kind: str = "INTERNAL", links: Sequence[str] = ()
+    ) -> OpenSpan:
+        """Begin a span now. A `parent` that is no `traceparent` begins a trace; what is not sampled costs no more.
+
+        `links` are spans it serves too.
+        """
         began_ns = time.time_ns()
         span = self._tracer.start_span(
-            name, self._context(parent), self._api.SpanKind[kind], attributes, start_time=began_ns
+            name,
+            self._context(parent),
+            self._api.SpanKind[kind],
+            attributes,
+            links=self._links(links),
+            start_time=began_ns,
         )
         return _Recorded(span, self._traceparent(span), began_ns) if span.is_recording() else UNTRACED
 
@@ -85,23 +106,15 @@ class Tracing:
         seconds: tuple[float, float],
         attributes: Attributes = NO_ATTRIBUTES,
         *,
-        links: Sequence[str] = (),
         events: Sequence[tuple[str, Attributes]] = (),
         error: str = "",
     ) -> str:
         """Record a span that is over, between two moments of the monotonic clock; return its `traceparent`.
 
-        `links` are spans it served too; `events` are noted at its end.
+        `events` are noted at its end.
         """
         began_ns, ended_ns = map(unix_ns, seconds)
-        linked = [self._api.get_current_span(self._context(link)).get_span_context() for link in links]
-        span = self._tracer.start_span(
-            name,
-            self._context(parent),
-            attributes=attributes,
-            links=[self._api.Link(context) for context in linked if context.is_valid],
-            start_time=began_ns,
-        )
+        span = self._tracer.start_span(name, self._context(parent), attributes=attributes, start_time=began_ns)
         for event, said in events:
             span.add_event(event, said, timestamp=ended_ns)
         _end(span, error, ended_ns)
@@ -110,6 +123,10 @@ class Tracing:
     def flush(self) -> None:
         """Send what was recorded, as far as that goes quickly."""
         self.provider.force_flush(round(1e3 * FLUSH_TIMEOUT_S))
+
+    def _links(self, traceparents: Sequence[str]) -> "list[Link]":
+        linked = [self._api.get_current_span(self._context(one)).get_span_context() for one in traceparents]
+        return [self._api.Link(context) for context in linked if context.is_valid]
 
     def _context(self, traceparent: str) -> "Context":
         from opentelemetry.context import Context
@@ -181,6 +198,11 @@ def _end(span: "Span", error: str, ended_ns: int | None) -> None:
 
         span.set_status(Status(StatusCode.ERROR, error))
     span.end(ended_ns)
+
+
+def is_traceparent(text: str) -> bool:
+    """Tell whether this is a place in a trace as W3C writes it."""
+    return _TRACEPARENT.fullmatch(text) is not None
 
 
 def is_sampled(traceparent: str) -> bool:

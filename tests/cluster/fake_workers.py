@@ -7,7 +7,7 @@ from typing import Protocol
 
 from cluster.operation import HostLoad
 from cluster.planning.placement import ExpertGeometry, Pair
-from cluster.reading import HostReading
+from cluster.reading import HostReading, StageReading
 from cluster.worker import (
     Adopted,
     Formation,
@@ -21,6 +21,7 @@ from cluster.worker import (
     WorkerConfig,
     WorkerStatus,
 )
+from llama4_dist.dispatch.stats import DispatchCounters
 from llama4_dist.errors import LinkDownError, PreconditionError, UnavailableError
 
 GEOMETRY = ExpertGeometry(moe_layers=(0, 1), num_experts=4, expert_width=8, expert_bytes=10)
@@ -147,6 +148,7 @@ class FakeAttention(FakeWorker):
 
     def __init__(self, config: WorkerConfig, world: World) -> None:
         super().__init__(config, world)
+        self.rows_sent = 0
         self.prepared = 0
         self.formation: Formation | None = None
         self.topology_in_use: Topology | None = None
@@ -208,6 +210,13 @@ class FakeAttention(FakeWorker):
         self.world.note(known >= max(1, newest), f"{self.name} begins to serve with epoch {known} of {newest}")
         self.served = True
         return self.where
+
+    def reading(self) -> StageReading:
+        config = self.config
+        counters = DispatchCounters(host_transports={"expert-0": "unix"}, host_rows={"expert-0": self.rows_sent})
+        return StageReading(
+            worker=self.name, group=config.group, stage=config.stage, rank=config.rank, dispatch=counters
+        )
 
     def status(self) -> WorkerStatus:
         return WorkerStatus(

@@ -13,7 +13,8 @@ from cluster.observe.collector import ClusterCollector
 from cluster.operation import HostLoad
 from cluster.planning.placement import Pair
 from cluster.reading import ClusterReading, HostReading
-from tests.cluster.fake_workers import FakeHost
+from llama4_dist.partition import Partition
+from tests.cluster.fake_workers import FakeAttention, FakeHost
 from tests.cluster.small_clusters import SmallCluster, hasten, until
 from tests.scraping import Scrape
 
@@ -79,6 +80,33 @@ def test_a_dead_host_is_down_counted_and_its_numbers_are_gone(cluster: SmallClus
     may_load.set()
     cluster.rest()
     until(lambda: Scrape(collector.collect()).value("worker_up", worker="expert-1") == 1.0)
+
+
+def test_a_dead_members_series_are_gone_and_begin_anew_with_its_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+    hasten(monkeypatch)
+    cluster = SmallCluster(2, 1, partition=Partition(num_stages=2))
+    try:
+        cluster.rest()
+        collector, dead = collector_of(cluster), "attention-0-stage-1-rank-0"
+        stages = {name: cluster.spawner.workers[name] for name in (dead, "attention-0-stage-0-rank-0")}
+        for one in stages.values():
+            assert isinstance(one, FakeAttention)
+            one.rows_sent = 7
+        assert sum(Scrape(collector.collect()).all("dispatch_rows_total", group="attention-0")) == 14
+        may_load = threading.Event()
+        cluster.spawner.faults[f"{dead}.load"] = may_load.wait
+        cluster.spawner.die(dead)
+        until(lambda: Scrape(collector.collect()).value("workers_lost_total", worker=dead, role="stage") == 1.0)
+        found = Scrape(collector.collect())
+        assert found.labels("dispatch_rows_total", "worker") == {"attention-0-stage-0-rank-0"}
+        assert found.labels("stage_busy_seconds_total", "worker") == {"attention-0-stage-0-rank-0"}
+        may_load.set()
+        cluster.rest()
+        found = Scrape(collector.collect())
+        assert found.value("dispatch_rows_total", worker=dead, stage="1", rank="0") == 0.0
+        assert found.value("dispatch_rows_total", worker="attention-0-stage-0-rank-0") == 7.0, "it was formed anew"
+    finally:
+        cluster.close()
 
 
 def test_without_a_controller_workers_are_absent_and_an_age_grows(cluster: SmallCluster) -> None:

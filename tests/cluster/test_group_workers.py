@@ -5,7 +5,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,103 +12,27 @@ from typing import Any
 
 import pytest
 
-from cluster.control_plane.forming import FormingError, form
-from cluster.control_plane.members import Members
-from cluster.data_plane.expert_host import ExpertHost
+from cluster.control_plane.forming import FormingError
 from cluster.data_plane.group_leader import GroupLeader
 from cluster.data_plane.stage_worker import StageWorker
-from cluster.plan import Group, stages_of
-from cluster.planning.placement import HostSlot, place
-from cluster.ray_engine import read_geometry
-from cluster.worker import Location, Role, Topology, WorkerConfig
+from cluster.plan import stages_of
+from cluster.worker import Role, WorkerConfig
 from llama4_dist.dispatch.challenge import Dialler
 from llama4_dist.dispatch.links.address import parse_address
 from llama4_dist.dispatch.links.connect import shake_hands
 from llama4_dist.engine.build import build_single_process
-from llama4_dist.engine.group import EngineGroup
-from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import HandshakeError, PreconditionError, UnavailableError
 from llama4_dist.partition import Partition
-from llama4_dist.rpc.remote_engine import RemoteEngine
+from llama4_dist.stages.links.frame import VERSION
 from llama4_dist.stages.links.hello import MAGIC, Hello, read_hello
 from tests.checkpoints import make_checkpoint
+from tests.cluster.local_group import HERE, OPTIONS, SECRET, WIDE, Cluster, serve, until
 from tests.cluster.running import Collector, Tokens, some_requests
-
-SECRET = b"s" * 32
-HERE = Location(node="here", address="127.0.0.1")
-ELSEWHERE = Location(node="elsewhere", address="127.0.0.1")
-OPTIONS = EngineOptions(num_blocks=200, max_num_seqs=8, expert_timeout_s=20.0)
-WIDE = Partition(num_stages=2, num_ranks=2)
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("scout"), "scout")
-
-
-class LocalHandle:
-    """A worker of this process, called as over Ray."""
-
-    def __init__(self, worker: Any, config: WorkerConfig) -> None:
-        self.worker, self.role, self.plain = config.worker, config.role, worker
-
-    def call(self, method: str, *arguments: object) -> Future[Any]:
-        answer: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                answer.set_result(getattr(self.plain, method)(*arguments))
-            except Exception as error:  # noqa: BLE001 - carried to the caller
-                answer.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()
-        return answer
-
-    def kill(self) -> None:
-        self.plain.close()
-
-
-class Cluster:
-    """One expert host and one group, which `form`s as a controller would have it."""
-
-    def __init__(self, model_dir: Path, run_dir: Path, partition: Partition, resources: ExitStack) -> None:
-        self.model_dir, self.resources = model_dir, resources
-        self.leader = WorkerConfig(
-            worker="attention-0", role=Role.ATTENTION, model_dir=model_dir, dtype="auto", device="cpu", num_threads=1,
-            run_dir=run_dir, secret=SECRET, options=OPTIONS, partition=partition,
-        )  # fmt: skip
-        self.stages = {one.worker: one for one in stages_of(self.leader, num_threads=1)}
-        self.group = Group(leader="attention-0", members=tuple(self.stages))
-        host = ExpertHost(replace(self.leader, worker="expert-0", role=Role.EXPERT), HERE)
-        resources.callback(host.close)
-        placement = place(read_geometry(model_dir, "auto"), [HostSlot(host="expert-0", node="here")], num_replicas=1)
-        hosts = {"expert-0": host.load(placement.held_by("expert-0"))}
-        self.topology = Topology(epoch=1, placement=placement, hosts=hosts)
-        self.members = Members([])
-        for config in (self.leader, *self.stages.values()):
-            self.start(config)
-
-    def start(self, config: WorkerConfig, location: Location | None = None, *, follows: bool = True) -> Any:
-        """Start a worker, in place of the one of its name; the second stage is on another node."""
-        location = location or (ELSEWHERE if config.stage else HERE)
-        worker = GroupLeader(config, HERE) if config.leads else StageWorker(config, location)
-        self.resources.callback(worker.close)
-        worker.load()
-        if follows:
-            worker.connect(self.topology.hosts)
-            worker.publish(self.topology)
-        self.members.add([LocalHandle(worker, config)])
-        return worker
-
-    def form(self, number: int) -> None:
-        form(self.members, self.group, number)
-
-    def plain(self, name: str) -> Any:
-        (handle,) = self.members.named([name])
-        return handle.plain  # type: ignore[attr-defined]
-
-    def formations(self) -> set[int]:
-        return {handle.plain.status().formation for handle in self.members.all}  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -134,13 +57,6 @@ def expected(model_dir: Path, partition: Partition, **options: Any) -> Tokens:
         return collector.run(engine, some_requests("r", **options))
     finally:
         engine.close()
-
-
-def serve(cluster: Cluster) -> EngineGroup:
-    engine = RemoteEngine(cluster.plain("attention-0").serve(), secret=SECRET)
-    group = EngineGroup([engine])
-    cluster.resources.callback(group.close)
-    return group
 
 
 @pytest.mark.parametrize("cut", [(3, 1), (1, 2), (2, 2)], ids=str)
@@ -262,8 +178,8 @@ def test_who_does_not_know_the_secret_learns_nothing(make: Callable[[Partition],
     door = cluster.plain("attention-0-stage-0-rank-0")._door
     for secret, reason in ((b"x" * 32, "HANDSHAKE_CLOSED"), (SECRET, "NOT_FORMING")):
         hello = Hello(
-            purpose="plans", stage=2, rank=0, group="attention-0", formation=1, model_hash="", num_stages=2,
-            num_ranks=1, num_pages=1, block_size=1, dtype="", weights="", arithmetic="",
+            purpose="plans", stage=2, rank=0, messages=VERSION, group="attention-0", formation=1, model_hash="",
+            num_stages=2, num_ranks=1, num_pages=1, block_size=1, dtype="", weights="", arithmetic="",
         )  # fmt: skip
         family, where = parse_address(door.addresses[0])
         deadline = time.monotonic() + 10.0
@@ -314,10 +230,3 @@ def test_who_has_not_loaded_says_so(model_dir: Path, tmp_path: Path) -> None:
     for worker in (GroupLeader(config, HERE), StageWorker(stages_of(config, num_threads=1)[0], HERE)):
         with pytest.raises(UnavailableError, match="has not loaded"):
             worker.prepare(1)
-
-
-def until(condition: Callable[[], object], timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s"
-        time.sleep(0.01)

@@ -1,5 +1,6 @@
 """A real cluster seen from outside: metrics of every worker, one trace a request, also where workers die."""
 
+import itertools
 import json
 import os
 import signal
@@ -17,7 +18,6 @@ from cluster.observe.collector import ClusterCollector
 from cluster.ray_engine import RayEngine
 from cluster.worker import Role, State
 from llama4_dist.engine.options import EngineOptions
-from llama4_dist.engine.request_traces import STEP_INTERVAL_S
 from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.request import Sampling
 from llama4_dist.rpc.wire import generate_to_proto
@@ -32,7 +32,6 @@ from tests.telemetry.collector import Collected, collecting
 
 pytestmark = pytest.mark.ray
 
-TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 CALLER = "00f067aa0ba902b7"
 HOSTS, ATTENTION = ("expert-0", "expert-1"), ("attention-0", "attention-1")
 
@@ -104,10 +103,29 @@ def pid_of(engine: RayEngine, worker: str) -> int:
     return next(status.pid for status in engine.status() if status.worker == worker)
 
 
+def a_trace_with_a_step(stub: inference_pb2_grpc.InferenceServiceStub, collected: Collected) -> str:
+    """Have requests answered until one had a step recorded, which is one a second; return its trace."""
+    for number in itertools.count(1):
+        trace = f"4bf92f3577b34da6a3ce929d{number:08x}"
+        stub.Generate(request_of(30), metadata=traced(trace), timeout=30)
+        collected.wait_for(trace, "generate", "engine.request", "queue", "prefill", "decode")
+        if collected.of(trace, "engine.step"):
+            break
+    return trace
+
+
+def rows_by_host(served: Served) -> list[float]:
+    found = seen(served)
+    return [sum(found.all("dispatch_rows_total", host=host)) for host in HOSTS]
+
+
 @contextmanager
-def traffic(stub: inference_pb2_grpc.InferenceServiceStub, num_streams: int = 4) -> Iterator[list[BaseException]]:
-    """Generate all the while; yields what went wrong."""
+def traffic(
+    served: Served, stub: inference_pb2_grpc.InferenceServiceStub, num_streams: int = 4
+) -> Iterator[list[BaseException]]:
+    """Generate all the while, from when rows go to both hosts; yields what went wrong."""
     stop, failures = threading.Event(), []
+    before = rows_by_host(served)
 
     def run() -> None:
         try:
@@ -120,6 +138,7 @@ def traffic(stub: inference_pb2_grpc.InferenceServiceStub, num_streams: int = 4)
     for thread in threads:
         thread.start()
     try:
+        wait_for(lambda: all(now > then for now, then in zip(rows_by_host(served), before, strict=True)), "rows")
         yield failures
     finally:
         stop.set()
@@ -127,19 +146,42 @@ def traffic(stub: inference_pb2_grpc.InferenceServiceStub, num_streams: int = 4)
             thread.join(60)
 
 
+def test_a_request_is_one_trace_from_the_caller_to_the_hosts(
+    served: Served, stub: inference_pb2_grpc.InferenceServiceStub, collected: Collected
+) -> None:
+    trace = a_trace_with_a_step(stub, collected)
+    (whole,) = collected.of(trace, "generate")
+    assert whole.parent_id == CALLER
+    assert whole.instance == "gateway-1"
+    assert [name for name, _ in whole.events] == ["admitted", "first_token", "finished"]
+    (request,) = collected.of(trace, "engine.request")
+    assert request.parent_id == whole.span_id
+    assert request.instance in ATTENTION
+    assert request.attributes["output_tokens"] == 30
+    phases = [span for name in ("queue", "prefill", "decode") for span in collected.of(trace, name)]
+    assert len(phases) == 3
+    assert {span.parent_id for span in phases} == {request.span_id}
+    assert sum(span.seconds for span in phases) == pytest.approx(request.seconds, abs=1e-3)
+    step, *_ = collected.of(trace, "engine.step")
+    assert step.parent_id == whole.span_id
+    hosts = {said["host"] for _, said in step.events}
+    assert hosts <= set(HOSTS)
+    assert hosts
+    assert all(said["reply_s"] > 0 for _, said in step.events)
+
+
 def test_every_worker_and_what_it_did_is_seen(served: Served, stub: inference_pb2_grpc.InferenceServiceStub) -> None:
-    with traffic(stub):
-        time.sleep(1.0)
-        seen(served)
-        time.sleep(1.0)
+    all_up(served)
+    with traffic(served, stub):
+        wait_for(lambda: seen(served).all("expert_balancedness"), "rows between two scrapes")
         found = seen(served)
     assert found.labels("worker_up", "worker") == {*HOSTS, *ATTENTION}
-    all_up(served)
     assert found.labels("engine_up", "worker") == set(ATTENTION)
     assert found.labels("expert_worker_tokens_total", "worker") == set(HOSTS)
     assert min(found.all("expert_worker_tokens_total")) > 0
     assert set(found.all("expert_replicas")) == {2.0}
-    assert found.all("expert_balancedness"), "two scrapes a second apart are a window"
+    assert found.labels("dispatch_rows_total", "group") <= set(ATTENTION), "who is not cut is a group of its own"
+    assert found.all("expert_balancedness"), "two scrapes are a window"
     assert all(0 < even <= 1 for even in found.all("expert_balancedness"))
     assert found.labels("dispatch_bytes_total", "transport") == {"unix"}
     assert found.labels("dispatch_bytes_total", "direction") == {"in", "out"}
@@ -152,32 +194,6 @@ def test_every_worker_and_what_it_did_is_seen(served: Served, stub: inference_pb
     assert rows_sent <= rows_computed <= rows_sent + 32 * sum(found.all("dispatch_checked_frames_total"))
     assert sum(found.all("expert_tokens_total")) == rows_computed
     assert not differences(found)
-
-
-def test_a_request_is_one_trace_from_the_caller_to_the_hosts(
-    served: Served, stub: inference_pb2_grpc.InferenceServiceStub, collected: Collected
-) -> None:
-    time.sleep(STEP_INTERVAL_S)  # the traffic before had a step recorded
-    stub.Generate(request_of(30), metadata=traced(TRACE), timeout=30)
-    collected.wait_for(TRACE, "generate", "engine.request", "queue", "prefill", "decode", "engine.step")
-    (whole,) = collected.of(TRACE, "generate")
-    assert whole.parent_id == CALLER
-    assert whole.instance == "gateway-1"
-    assert [name for name, _ in whole.events] == ["admitted", "first_token", "finished"]
-    (request,) = collected.of(TRACE, "engine.request")
-    assert request.parent_id == whole.span_id
-    assert request.instance in ATTENTION
-    assert request.attributes["output_tokens"] == 30
-    phases = [span for name in ("queue", "prefill", "decode") for span in collected.of(TRACE, name)]
-    assert len(phases) == 3
-    assert {span.parent_id for span in phases} == {request.span_id}
-    assert sum(span.seconds for span in phases) == pytest.approx(request.seconds, abs=1e-3)
-    step, *_ = collected.of(TRACE, "engine.step")
-    assert step.parent_id == whole.span_id
-    hosts = {said["host"] for _, said in step.events}
-    assert hosts <= set(HOSTS)
-    assert hosts
-    assert all(said["reply_s"] > 0 for _, said in step.events)
 
 
 def test_what_its_caller_does_not_trace_is_not_traced(
@@ -221,16 +237,25 @@ def test_a_host_that_stands_still_is_hedged_and_named(
     served: Served, engine: RayEngine, stub: inference_pb2_grpc.InferenceServiceStub
 ) -> None:
     all_up(served)
-    with traffic(stub) as failures:
-        time.sleep(1.0)
+
+    def hedged() -> list[float]:
+        found = seen(served)
+        return [sum(found.all("dispatch_hedged_rows_total", host=host)) for host in HOSTS]
+
+    def is_named() -> bool:
+        """More than the other, which may be late on a busy machine too."""
+        grown = [now - then for now, then in zip(hedged(), before, strict=True)]
+        return grown[1] > grown[0]
+
+    with traffic(served, stub) as failures:
+        before = hedged()
         pid = pid_of(engine, "expert-1")
         os.kill(pid, signal.SIGSTOP)
         try:
-            wait_for(lambda: seen(served).all("dispatch_hedged_rows_total", host="expert-1"), "hedges")
+            wait_for(is_named, "hedges")
         finally:
             os.kill(pid, signal.SIGCONT)
     assert not failures
-    assert not seen(served).all("dispatch_hedged_rows_total", host="expert-0")
     assert sum(seen(served).all("dispatch_resent_rows_total")) > 0
 
 
@@ -239,8 +264,7 @@ def test_a_host_that_dies_is_down_until_its_successor_serves(
 ) -> None:
     all_up(served)
     lost_before = sum(seen(served).all("dispatch_links_lost_total"))
-    with traffic(stub) as failures:
-        time.sleep(0.5)
+    with traffic(served, stub) as failures:
         os.kill(pid_of(engine, "expert-0"), signal.SIGKILL)
         wait_for(lambda: seen(served).value("worker_up", worker="expert-0") == 0.0, "expert-0 is down")
         found = seen(served)

@@ -3,26 +3,34 @@
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+from cluster.observe.collector import ClusterCollector
 from cluster.ray_engine import RayEngine
 from cluster.worker import Role, State, WorkerStatus
 from llama4_dist.engine.build import build_single_process
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError
+from llama4_dist.gateway.observe.engine_collector import EngineCollector
+from llama4_dist.gateway.observe.merged import Merged
 from llama4_dist.partition import Partition
 from llama4_dist.request import EngineRequest
+from llama4_dist.telemetry.settings import Telemetry
 from tests.cluster.running import Collector, Tokens, some_requests, wait_until
+from tests.scraping import Scrape
+from tests.telemetry.collector import Collected, Span, collecting
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 OPTIONS = EngineOptions(num_blocks=200, max_num_seqs=8)
 WIDE = Partition(num_stages=2, num_ranks=2)
 GROUP = "attention-0"
+TRACE = "ab" * 16
 
 
 def reference(model_dir: Path, requests: list[EngineRequest], partition: Partition, slices: int = 1) -> Tokens:
@@ -97,7 +105,13 @@ class Stream:
 
 
 @pytest.fixture(scope="module")
-def cluster(model_dir: Path, ray_session: None) -> Iterator[tuple[RayEngine, Collector]]:
+def collected() -> Iterator[Collected]:
+    with collecting() as collected:
+        yield collected
+
+
+@pytest.fixture(scope="module")
+def cluster(model_dir: Path, ray_session: None, collected: Collected) -> Iterator[tuple[RayEngine, Collector]]:
     engine = RayEngine(
         model_dir,
         num_expert_hosts=2,
@@ -107,11 +121,65 @@ def cluster(model_dir: Path, ray_session: None) -> Iterator[tuple[RayEngine, Col
         options=OPTIONS,
         num_threads=1,
         replay_timeout_s=120.0,
+        telemetry=Telemetry(trace_endpoint=collected.endpoint),
     )
     collector = Collector()
     engine.start(collector.collect)
     yield engine, collector
     engine.close()
+
+
+def seen(engine: RayEngine) -> Scrape:
+    """What the driver exports."""
+    of_cluster = ClusterCollector(engine.control.reading, engine.control.head_answers, fresh_s=0.0)
+    return Scrape(Merged([EngineCollector(engine), of_cluster]).collect())
+
+
+def test_a_trace_and_the_counters_show_what_each_member_did(
+    cluster: tuple[RayEngine, Collector], collected: Collected
+) -> None:
+    engine, collector = cluster
+    (request,) = some_requests("traced", count=1)
+    collector.run(engine, [replace(request, trace=f"00-{TRACE}-{'cd' * 8}-01")])
+    members = {one.worker: one for one in engine.status() if one.role is Role.STAGE}
+    assert len(members) == 4
+
+    def parts() -> list[Span]:
+        return collected.of(TRACE, "stage.part")
+
+    collected.wait_for(TRACE, "engine.step")
+    (step,) = collected.of(TRACE, "engine.step")  # one a second
+    wait_until(lambda: {part.instance for part in parts()} == members.keys())
+    assert {part.parent_id for part in parts()} == {step.span_id}
+    for part in parts():
+        member = members[part.instance]
+        first, stop = member.layers
+        assert (part.attributes["stage"], part.attributes["rank"]) == (member.stage, member.rank)
+        assert part.attributes["layers"] == f"{first}-{stop - 1}"
+        assert part.attributes["rows"] > 0
+    assert {said["host"] for part in parts() for _, said in part.events} <= {"expert-0", "expert-1"}
+    found = seen(engine)
+    assert found.labels("dispatch_rows_total", "worker") == members.keys(), "the leader sends none"
+    assert found.labels("dispatch_rows_total", "group") == {GROUP}
+    assert found.labels("stage_parts_total", "worker") == members.keys()
+    assert min(found.all("stage_busy_seconds_total")) > 0
+    computed = sum(found.all("expert_worker_tokens_total"))
+    assert 0 < sum(found.all("dispatch_rows_total", group=GROUP)) <= computed
+
+
+def test_hedges_of_members_are_counted_by_the_host_that_stood_still(
+    cluster: tuple[RayEngine, Collector], model_dir: Path
+) -> None:
+    engine, collector = cluster
+    stream = Stream(engine, collector, model_dir, "slow/")
+    before = sum(seen(engine).all("dispatch_hedged_rows_total", host="expert-1"))
+    pid = statuses(engine)["expert-1"].pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: sum(seen(engine).all("dispatch_hedged_rows_total", host="expert-1", group=GROUP)) > before)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    stream.check()
 
 
 @pytest.mark.parametrize("victim", ["expert-1", f"{GROUP}-stage-0-rank-1", f"{GROUP}-stage-1-rank-0", GROUP], ids=str)
@@ -134,6 +202,8 @@ def test_whoever_dies_costs_no_token(cluster: tuple[RayEngine, Collector], model
         assert formation_of(engine) > number
     else:
         assert formation_of(engine) == number, "an expert host is not of the group"
+    members = {name for name, one in now.items() if one.role is Role.STAGE}
+    wait_until(lambda: seen(engine).labels("dispatch_rows_total", "worker") == members)
     stayed = {name for name, one in before.items() if name != victim and one.pid == now[name].pid}
     assert stayed == before.keys() - {victim}, "somebody else was started anew"
     Stream(engine, collector, model_dir, f"{victim}/later/").check()

@@ -17,6 +17,7 @@ from llama4_dist.dispatch.stats import DispatchStats
 from llama4_dist.engine.engine import EngineCore
 from llama4_dist.engine.kv_sizing import longest_sequence
 from llama4_dist.engine.options import EngineOptions
+from llama4_dist.engine.step import ForwardModel
 from llama4_dist.model.batch import Batch, PageRun
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.kv_layout import KVGroup, KVLayout
@@ -97,13 +98,14 @@ def fake_core(
     max_context: int = 128,
     clock: Callable[[], float] = time.monotonic,
     layout: KVLayout = LAYOUT,
+    model: ForwardModel | None = None,
     **options: Any,
 ) -> EngineCore:
-    """An engine core over a FakeModel; `core.runner.model` is the model."""
+    """An engine core over a FakeModel, if no other is given; `core.runner.model` is the model."""
     fields = {"block_size": 4, "max_num_batched_tokens": 16, "max_num_seqs": 8, "debug_invariants": True} | options
     engine_options = EngineOptions(num_blocks=num_blocks, **fields)
     return EngineCore(
-        FakeModel(engine_options.block_size, layout),
+        model or FakeModel(engine_options.block_size, layout),
         cast(KVCache, SimpleNamespace(layout=layout, fingerprint=b"")),
         cast(Dispatcher, FakeDispatcher()),
         limits=EngineLimits(

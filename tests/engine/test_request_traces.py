@@ -1,6 +1,8 @@
 """Spans of one engine: phases, errors, steps; and nothing at all where nobody traces."""
 
+import itertools
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,14 +10,19 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from llama4_dist.engine import request_traces
 from llama4_dist.engine.build import build_single_process
 from llama4_dist.engine.local import LocalEngine
 from llama4_dist.engine.options import EngineOptions
+from llama4_dist.model.batch import Batch
+from llama4_dist.partition import Partition
 from llama4_dist.request import EngineRequest, Sampling
+from llama4_dist.stages.ports import worker_lost
 from llama4_dist.telemetry import tracing
 from llama4_dist.telemetry.tracing import UNTRACED, Tracing, is_sampled
 from tests.checkpoints import make_checkpoint
 from tests.cluster.running import Collector
+from tests.engine.fake_model import FakeModel, fake_core
 
 TRACE = f"00-{'ab' * 16}-{'cd' * 8}-01"
 
@@ -72,11 +79,54 @@ def test_only_what_is_traced_has_spans_and_its_phases_fill_it(model_dir: Path, e
     assert step["llama4_dist.attention_s"] > 0  # type: ignore[operator]
 
 
+def test_steps_in_flight_together_have_spans_of_their_own(
+    model_dir: Path, exported: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a step with its own number and sequences; what the engine did in between is counted for one only."""
+    monkeypatch.setattr(request_traces, "STEP_INTERVAL_S", 0.0)
+    engine = build_single_process(
+        model_dir, num_threads=1, options=EngineOptions(num_blocks=64), partition=Partition(num_stages=2)
+    )
+    run(engine, *(request(name, TRACE) for name in "abcd"))
+    steps = [span for span in exported.get_finished_spans() if span.name == "engine.step"]
+    numbers = [(span.attributes or {})["llama4_dist.step"] for span in steps]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) == engine.stats().steps
+    overlaps = [before.end_time > after.start_time for before, after in pairwise(steps)]  # type: ignore[operator]
+    assert any(overlaps), "no two steps were in flight together"
+    counted_s = sum(float((span.attributes or {}).get("llama4_dist.model_s", 0.0)) for span in steps)  # type: ignore[arg-type]
+    assert counted_s == pytest.approx(engine.stats().station_seconds["model"], rel=1e-6)
+
+
 def test_a_request_that_fails_is_a_failed_span(model_dir: Path, exported: InMemorySpanExporter) -> None:
     run(build(model_dir), request("late", TRACE, timeout_s=0.0))
     (whole,) = (span for span in exported.get_finished_spans() if span.name == "engine.request")
     assert not whole.status.is_ok
     assert whole.status.description == "DEADLINE_EXCEEDED"
+
+
+def test_a_step_that_nothing_came_of_is_a_failed_span_and_no_other_is(exported: InMemorySpanExporter) -> None:
+    core = fake_core(clock=itertools.count(0.0, 2.0).__next__)  # every step is due to be recorded
+    model = core.runner.model
+    assert isinstance(model, FakeModel)
+    traces: list[str] = []
+
+    def lose(batch: Batch) -> None:
+        traces.append(batch.trace)
+        if len(traces) == 3:
+            raise worker_lost("a member died")
+
+    model.before_forward = lose
+    core.add(request("a", TRACE))
+    while core.scheduler.running or core.scheduler.waiting:
+        core.step()
+    core.renew()
+    core.add(request("b", ""))
+    core.step()
+    steps = [span for span in exported.get_finished_spans() if span.name == "engine.step"]
+    assert [span.status.description for span in steps] == [None, None, "WORKER_LOST"]
+    assert [trace.split("-")[2] for trace in traces[:3]] == [f"{span.context.span_id:016x}" for span in steps]  # type: ignore[union-attr]
+    assert traces[3:] == [""], "a step that is not traced carries the trace of another"
 
 
 def test_an_engine_of_a_process_that_does_not_trace_looks_at_no_trace(

@@ -147,7 +147,8 @@ def test_metrics_count_requests_tokens_and_the_engine(served: Served) -> None:
     assert after[whole] - before[whole] == 2
     assert after["llama4_dist_kv_cache_usage_ratio worker=local"] == 0.0
     assert after["llama4_dist_engine_steps_total worker=local"] > 0
-    assert after["llama4_dist_dispatch_bytes_total direction=out host=expert-0 transport=inproc worker=local"] == 5
+    sender = "group=local host=expert-0 rank=0 stage=0 transport=inproc worker=local"
+    assert after[f"llama4_dist_dispatch_bytes_total direction=out {sender}"] == 5
     assert after["llama4_dist_gateway_requests"] == 0
 
 

@@ -108,10 +108,10 @@ def over_sockets(path: Path, run_dir: Path, resources: ExitStack) -> LocalEngine
         checkpoint, addresses, before, dtype=torch.float32, device="cpu", options=options, deadlines=PATIENT
     )
     resources.callback(engine.close)
-    step, dispatcher = engine.core.runner.run, engine.core.runner.dispatcher
+    step, dispatcher = engine.core.runner.finish, engine.core.runner.dispatcher
     num_steps = 0
 
-    def step_and_move(spans: object) -> object:
+    def step_and_move(spans: object, submitted: object) -> object:
         nonlocal num_steps
         num_steps += 1
         if num_steps == 2:
@@ -122,9 +122,9 @@ def over_sockets(path: Path, run_dir: Path, resources: ExitStack) -> LocalEngine
             for name, host in hosts.items():
                 host.keep(after[name])
                 assert host._held().holds == set(after[name])
-        return step(spans)
+        return step(spans, submitted)
 
-    engine.core.runner.run = step_and_move
+    engine.core.runner.finish = step_and_move
     return engine
 
 

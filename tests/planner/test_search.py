@@ -58,16 +58,6 @@ def test_single_streams_get_wider_experts() -> None:
     assert 1e3 * best.step.step_s < 8.5
 
 
-def test_stages_fill_and_drain() -> None:
-    """Four stages with a part each take 4 + 3 turns of a quarter of the layers."""
-    staged = step("behemoth", Layout(stages=4, ranks=8, hosts=16, sequences=128))
-    part = step("behemoth", Layout(ranks=8, hosts=16, sequences=32))
-    turns_s = 7 / 4 * 96 * part.layer_s
-    assert staged.layer_s == pytest.approx(part.layer_s)
-    assert staged.step_s == pytest.approx(turns_s + staged.head_s + 6 * 13.3e-6, rel=2e-3)
-    assert staged.pipeline_s == pytest.approx(3 / 4 * 96 * part.layer_s + 6 * 13.3e-6, rel=2e-3)
-
-
 def test_slices_send_a_row_to_each_of_their_hosts() -> None:
     whole = step("behemoth", Layout(ranks=8, hosts=16, sequences=512)).terms
     halves = step("behemoth", Layout(ranks=8, hosts=32, slices=2, sequences=512)).terms

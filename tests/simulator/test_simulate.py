@@ -77,9 +77,10 @@ def test_the_same_load_gives_the_same_run() -> None:
     )
 
 
-def test_a_full_batch_decodes_in_the_planners_time() -> None:
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_full_batch_decodes_in_the_planners_time(stages: int) -> None:
     """All sequences at context 64 to 264: TPOT is that of the formulae at the middle, with the same expert draws."""
-    layout = replace(LAYOUT, groups=1)
+    layout = replace(LAYOUT, groups=1, stages=stages)
     asked, plan = planned(layout)
     result = run(together(16), layout=layout)
     fleet = Fleet(

@@ -68,7 +68,7 @@ def group_of_threads(
     dtype: torch.dtype = torch.float32,
     num_sequences: int = 1,
     max_tokens: int = 128,
-    num_parts: int | None = None,
+    depth: int | None = None,
     num_microbatches: int = 1,
     timeout_s: float = 60.0,
     dispatcher_of: Callable[[int, int, Experts], CountingDirect] = lambda stage, rank, experts: CountingDirect(experts),
@@ -92,7 +92,7 @@ def group_of_threads(
         partition,
         runner_of,
         resources=resources,
-        num_parts=num_parts,
+        depth=depth,
         num_microbatches=num_microbatches,
         timeout_s=timeout_s,
     )

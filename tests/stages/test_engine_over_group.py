@@ -93,6 +93,43 @@ def test_pages_that_run_out_change_no_token(say: Say) -> None:
     assert say.preemptions > 0  # type: ignore[attr-defined]
 
 
+def test_nothing_is_in_flight_while_an_action_runs_between_steps(model_dir: Path) -> None:
+    """And what was is not lost: the tokens are those of an engine that nobody interrupts."""
+    said = []
+    for interrupted in (False, True):
+        engine = build_single_process(
+            model_dir, partition=Partition(num_stages=2), options=EngineOptions(num_blocks=300), num_threads=1
+        )
+        collector, seen = Collector(), []
+        engine.start(collector)
+        for name, prompt in PROMPTS.items():
+            engine.submit(request(name, prompt, max_tokens=40, ignore_eos=True))
+        flight = engine.core.flight
+        while interrupted and len(seen) < 20:
+            seen.append(engine.between_steps(lambda flight=flight: flight.num_steps))  # type: ignore[misc]
+        collector.wait_for(*PROMPTS)
+        engine.close()
+        assert not any(seen)
+        said.append({name: tokens(outputs) for name, outputs in collector.outputs.items()})
+    assert said[0] == said[1]
+
+
+def test_an_engine_closes_while_steps_are_in_flight(model_dir: Path) -> None:
+    engine = build_single_process(
+        model_dir, partition=Partition(num_stages=2), options=EngineOptions(num_blocks=300), num_threads=1
+    )
+    collector = Collector()
+    engine.start(collector)
+    for name in ("a", "b", "c"):
+        engine.submit(request(name, PROMPTS["p16"], max_tokens=200, ignore_eos=True))
+    engine.between_steps(lambda: None)
+    engine.close()
+    collector.wait_for("a", "b", "c")
+    for outputs in collector.outputs.values():
+        assert isinstance(outputs[-1].error, UnavailableError)
+        assert outputs[-1].error.reason == "DRAINING"
+
+
 def test_scores_are_those_of_one_member(model_dir: Path) -> None:
     scores = []
     for partition in (WHOLE, Partition(num_stages=2)):

@@ -119,7 +119,7 @@ def test_an_error_of_one_members_experts_is_the_steps_and_the_next_step_is_right
 
 def test_parts_after_one_that_failed_are_not_computed(start: Callable[..., tuple[Runner, Failing]]) -> None:
     """Their keys would have gaps before them, and their time would be lost."""
-    group, failing = start((2, 1), (0, 0), GONE, layer=0, num_parts=4)
+    group, failing = start((2, 1), (0, 0), GONE, layer=0, depth=4)
     with pytest.raises(UnavailableError):
         group.in_chunks(TOKENS, [40])
     assert failing.calls == [0]

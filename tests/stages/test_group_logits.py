@@ -90,7 +90,7 @@ def test_the_number_of_parts_changes_no_bit(tmp_path: Path, num_parts: int) -> N
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path, "topk2"))
     token_ids = random_ids(61)
     whole_TV = Runner.load(checkpoint).in_chunks(token_ids, [43, 1])
-    with running_group(checkpoint, Partition(num_stages=3), num_parts=num_parts) as group:
+    with running_group(checkpoint, Partition(num_stages=3), depth=num_parts) as group:
         assert torch.equal(group.in_chunks(token_ids, [43, 1]), whole_TV)
 
 

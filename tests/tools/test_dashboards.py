@@ -12,6 +12,7 @@ import yaml
 
 from cluster.observe.families import CLUSTER_FAMILIES
 from llama4_dist.gateway.metrics import GATEWAY_FAMILIES
+from llama4_dist.gateway.observe.dispatch_families import DISPATCH_FAMILIES
 from llama4_dist.gateway.observe.engine_families import ENGINE_FAMILIES
 from llama4_dist.gateway.observe.family import Family, Kind
 from tools import metrics_table
@@ -20,7 +21,7 @@ from tools.dashboards import __main__ as dashboards
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "deploy" / "grafana").glob("*.json"))
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yaml"
-FAMILIES = (*GATEWAY_FAMILIES, *ENGINE_FAMILIES, *CLUSTER_FAMILIES)
+FAMILIES = (*GATEWAY_FAMILIES, *ENGINE_FAMILIES, *DISPATCH_FAMILIES, *CLUSTER_FAMILIES)
 OF_THE_SCRAPE = {"job", "instance"}  # labels that Prometheus adds
 
 

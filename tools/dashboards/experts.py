@@ -1,11 +1,10 @@
 """How rows get to experts: load of the hosts, balance, and what attention waits for."""
 
 from cluster.observe import families as c
+from llama4_dist.gateway.observe import dispatch_families as d
 from llama4_dist.gateway.observe import engine_families as e
 from tools.dashboards.panels import Dashboard, Panel, Row
-from tools.dashboards.queries import each, mean, now, percentiles, rate, share, worst
-
-N, M = e.NUMBERS, e.MAPPINGS
+from tools.dashboards.queries import each, mean, mean_rate, now, percentiles, rate, share, worst
 
 EXPERTS = Dashboard(
     name="experts",
@@ -63,26 +62,49 @@ EXPERTS = Dashboard(
                 Panel(
                     title="From a frame to its answer",
                     meaning="Wire, queue and arithmetic of the host.",
-                    lines=percentiles(e.LATENCY),
+                    lines=percentiles(d.LATENCY),
                     unit="s",
                 ),
                 Panel(
                     title="Slowest hosts",
                     meaning="Time of frames under way to a host, per second: many at once count many times.",
-                    lines=each(rate, M["reply_seconds"], "host"),
+                    lines=each(rate, d.BY_HOST["reply_seconds"], "host"),
                     unit="percentunit",
                 ),
                 Panel(
                     title="Attention waits for experts",
-                    meaning="Share of the time that a worker's steps waited with nothing to do.",
-                    lines=each(rate, N["wait_on_experts_s"], "worker"),
+                    meaning="Share of the time that steps waited with nothing to do, by who sent the rows.",
+                    lines=each(rate, d.NUMBERS["wait_on_experts_s"], "worker"),
                     unit="percentunit",
                 ),
                 Panel(
                     title="Bytes of rows",
                     meaning="By direction and how they travel.",
-                    lines=each(rate, e.BYTES, "direction", "transport"),
+                    lines=each(rate, d.BYTES, "direction", "transport"),
                     unit="Bps",
+                ),
+            ),
+        ),
+        Row(
+            title="Stages of attention groups",
+            panels=(
+                Panel(
+                    title="Busy",
+                    meaning="Share of the time that a stage computed, mean over ranks; the busiest binds its group.",
+                    lines={"{{group}} stage {{stage}}": mean_rate(c.BUSY, "group", "stage")},
+                    unit="percentunit",
+                ),
+                Panel(
+                    title="Of that, waiting for experts",
+                    meaning="Share of the time; a worker that is not cut is a stage too.",
+                    lines={"{{group}} stage {{stage}}": mean_rate(d.NUMBERS["wait_on_experts_s"], "group", "stage")},
+                    unit="percentunit",
+                ),
+                Panel(
+                    title="Waiting for the stage before",
+                    meaning="Share of the time that a part was planned and its rows were not there.",
+                    lines={"{{group}} stage {{stage}}": mean_rate(c.STARVED, "group", "stage")},
+                    unit="percentunit",
                 ),
             ),
         ),

@@ -1,11 +1,10 @@
 """What changes, what breaks, and what was done about it."""
 
 from cluster.observe import families as c
+from llama4_dist.gateway.observe import dispatch_families as d
 from llama4_dist.gateway.observe import engine_families as e
 from tools.dashboards.panels import Dashboard, Panel, Row
 from tools.dashboards.queries import each, now, rate, series, worst
-
-N, M = e.NUMBERS, e.MAPPINGS
 
 FAULTS = Dashboard(
     name="faults",
@@ -69,21 +68,21 @@ FAULTS = Dashboard(
                 Panel(
                     title="Hedged rows by the host that was slow",
                     meaning="Asked of a replica too.",
-                    lines=each(rate, M["hedged_rows"], "host"),
+                    lines=each(rate, d.BY_HOST["hedged_rows"], "host"),
                     unit="cps",
                 ),
                 Panel(
                     title="Rows sent again, late replies",
                     meaning="Resent rows include hedges; late replies had been answered by another host.",
-                    lines={"resent": rate(N["resent_rows"]), "late": rate(N["late_replies"])},
+                    lines={"resent": rate(d.NUMBERS["resent_rows"]), "late": rate(d.NUMBERS["late_replies"])},
                     unit="cps",
                 ),
                 Panel(
                     title="Links lost, frames refused",
                     meaning="By reason.",
                     lines={
-                        "lost {{reason}}": rate(M["lost_links"], "reason"),
-                        "refused {{reason}}": rate(M["refused_frames"], "reason"),
+                        "lost {{reason}}": rate(d.BY_REASON["lost_links"], "reason"),
+                        "refused {{reason}}": rate(d.BY_REASON["refused_frames"], "reason"),
                         "refused by hosts {{reason}}": rate(c.REFUSALS, "reason"),
                         "closed by hosts {{reason}}": rate(c.CLOSED, "reason"),
                     },
@@ -103,7 +102,7 @@ FAULTS = Dashboard(
                 Panel(
                     title="Stalls",
                     meaning="Share of the time that steps were held because no host served an expert.",
-                    lines=each(rate, N["step_held_s"], "worker"),
+                    lines=each(rate, e.NUMBERS["step_held_s"], "worker"),
                     unit="percentunit",
                 ),
                 Panel(
@@ -115,7 +114,10 @@ FAULTS = Dashboard(
                 Panel(
                     title="Wrong answers",
                     meaning="Of hosts that a cross-check and a referee proved wrong; each is barred.",
-                    lines={"{{host}}": rate(M["wrong_answers"], "host"), "checked": rate(N["checked_frames"])},
+                    lines={
+                        "{{host}}": rate(d.BY_HOST["wrong_answers"], "host"),
+                        "checked": rate(d.NUMBERS["checked_frames"]),
+                    },
                     unit="cps",
                 ),
             ),

@@ -2,11 +2,10 @@
 
 from cluster.observe import families as c
 from llama4_dist.gateway import metrics as g
+from llama4_dist.gateway.observe import dispatch_families as d
 from llama4_dist.gateway.observe import engine_families as e
 from tools.dashboards.panels import Dashboard, Panel, Row
 from tools.dashboards.queries import each, now, percentiles, rate, share, worst
-
-N, M = e.NUMBERS, e.MAPPINGS
 
 MACHINES = Dashboard(
     name="machines",
@@ -70,11 +69,11 @@ MACHINES = Dashboard(
         Row(
             title="Engines",
             panels=(
-                Panel(title="Steps", meaning="A second.", lines=each(rate, N["steps"], "worker"), unit="cps"),
+                Panel(title="Steps", meaning="A second.", lines=each(rate, e.NUMBERS["steps"], "worker"), unit="cps"),
                 Panel(
                     title="Rows sent to hosts",
-                    meaning="By attention worker.",
-                    lines=each(rate, M["host_rows"], "worker"),
+                    meaning="By attention worker, or group: a copy of the model.",
+                    lines=each(rate, d.BY_HOST["host_rows"], "group"),
                     unit="cps",
                 ),
                 Panel(

@@ -24,6 +24,11 @@ def rate(family: Family, *by: str, where: str = "", suffix: str = "") -> str:
     return summed(family, f"rate({series(family, where, suffix)}[{WINDOW}])", by)
 
 
+def mean_rate(family: Family, *by: str) -> str:
+    """Return what a counter grows by in a second, mean over the series that are alike in the labels `by`."""
+    return f"avg{group(by)} ({once(family, f'rate({series(family)}[{WINDOW}])')})"
+
+
 def now(family: Family, *by: str, where: str = "") -> str:
     """Return a gauge as it is, summed but for the labels `by`."""
     return summed(family, series(family, where), by)
@@ -63,10 +68,14 @@ def share(part: str, whole: str) -> str:
 
 def summed(family: Family, inner: str, by: tuple[str, ...]) -> str:
     """Sum over series, each worker counted once however many gateways tell of it."""
-    if family not in GATEWAY_FAMILIES and family.labels:
-        labels = ("job", *family.labels, *(("le",) if "le" in by else ()))
-        inner = f"max{group(labels)} ({inner})"
-    return f"sum{group(by)} ({inner})"
+    return f"sum{group(by)} ({once(family, inner, 'le' in by)})"
+
+
+def once(family: Family, inner: str, is_bucket: bool = False) -> str:
+    """Return each series once, however many gateways tell of it."""
+    if family in GATEWAY_FAMILIES or not family.labels:
+        return inner
+    return f"max{group(('job', *family.labels, *(('le',) if is_bucket else ())))} ({inner})"
 
 
 def group(labels: tuple[str, ...]) -> str:

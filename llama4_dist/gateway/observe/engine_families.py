@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from prometheus_client.core import Metric
 
 from llama4_dist.engine.port import EngineStats
+from llama4_dist.gateway.observe.dispatch_families import alone, dispatch_metrics
 from llama4_dist.gateway.observe.family import Distribution, Family, counter, gauge, histogram
 from llama4_dist.stations import BOUNDS_S, buckets
 
@@ -18,6 +19,7 @@ REPLAYED = counter("requests_replayed", "Requests that went on with another engi
 NUMBERS: Mapping[str, Family] = {
     "requests_running": gauge("requests_running", "Sequences in the batch.", WORKER),
     "requests_waiting": gauge("requests_waiting", "Sequences that wait for admission.", WORKER),
+    "steps_in_flight": gauge("steps_in_flight", "Steps begun whose tokens have not come.", WORKER),
     "max_queue_age_s": gauge("queue_age_seconds", "Age of the oldest request that waits.", WORKER),
     "kv_blocks_total": gauge("kv_blocks", "Blocks of the KV cache.", WORKER),
     "steps": counter("engine_steps", "Steps.", WORKER),
@@ -33,33 +35,12 @@ NUMBERS: Mapping[str, Family] = {
     "requests_failed": counter("requests_failed", "Requests that ended with an error.", WORKER),
     "step_holds": counter("step_holds", "Times that steps stalled because no host served an expert.", WORKER),
     "step_held_s": counter("step_held_seconds", "Time they stalled, the stall of now included.", WORKER),
-    "wait_on_experts_s": counter(
-        "attention_wait_on_experts_seconds", "Time steps waited for expert rows with nothing to do.", WORKER
-    ),
-    "resent_rows": counter("dispatch_resent_rows", "Rows asked of another host, hedges included.", WORKER),
-    "late_replies": counter("dispatch_late_replies", "Answers that came after another's had counted.", WORKER),
-    "checked_frames": counter("dispatch_checked_frames", "Answers compared with another host's.", WORKER),
-}
-# Families of one mapping, with the name of its key's label.
-MAPPINGS: Mapping[str, Family] = {
-    "host_rows": counter("dispatch_rows", "Rows sent to expert hosts.", WORKER, "host"),
-    "reply_seconds": counter("dispatch_reply_seconds", "Sum of the times from a frame to its answer.", WORKER, "host"),
-    "hedged_rows": counter("dispatch_hedged_rows", "Rows asked of a replica too, by the slow host.", WORKER, "host"),
-    "wrong_answers": counter("dispatch_wrong_answers", "Answers proved wrong, by who gave them.", WORKER, "host"),
-    "refused_frames": counter("dispatch_refusals", "Frames that hosts refused.", WORKER, "reason"),
-    "lost_links": counter("dispatch_links_lost", "Links to hosts that were given up.", WORKER, "reason"),
 }
 KV_USED = gauge("kv_cache_usage_ratio", "Share of KV blocks that sequences hold.", WORKER)
 KV_CACHED = gauge("prefix_cache_usage_ratio", "Share of KV blocks kept for the prefixes in them.", WORKER)
-BYTES = counter(
-    "dispatch_bytes", "Bytes of rows, without frames around them.", WORKER, "host", "direction", "transport"
-)
-LATENCY = histogram("dispatch_latency_seconds", "Time from a frame of rows to its answer.", BOUNDS_S, WORKER)
 STATIONS = histogram("station_seconds", "Time of a step at one of its stations.", BOUNDS_S, WORKER, "station")
 
-ENGINE_FAMILIES = (
-    UP, ENGINES, REPLAYED, *NUMBERS.values(), KV_USED, KV_CACHED, *MAPPINGS.values(), BYTES, LATENCY, STATIONS,
-)  # fmt: skip
+ENGINE_FAMILIES = (UP, ENGINES, REPLAYED, *NUMBERS.values(), KV_USED, KV_CACHED, STATIONS)
 
 
 def engine_metrics(answers: Mapping[str, EngineStats | None], replays: Mapping[str, int]) -> Iterator[Metric]:
@@ -70,37 +51,15 @@ def engine_metrics(answers: Mapping[str, EngineStats | None], replays: Mapping[s
     yield REPLAYED.of(*(((worker,), replays.get(worker, 0)) for worker in {**answers, **replays}))
     for field, family in NUMBERS.items():
         yield family.of(*(((worker,), getattr(stats, field)) for worker, stats in found.items()))
-    for field, family in MAPPINGS.items():
-        yield family.of(*_by_key(found, field))
     yield KV_USED.of(*(((worker,), share(s, s.kv_blocks_total - s.kv_blocks_free)) for worker, s in found.items()))
     yield KV_CACHED.of(*(((worker,), share(s, s.kv_blocks_cached)) for worker, s in found.items()))
-    yield BYTES.of(*_bytes(found))
-    yield LATENCY.spread(((worker,), replies(stats)) for worker, stats in found.items())
     yield STATIONS.spread(_stations(found))
+    yield from dispatch_metrics({alone(worker): stats for worker, stats in found.items()})
 
 
 def share(stats: EngineStats, num_blocks: int) -> float:
     """Return a number of blocks as a share of all."""
     return num_blocks / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
-
-
-def replies(stats: EngineStats) -> Distribution:
-    """Return how long answers took."""
-    counts = [stats.replies.get(str(place), 0) for place in range(len(BOUNDS_S) + 1)]
-    return Distribution(counts=counts, total=sum(stats.reply_seconds.values()))
-
-
-def _by_key(found: Mapping[str, EngineStats], field: str) -> Iterable[tuple[tuple[str, str], float]]:
-    for worker, stats in found.items():
-        for key, number in getattr(stats, field).items():
-            yield (worker, key), number
-
-
-def _bytes(found: Mapping[str, EngineStats]) -> Iterable[tuple[tuple[str, str, str, str], float]]:
-    for worker, stats in found.items():
-        for direction, by_host in (("out", stats.host_bytes_out), ("in", stats.host_bytes_in)):
-            for host, num_bytes in by_host.items():
-                yield (worker, host, direction, stats.host_transports.get(host, "")), num_bytes
 
 
 def _stations(found: Mapping[str, EngineStats]) -> Iterable[tuple[tuple[str, str], Distribution]]:

@@ -235,7 +235,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "steps", "prompt_tokens", "generated_tokens", "preemptions", "requests_admitted", "requests_finished", "requests_cancelled", "requests_failed", "max_queue_age_s", "station_seconds", "host_rows", "host_bytes_out", "host_bytes_in", "requests_replayed", "kv_blocks_cached", "prefix_hits", "prefix_tokens", "prefix_evictions", "station_steps", "step_holds", "step_held_s", "wait_on_experts_s", "resent_rows", "late_replies", "checked_frames", "host_transports", "hedged_rows", "wrong_answers", "refused_frames", "lost_links", "reply_seconds", "replies")
+    __slots__ = ("requests_running", "requests_waiting", "kv_blocks_total", "kv_blocks_free", "steps", "prompt_tokens", "generated_tokens", "preemptions", "requests_admitted", "requests_finished", "requests_cancelled", "requests_failed", "max_queue_age_s", "station_seconds", "host_rows", "host_bytes_out", "host_bytes_in", "requests_replayed", "kv_blocks_cached", "prefix_hits", "prefix_tokens", "prefix_evictions", "station_steps", "step_holds", "step_held_s", "wait_on_experts_s", "resent_rows", "late_replies", "checked_frames", "host_transports", "hedged_rows", "wrong_answers", "refused_frames", "lost_links", "reply_seconds", "replies", "steps_in_flight")
     class StationSecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -356,6 +356,7 @@ class GetStatsResponse(_message.Message):
     LOST_LINKS_FIELD_NUMBER: _ClassVar[int]
     REPLY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     REPLIES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     requests_running: int
     requests_waiting: int
     kv_blocks_total: int
@@ -392,7 +393,8 @@ class GetStatsResponse(_message.Message):
     lost_links: _containers.ScalarMap[str, int]
     reply_seconds: _containers.ScalarMap[str, float]
     replies: _containers.ScalarMap[str, int]
-    def __init__(self, requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., requests_admitted: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., requests_failed: _Optional[int] = ..., max_queue_age_s: _Optional[float] = ..., station_seconds: _Optional[_Mapping[str, float]] = ..., host_rows: _Optional[_Mapping[str, int]] = ..., host_bytes_out: _Optional[_Mapping[str, int]] = ..., host_bytes_in: _Optional[_Mapping[str, int]] = ..., requests_replayed: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., prefix_evictions: _Optional[int] = ..., station_steps: _Optional[_Mapping[str, int]] = ..., step_holds: _Optional[int] = ..., step_held_s: _Optional[float] = ..., wait_on_experts_s: _Optional[float] = ..., resent_rows: _Optional[int] = ..., late_replies: _Optional[int] = ..., checked_frames: _Optional[int] = ..., host_transports: _Optional[_Mapping[str, str]] = ..., hedged_rows: _Optional[_Mapping[str, int]] = ..., wrong_answers: _Optional[_Mapping[str, int]] = ..., refused_frames: _Optional[_Mapping[str, int]] = ..., lost_links: _Optional[_Mapping[str, int]] = ..., reply_seconds: _Optional[_Mapping[str, float]] = ..., replies: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    steps_in_flight: int
+    def __init__(self, requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., requests_admitted: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_cancelled: _Optional[int] = ..., requests_failed: _Optional[int] = ..., max_queue_age_s: _Optional[float] = ..., station_seconds: _Optional[_Mapping[str, float]] = ..., host_rows: _Optional[_Mapping[str, int]] = ..., host_bytes_out: _Optional[_Mapping[str, int]] = ..., host_bytes_in: _Optional[_Mapping[str, int]] = ..., requests_replayed: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., prefix_evictions: _Optional[int] = ..., station_steps: _Optional[_Mapping[str, int]] = ..., step_holds: _Optional[int] = ..., step_held_s: _Optional[float] = ..., wait_on_experts_s: _Optional[float] = ..., resent_rows: _Optional[int] = ..., late_replies: _Optional[int] = ..., checked_frames: _Optional[int] = ..., host_transports: _Optional[_Mapping[str, str]] = ..., hedged_rows: _Optional[_Mapping[str, int]] = ..., wrong_answers: _Optional[_Mapping[str, int]] = ..., refused_frames: _Optional[_Mapping[str, int]] = ..., lost_links: _Optional[_Mapping[str, int]] = ..., reply_seconds: _Optional[_Mapping[str, float]] = ..., replies: _Optional[_Mapping[str, int]] = ..., steps_in_flight: _Optional[int] = ...) -> None: ...
 
 class GetLimitsRequest(_message.Message):
     __slots__ = ()

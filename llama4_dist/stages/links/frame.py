@@ -19,7 +19,7 @@ import xxhash
 from llama4_dist.stages.links.defect import defect
 
 MAGIC = b"L4DP"
-VERSION = 1
+VERSION = 2  # of these and of what their headers say; a Hello names it, so that nobody is sent what it cannot read
 MAX_HEADER_BYTES = 64 * 1024 * 1024  # of a plan: token ids, and 4 bytes for every page of every sequence
 _PREFIX = struct.Struct("<4sHHQQIIQ")
 PREFIX_BYTES = _PREFIX.size

@@ -11,11 +11,13 @@ import msgpack
 
 from llama4_dist.dispatch.challenge import MAX_HELLO_BYTES, failed
 from llama4_dist.errors import HandshakeError
+from llama4_dist.stages.links.frame import VERSION
 
 MAGIC = b"L4DS"
 LEADER = "leader"
 _MAX_TEXT = 128
 _ALIKE = (
+    "messages",
     "group",
     "formation",
     "model_hash",
@@ -28,6 +30,7 @@ _ALIKE = (
     "arithmetic",
 )
 _REMEDIES = {
+    "messages": ": start all processes of a group from one build",
     "formation": ": the group is being formed anew",
     "arithmetic": ": give every node a C++ compiler, or none, and all members the same device",
 }
@@ -43,7 +46,10 @@ class Purpose(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupIdentity:
-    """What all processes of a group have alike. `formation` rises each time the group is formed anew."""
+    """What all processes of a group have alike. `formation` rises each time the group is formed anew.
+
+    `messages` is the version of what they say to each other (`frame.VERSION`).
+    """
 
     group: str
     formation: int
@@ -55,6 +61,7 @@ class GroupIdentity:
     dtype: str
     weights: str
     arithmetic: str
+    messages: int = VERSION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +71,7 @@ class Hello:
     purpose: str
     stage: int
     rank: int
+    messages: int
     group: str
     formation: int
     model_hash: str

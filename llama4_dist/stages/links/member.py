@@ -23,7 +23,9 @@ from llama4_dist.stages.links.plan_codec import PlanRules
 from llama4_dist.stages.links.ports import OutputInlet, OutputSender, deliver_plans, plan_bounds
 from llama4_dist.stages.links.store import BOUNDS, LinkStore
 from llama4_dist.stages.member import StageMember, StageRunner
+from llama4_dist.stages.part_record import PartRecord
 from llama4_dist.stages.ports import TIMEOUT_S
+from llama4_dist.telemetry.tracing import ours
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ class ProcessMember:
 
     def __init__(self, share: Share, door: Door, *, device: torch.device | str, timeout_s: float = TIMEOUT_S) -> None:
         self.loop = MemberLoop(f"stage-{share.stage}-rank-{share.rank}")
+        layers = f"{share.layers.start}-{share.layers.stop - 1}"
+        self.record = PartRecord(ours(stage=share.stage, rank=share.rank, layers=layers))
         self._share = share
         self._door = door
         self._device = device
@@ -162,7 +166,9 @@ class ProcessMember:
         assert after is not None, "who is dialled for outputs is among the connections"
         if partition.num_ranks > 1:
             formed.ranks = self._join_ranks(formed, store, neighbours)
-        formed.member = StageMember(runner, before=inlet, after=OutputSender(after), timeout_s=self._timeout_s)
+        formed.member = StageMember(
+            runner, before=inlet, after=OutputSender(after), record=self.record, timeout_s=self._timeout_s
+        )
 
     def _join_ranks(self, formed: _Formed, store: LinkStore, neighbours: Neighbours) -> ProcessRanks:
         for link in store.links:

@@ -1,9 +1,10 @@
 """A part of a step as bytes, and back; whatever a plan names is checked against what the member has.
 
-    msgpack [step, first microbatch, microbatches, token ids, logit rows, spans]
+    msgpack [step, first microbatch, microbatches, token ids, logit rows, spans, traceparent]
     span    [tokens, cached, [[first block, page ids], ...]]
 
-Token ids, logit rows and page ids are little-endian int32 in one string of bytes each.
+The last field is there only where the step has a span. Token ids, logit rows and page ids are little-endian int32 in
+one string of bytes each.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from llama4_dist.model.batch import Batch, PageRun, SequenceSpan
 from llama4_dist.model.kv_layout import KVGroup
 from llama4_dist.stages.links.defect import defect
 from llama4_dist.stages.links.frame import MAX_HEADER_BYTES
+from llama4_dist.telemetry.tracing import TRACEPARENT_LEN, is_traceparent
 
 MAX_SPANS = 65536
 _INT32 = np.dtype("<i4")
@@ -42,16 +44,15 @@ def encode_plan(part: Batch) -> bytes:
         (span.num_tokens, span.num_cached, [(run.first_block, _bytes_of(run.ids_N)) for run in span.pages])
         for span in part.spans
     ]
-    packed: bytes = msgpack.packb(
-        (
-            part.step,
-            part.first_microbatch,
-            part.num_microbatches,
-            _bytes_of(part.token_ids_T.cpu().numpy()),
-            _bytes_of(np.array(part.logit_rows)),
-            spans,
-        )
+    fields = (
+        part.step,
+        part.first_microbatch,
+        part.num_microbatches,
+        _bytes_of(part.token_ids_T.cpu().numpy()),
+        _bytes_of(np.array(part.logit_rows)),
+        spans,
     )
+    packed: bytes = msgpack.packb((*fields, part.trace) if part.trace else fields)
     return packed
 
 
@@ -64,8 +65,13 @@ def decode_plan(received: bytes | bytearray, rules: PlanRules, *, device: torch.
 
 
 def _decode(received: bytes | bytearray, rules: PlanRules, device: torch.device | str) -> Batch:
-    step, first_microbatch, num_microbatches, token_bytes, logit_bytes, spans = msgpack.unpackb(
-        received, max_str_len=0, max_bin_len=MAX_HEADER_BYTES, max_array_len=MAX_SPANS, max_map_len=0, max_ext_len=0
+    step, first_microbatch, num_microbatches, token_bytes, logit_bytes, spans, *trace = msgpack.unpackb(
+        received,
+        max_str_len=TRACEPARENT_LEN,
+        max_bin_len=MAX_HEADER_BYTES,
+        max_array_len=MAX_SPANS,
+        max_map_len=0,
+        max_ext_len=0,
     )
     token_ids = _ints_of(token_bytes, "TOKEN_RANGE", below=rules.vocab_size)
     logit_rows = _ints_of(logit_bytes, "LOGIT_ROW_RANGE", below=len(token_ids))
@@ -80,7 +86,13 @@ def _decode(received: bytes | bytearray, rules: PlanRules, device: torch.device 
         logit_rows=tuple(logit_rows.tolist()),
         num_microbatches=1 + _int(num_microbatches - 1, 2),
         first_microbatch=_int(first_microbatch, _MAX_STEP),
+        trace=_trace(*trace) if trace else "",
     )
+
+
+def _trace(received: Any) -> str:
+    _check(type(received) is str and is_traceparent(received), "TRACE_SHAPE", "a trace that is no traceparent came")
+    return str(received)
 
 
 def _span(fields: Any, rules: PlanRules) -> SequenceSpan:

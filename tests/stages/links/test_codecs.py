@@ -18,10 +18,12 @@ from llama4_dist.stages.links.frame import FrameBounds, MessageKind, prefix_of, 
 from llama4_dist.stages.links.output_codec import OutputRules, decode_output, encode_output
 from llama4_dist.stages.links.plan_codec import PlanRules, decode_plan, encode_plan
 from llama4_dist.stages.ports import StageOutput, worker_lost
+from llama4_dist.telemetry.tracing import is_traceparent
 
 GROUPS = (KVGroup(layers=(0, 1), chunk_size=None), KVGroup(layers=(2,), chunk_size=16))
 RULES = PlanRules(vocab_size=100, max_tokens=64, num_pages=50, block_size=8, groups=GROUPS)
 OUTPUTS = OutputRules(width=6, max_rows=9)
+TRACE = f"00-{'ab' * 16}-{'cd' * 8}-01"
 
 
 @st.composite
@@ -49,6 +51,7 @@ def parts(draw: st.DrawFn) -> Batch:
         logit_rows=tuple(sorted(draw(st.sets(st.integers(0, count - 1))))),
         num_microbatches=draw(st.integers(1, 2)),
         first_microbatch=draw(st.integers(0, 9)),
+        trace=draw(st.sampled_from(("", TRACE))),
     )
 
 
@@ -56,7 +59,7 @@ def plain(part: Batch) -> Any:
     pages = [[(run.first_block, run.ids) for run in span.pages] for span in part.spans]
     counts = [(span.num_tokens, span.num_cached) for span in part.spans]
     microbatches = part.num_microbatches, part.first_microbatch
-    return part.step, part.token_ids_T.tolist(), counts, pages, part.logit_rows, microbatches
+    return part.step, part.token_ids_T.tolist(), counts, pages, part.logit_rows, microbatches, part.trace
 
 
 @given(parts())
@@ -79,6 +82,7 @@ def test_a_plan_that_was_cut_or_altered_is_refused_or_names_only_what_is_there(
         read = decode_plan(sent, RULES)
     except FrameError:
         return
+    assert not read.trace or is_traceparent(read.trace)
     assert 0 < len(read.token_ids_T) <= RULES.max_tokens
     assert read.token_ids_T.max() < RULES.vocab_size
     assert all(0 <= page < RULES.num_pages for span in read.spans for run in span.pages for page in run.ids)
@@ -118,6 +122,10 @@ def with_pages(*runs: PageRun) -> Batch:
         (replace(ONE, logit_rows=(1, 0)), "LOGIT_ROW_ORDER"),
         (replace(ONE, step=-1), "NUMBER_RANGE"),
         (replace(ONE, num_microbatches=3), "NUMBER_RANGE"),
+        (replace(ONE, trace=TRACE[:-1]), "TRACE_SHAPE"),
+        (replace(ONE, trace=TRACE.upper()), "TRACE_SHAPE"),
+        (replace(ONE, trace=TRACE + "0"), "PLAN_SHAPE"),  # longer than any
+        (replace(ONE, trace=TRACE.encode()), "TRACE_SHAPE"),  # type: ignore[arg-type]
         (with_pages(*ONE.spans[0].pages[:1]), "PAGE_GROUPS"),
         (with_pages(PageRun(first_block=0, ids=(4, 5, 50)), ONE.spans[0].pages[1]), "PAGE_RANGE"),
         (with_pages(PageRun(first_block=0, ids=(4, 5)), ONE.spans[0].pages[1]), "PAGES_MISSING"),
@@ -128,6 +136,15 @@ def test_a_plan_that_names_what_is_not_there_is_refused(part: Batch, reason: str
     with pytest.raises(FrameError) as caught:
         decode_plan(encode_plan(part), RULES)
     assert caught.value.reason == reason
+
+
+def test_a_plan_says_where_it_is_in_a_trace_only_if_it_is_in_one() -> None:
+    plain, traced = (encode_plan(replace(ONE, trace=trace)) for trace in ("", TRACE))
+    assert len(msgpack.unpackb(plain)) == 6
+    assert len(traced) - len(plain) <= len(TRACE) + 2
+    with pytest.raises(FrameError) as caught:
+        decode_plan(msgpack.packb([*msgpack.unpackb(traced), TRACE]), RULES)
+    assert caught.value.reason == "PLAN_SHAPE"
 
 
 @given(st.binary(max_size=200))
