@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+SLOW_TIMEOUT_S = 600  # of a test that hangs; others are given less in pyproject.toml
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter
@@ -33,6 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; `make gpu-check` checks the same on one"))
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
     longest_first(items)
 
 
