@@ -26,10 +26,10 @@ class Step:
     spans: tuple[PlannedSpan, ...]
     num_decodes: int
     num_tokens: int
-    num_sampling: int
     beside: InFlight
     started_s: float
     before: Before | None  # of its trace
+    num_sampling: int = 0  # counted where steps are in flight
     submitted: Submitted | None = None  # None: the model computes it when it is asked for its results
     error: Exception | None = None
     results: list[Result] = field(default_factory=list)
@@ -92,7 +92,6 @@ class Flight:
             spans=plan.spans,
             num_decodes=sum(span.sequence.num_pending == 1 for span in plan.spans),
             num_tokens=sum(span.num_tokens for span in plan.spans),
-            num_sampling=sum(span.num_tokens == span.sequence.num_pending for span in plan.spans),
             beside=beside,
             started_s=started_s,
             before=before,
@@ -100,6 +99,7 @@ class Flight:
         self._steps.append(step)
         if self.depth == 1:
             return
+        step.num_sampling = sum(span.num_tokens == span.sequence.num_pending for span in plan.spans)
         self._step_of |= dict.fromkeys((span.sequence for span in plan.spans), step)
         try:
             step.submitted = self._runner.submit(plan.spans, plan.num_parts)

@@ -4,10 +4,18 @@ A model of P stages computes P steps at a time, each of other sequences: then ev
 waits for none. What bounds one step of a whole model bounds here all that are in flight together: each takes its share.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from llama4_dist.engine.sequence import SequenceState
+
+
+class HasTokens(Protocol):
+    """A span of a step."""
+
+    @property
+    def num_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,14 +48,15 @@ class InFlight:
         num_sharers = min(self.depth, max(1, num_prompts))
         return max(0, min(bound - taken, -(-bound // num_sharers)))
 
-    def num_parts(self, num_tokens: int, bound: int, num_idle: int) -> int:
-        """Return in how many parts a step of `num_tokens` goes out; `num_idle` sequences could have been planned.
+    def num_parts(self, spans: Iterable[HasTokens], bound: int, num_idle: int) -> int:
+        """Return in how many parts a step of `spans` goes out; `num_idle` sequences could have been planned.
 
         Parts are alike: a step with all tokens of `bound` is as many as the stages. Where there are fewer steps than
         stages, their parts fill them.
         """
         if self.depth == 1:
             return 1
+        num_tokens = sum(span.num_tokens for span in spans)
         num_steps = min(self.depth, self.num_steps + max(1, num_idle))
         return max(-(-self.depth * num_tokens // bound), -(-self.depth // num_steps))
 

@@ -62,21 +62,22 @@ def plan_step(
     room = find_room(running, flight.sequences, pool=pool, layout=layout, block_size=options.block_size)
     if room is None:
         return NOTHING
-    kept, moves = room.kept, room.moves
+    kept, preempted, moves, num_free, freed = room
     idle = [s for s in kept if s not in flight.sequences] if flight.sequences else kept
     # After a preemption nothing is admitted: it would take back the pages that were just freed.
-    num_places = 0 if room.preempted else options.max_num_seqs - len(kept)
+    num_places = 0 if preempted else options.max_num_seqs - len(kept)
     num_coming = min(num_places, len(waiting))
-    budget = _Budget(options, layout, room.num_free)
+    budget = _Budget(options, layout, num_free)
     decodes = [s for s in idle if s.num_pending == 1]
-    decodes = decodes[: flight.share(len(decodes) + flight.num_sampling)]
+    if flight.depth > 1:
+        decodes = decodes[: flight.share(len(decodes) + flight.num_sampling)]
     spans = [span for s in decodes if (span := budget.spend(s, s.num_cached, moves.get(s.request_id)))]
     candidates = [s for s in idle if s.num_pending > 1]
-    prompts = (*candidates, *flight.sequences)
-    num_prompts = num_coming + sum(s.num_pending > 1 for s in prompts)
+    prompts = [*candidates, *(s for s in flight.sequences if s.num_pending > 1)]
+    num_prompts = len(prompts) + num_coming
     budget.leave_to_prompts(flight, len(spans), num_prompts, max_prompt_tokens)
     most_spans = len(spans) + flight.share(num_prompts)
-    admissions = _Admissions(budget, pool, layout, options, num_places=num_places, prompts=prompts, freed=room.freed)
+    admissions = _Admissions(budget, pool, layout, options, num_places=num_places, prompts=prompts, freed=freed)
     if num_places > 0:
         candidates += waiting
     for sequence in sorted(candidates, key=lambda s: (s.order[0], served(s.request.tenant), s.order)):
@@ -94,12 +95,10 @@ def plan_step(
     return StepPlan(
         spans=tuple(spans),
         moves=(*((span.sequence, span.move) for span in spans if span.move), *others),
-        preempted=tuple(room.preempted),
+        preempted=tuple(preempted),
         admitted=tuple(admissions.admitted),
         hits=tuple(admissions.hits),
-        num_parts=flight.num_parts(
-            sum(span.num_tokens for span in spans), options.max_num_batched_tokens, len(idle) + num_coming
-        ),
+        num_parts=flight.num_parts(spans, options.max_num_batched_tokens, len(idle) + num_coming),
     )
 
 

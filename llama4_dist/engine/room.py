@@ -2,8 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from llama4_dist.engine.page_move import PageMove, Pages, page_ids
 from llama4_dist.engine.prefix import Key
@@ -20,8 +19,7 @@ class PagePool(Protocol):
     def page_of(self, key: Key) -> int | None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Room:
+class Room(NamedTuple):
     """Who stays and who is preempted, how the pages of those that stay move, and what is free after that."""
 
     kept: list[SequenceState]
