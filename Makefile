@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 export NO_PROXY := localhost,127.0.0.1,::1
 
 # Tests wait more than they compute, for clusters that start and hosts that die: several files run at a time.
-TEST_WORKERS ?= 3
+TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-fast check format stubs bench chaos soak switch-off deploy-check gpu-check clean
