@@ -4,7 +4,6 @@ import atexit
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor
 from cluster.driver.driver_control import DriverControl
 from cluster.driver.launch import ensure_ray
 from cluster.driver.processes import ClusterProcesses, OnProgress
+from cluster.driver.socket_folder import socket_folder
 from cluster.driver.spawn import RaySpawner
 from cluster.plan import ClusterPlan, stages_of
 from cluster.planning.autoscale import AutoscalePolicy
@@ -33,6 +33,8 @@ from llama4_dist.rpc.cluster_secret import cluster_secret
 from llama4_dist.rpc.directory import DirectoryServer
 from llama4_dist.rpc.remote_group import RemoteGroup
 from llama4_dist.telemetry.settings import DEFAULT, Telemetry
+
+LONGEST_SOCKET = "attention-99.99.99-1764200000000.sock"  # of a worker
 
 
 class RayEngine:
@@ -87,7 +89,7 @@ class RayEngine:
         geometry = read_geometry(model_dir, dtype, weights, expert_slices, device)
         check_cut(model_dir, partition)
         secret, run_id = secret or cluster_secret(), f"llama4-{secrets.token_hex(4)}"
-        run_dir = Path(tempfile.gettempdir()) / run_id
+        run_dir = socket_folder(f"{run_id}/{LONGEST_SOCKET}") / run_id
 
         def configs(role: Role, count: int, threads: int) -> tuple[WorkerConfig, ...]:
             return tuple(

@@ -25,7 +25,7 @@ for name in ("COLUMNS", "LINES"):
 # Each worker of pytest has temporary files of its own, so that what one leaves behind is not found by another.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER is not None:
-    folder = Path(tempfile.gettempdir()) / f"{WORKER}-{os.getpid()}"  # short: paths of sockets have 107 bytes
+    folder = Path(tempfile.gettempdir()) / f"t{os.getpid():x}"  # short: paths of sockets have 107 bytes
     folder.mkdir(mode=0o700)
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
 

@@ -23,6 +23,7 @@ from ray._private import ray_constants
 from ray._private import worker as ray_worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
+from cluster.driver.socket_folder import socket_folder
 from llama4_dist.errors import UnavailableError
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ NAMESPACE = "llama4_dist"
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's least; no tensor of ours goes there
 PROBE_TIMEOUT_S = 5.0
 EXIT_TIMEOUT_S = 10.0
+LONGEST_SOCKET = "llama4-ray-12345678/session_2026-01-01_00-00-00_123456_4194304/sockets/plasma_store"
 LOCAL_CPUS = 4096  # a logical count: threads are bounded by each worker's own setting
 
 # Read by Ray's processes when they start.
@@ -93,7 +95,7 @@ def ensure_ray(address: str | None = None) -> RaySession:
 
 def start_ray() -> RaySession:
     """Start a Ray of one node on loopback."""
-    temp_dir = Path(tempfile.mkdtemp(prefix="llama4-ray-"))
+    temp_dir = Path(tempfile.mkdtemp(prefix="llama4-ray-", dir=socket_folder(LONGEST_SOCKET)))
     # An operator who set the mode has decided about tokens too.
     own_token = "RAY_AUTH_MODE" not in os.environ
     session = RaySession(started_here=True, connected_here=True, temp_dir=temp_dir, own_token=own_token)

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import ray
 
 from cluster.driver.launch import RaySession, ensure_ray
+from cluster.driver.socket_folder import FALLBACK, MAX_PATH_BYTES, socket_folder
 from llama4_dist.errors import ConfigError, UnavailableError
 from llama4_dist.rpc.cluster_secret import SECRET_FILE_VARIABLE, cluster_secret
 
@@ -78,6 +80,32 @@ def test_a_ray_of_ours_is_closed_to_others_and_leaves_nothing() -> None:
     assert "RAY_AUTH_MODE" not in os.environ
     _, alive = psutil.wait_procs(ours, timeout=10)
     assert alive == []
+
+
+def test_sockets_lie_in_the_temporary_folder_as_long_as_their_paths_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    room = MAX_PATH_BYTES - len(os.fsencode(tmp_path)) - 1
+    assert socket_folder("x" * room) == tmp_path
+    assert socket_folder("x" * (room + 1)) == FALLBACK
+    monkeypatch.setattr(tempfile, "tempdir", "/ä")
+    assert socket_folder("x" * (MAX_PATH_BYTES - 4)) == Path("/ä"), "bytes count, not characters"
+    assert socket_folder("x" * (MAX_PATH_BYTES - 3)) == FALLBACK
+
+
+@pytest.mark.ray
+def test_a_ray_starts_below_a_deep_temporary_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("scratch" * 10)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    session = ensure_ray()
+    try:
+        assert ray.is_initialized()
+    finally:
+        session.close()
+    assert session.temp_dir is not None
+    assert not session.temp_dir.exists()
 
 
 @pytest.mark.ray
