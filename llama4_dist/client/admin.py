@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -72,7 +72,7 @@ class AdminClient:
         """Describe the cluster and every process of it."""
         return cluster_from_proto(self._call(self._cluster.GetCluster, cluster_pb2.GetClusterRequest()))
 
-    def watch(self, *, heartbeat_s: float | None = None) -> Iterator[Cluster]:
+    def watch(self, *, heartbeat_s: float | None = None) -> Generator[Cluster, None, None]:
         """Yield the cluster now and after every change; raises when the server or the controller goes away."""
         request = cluster_pb2.WatchClusterRequest(heartbeat=duration(heartbeat_s))
         for event in self._stream(self._cluster.WatchCluster, request):
@@ -83,7 +83,7 @@ class AdminClient:
         """Say who holds what."""
         return placement_from_proto(self._call(self._experts.GetPlacement, experts_pb2.GetPlacementRequest()))
 
-    def watch_placement(self) -> Iterator[Placement]:
+    def watch_placement(self) -> Generator[Placement, None, None]:
         """Yield the placement now and after every change."""
         seen: Placement | None = None
         for event in self._stream(self._experts.WatchPlacement, experts_pb2.WatchPlacementRequest()):
@@ -112,7 +112,7 @@ class AdminClient:
             window_s=found.window.ToNanoseconds() / 1e9, hosts=host_loads(found.hosts), experts=expert_loads(experts)
         )
 
-    def watch_loads(self, *, interval_s: float | None = None, top_k: int = 0) -> Iterator[Loads]:
+    def watch_loads(self, *, interval_s: float | None = None, top_k: int = 0) -> Generator[Loads, None, None]:
         """Yield the loads of every interval, the busiest experts first; only `top_k` of them unless 0."""
         request = experts_pb2.WatchExpertLoadsRequest(interval=duration(interval_s), top_k=top_k)
         for event in self._stream(self._experts.WatchExpertLoads, request):
