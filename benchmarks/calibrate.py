@@ -19,9 +19,10 @@ from rich.table import Table
 
 from benchmarks.calibration.cases import all_cases
 from benchmarks.calibration.fit import Prediction, as_document, constants, fit, medians, predict
-from benchmarks.calibration.measure import STEP, Sample, can_slice, measure
+from benchmarks.calibration.measure import Sample, can_slice, measure
 from benchmarks.checkpoint import commit
 from benchmarks.quiet import MAX_SHARE
+from benchmarks.step_timer import STEP
 from llama4_dist.planner.shared_cores import CoreMachine
 
 LIMIT = 0.15

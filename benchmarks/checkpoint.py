@@ -2,6 +2,7 @@
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # 346 million parameters, nine tenths of them in 16 experts. Chunks, temperature and its floor are the published
 # ones, because llama.cpp knows no others.
-GEOMETRY = {
+GEOMETRY: dict[str, Any] = {
     "hidden_size": 768,
     "num_hidden_layers": 8,
     "num_attention_heads": 12,
@@ -27,7 +28,7 @@ GEOMETRY = {
 }
 
 
-def write_checkpoint(folder: Path, dtype: str, **overrides: object) -> Path:
+def write_checkpoint(folder: Path, dtype: str, **overrides: Any) -> Path:
     """Write the checkpoint into `folder`, with some of its keys replaced, and return `folder`."""
     return make_checkpoint(folder, "scout", dtype=getattr(torch, dtype), **(GEOMETRY | overrides))
 

@@ -112,7 +112,9 @@ def measure(echo: socket.socket, remote: Dispatcher, local: Dispatcher, rounds: 
             torch.distributed.send(x_TD, 1)
             torch.distributed.recv(y_TD, 1)
 
-        def ours(dispatcher: Dispatcher, batch: tuple[Tensor, ...] = (x_TD, experts_TK, scores_TK)) -> Tensor:
+        def ours(
+            dispatcher: Dispatcher, batch: tuple[Tensor, Tensor, Tensor] = (x_TD, experts_TK, scores_TK)
+        ) -> Tensor:
             return dispatcher.combine(dispatcher.dispatch(0, *batch))
 
         samples: dict[str, list[float]] = {"bare": [], "gloo": [], "ours": [], "inproc": []}
@@ -157,7 +159,10 @@ def main() -> None:
         names = {"echo": "tcp:127.0.0.1:0", "host": "tcp:127.0.0.1:0"}
         if not arguments.tcp:
             names = {name: f"unix:{directory}/{name}.sock" for name in names}
-        targets = [(run_echo, (names["echo"], child_end)), (run_expert_host, (names["host"], secret, child_end))]
+        targets: list[tuple[Callable[..., None], tuple[object, ...]]] = [
+            (run_echo, (names["echo"], child_end)),
+            (run_expert_host, (names["host"], secret, child_end)),
+        ]
         addresses = []
         for target, args in targets:
             child = context.Process(target=target, args=args, daemon=True)

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -80,9 +81,7 @@ def speeds(
             for batch in arguments.batches:
                 prompts = decode(batch, arguments.tokens).prompts(index, vocab_size)
                 for contender in contenders:
-                    timed, share = undisturbed(
-                        lambda c=contender, p=prompts: c.ask(p, arguments.tokens), (contender.pid,)
-                    )
+                    timed, share = undisturbed(partial(contender.ask, prompts, arguments.tokens), (contender.pid,))
                     if index:  # the first round warms up
                         rates[contender.name][batch].append(timed.rate)
                         largest_share = max(largest_share, share)

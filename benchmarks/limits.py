@@ -17,6 +17,7 @@ import tempfile
 from collections import defaultdict
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,12 +63,10 @@ def measure(arguments: argparse.Namespace, folder: Path, model_dir: Path, config
             found |= undisturbed(products.rates, (os.getpid(),))[0]
             for name, workload in workloads.items():
                 prompts = workload.prompts(index, config.vocab_size)
-                timed, _ = undisturbed(
-                    lambda p=prompts, n=workload.num_tokens: engine.ask(p, n), (engine.pid, os.getpid())
-                )
+                timed, _ = undisturbed(partial(engine.ask, prompts, workload.num_tokens), (engine.pid, os.getpid()))
                 found[name] = timed.rate
-            for name, rate in found.items() if index else ():  # the first round warms up
-                rounds[name].append(rate)
+            for name, reached in found.items() if index else ():  # the first round warms up
+                rounds[name].append(reached)
     finally:
         engine.close()
     return rounds

@@ -7,6 +7,7 @@ import matplotlib as mpl
 
 mpl.use("SVG")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "llama4-dist", "font.size": 9, "axes.grid": True}
 mpl.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3, "axes.axisbelow": True}
@@ -18,7 +19,9 @@ def bars(path: Path, values: Mapping[str, Mapping[str, float]], title: str) -> N
     figure, axes = plt.subplots(1, len(workloads), figsize=(2.6 * len(workloads), 2.8), layout="constrained")
     for axis, workload in zip(axes, workloads, strict=True):
         names = list(values)
-        drawn = axis.bar(names, [values[name][workload] for name in names], color=plt.cm.tab10.colors[: len(names)])
+        drawn = axis.bar(
+            names, [values[name][workload] for name in names], color=mpl.color_sequences["tab10"][: len(names)]
+        )
         axis.bar_label(drawn, fmt="%.0f")
         axis.set_title(workload, fontsize=9)
         axis.tick_params(axis="x", rotation=30)
@@ -49,7 +52,7 @@ def lines(
     save(figure, path)
 
 
-def save(figure: plt.Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="svg", metadata={"Date": None})
     plt.close(figure)

@@ -16,6 +16,7 @@ from torch import Tensor
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.config import ModelConfig
 from llama4_dist.model.rope import frequencies
+from tests.plain_experts import plain
 
 BUILT_IN = {"chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1}
 EXPERTS_OF_128 = 128  # with that many, llama.cpp leaves the QK-norm out, as Maverick does
@@ -120,7 +121,7 @@ def tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
             if full_name in checkpoint.entries:
                 yield f"blk.{layer}.{gguf_name}.weight", checkpoint.tensor(full_name)
         if config.moe_layers[layer]:
-            experts = [checkpoint.expert(layer, expert) for expert in range(config.num_experts)]
+            experts = [plain(checkpoint.expert(layer, expert)) for expert in range(config.num_experts)]
             yield f"blk.{layer}.ffn_gate_exps.weight", torch.stack([expert.gate_DF.T for expert in experts])
             yield f"blk.{layer}.ffn_up_exps.weight", torch.stack([expert.up_DF.T for expert in experts])
             yield f"blk.{layer}.ffn_down_exps.weight", torch.stack([expert.down_FD.T for expert in experts])

@@ -28,6 +28,7 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.checkpoint.writing.synth import SynthRequest, synthesise
 from llama4_dist.cli.progress import byte_progress
 from llama4_dist.engine.options import EngineOptions
+from tests.plain_experts import plain
 
 PREFIX = "model.layers.0"
 BESIDE_EXPERTS = (f"{PREFIX}.*norm*", f"{PREFIX}.self_attn.*", f"{PREFIX}.feed_forward.router*")
@@ -78,7 +79,7 @@ class Direct:
         gate_TF, up_TF = (self._linear(h_TD, f"{prefix}.{part}_proj.weight") for part in ("gate", "up"))
         x_TD = x_TD + self._linear(torch.nn.functional.silu(gate_TF) * up_TF, f"{prefix}.down_proj.weight")
         for token, expert in enumerate(experts):
-            weights = self._checkpoint.expert(0, expert)
+            weights = plain(self._checkpoint.expert(0, expert))
             row_1D = h_TD[token : token + 1] * scores_T[token]
             gate_1F, up_1F = _product(row_1D, weights.gate_DF.T), _product(row_1D, weights.up_DF.T)
             x_TD[token] += _product(torch.nn.functional.silu(gate_1F) * up_1F, weights.down_FD.T)[0]

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np
 
 from benchmarks.calibration.cases import BASE, CORES, MODELS, Case
-from benchmarks.calibration.measure import STEP, Sample, Terms
+from benchmarks.calibration.measure import Sample, Terms
 from benchmarks.quiet import MAX_SHARE
+from benchmarks.step_timer import STEP
 from llama4_dist.checkpoint.presets import preset
 from llama4_dist.planner.geometry import Geometry
 from llama4_dist.planner.shared_cores import CoreLayout, CoreMachine, CoreTerms, core_step
@@ -164,7 +165,7 @@ def constants(machine: CoreMachine) -> Mapping[str, float]:
     }
 
 
-def _errors(measured: Sequence[Measured], logs: "np.ndarray", start: "np.ndarray") -> "np.ndarray":  # type: ignore[type-arg]
+def _errors(measured: Sequence[Measured], logs: np.ndarray, start: np.ndarray) -> np.ndarray:
     machine = _machine(logs)
     errors: list[float] = []
     for one in measured:
@@ -181,7 +182,7 @@ def _networks_s(terms: Terms) -> float:
     return sum(terms[name] for name in ("route", "expert", "dispatch_wait", "combine"))
 
 
-def _machine(logs: "np.ndarray") -> CoreMachine:  # type: ignore[type-arg]
+def _machine(logs: np.ndarray) -> CoreMachine:
     values = {field.name: math.exp(value) for field, value in zip(fields(CoreMachine), logs, strict=True)}
     values["one_core"] = min(1.0, max(1.0 / CORES, values["one_core"]))
     return CoreMachine(**values)

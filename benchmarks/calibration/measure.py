@@ -112,7 +112,7 @@ def _decode(steps: Steps, case: Case, num_steps: int) -> tuple[Terms, float]:
 @contextmanager
 def on_cluster(folder: Path, case: Case) -> Iterator[Measure]:
     """Yield what times a case on a Ray cluster of this machine, from its tokens' times."""
-    cut = {"expert_slices": case.slices} if can_slice() else {}
+    cut: dict[str, Any] = {"expert_slices": case.slices} if can_slice() else {}
     engine = RayEngine(
         checkpoint(folder, case.model),
         num_expert_hosts=case.hosts,

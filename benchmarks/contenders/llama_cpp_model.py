@@ -76,7 +76,8 @@ class LlamaCpp:
             raise RuntimeError(f"llama_decode returned {status}")
         shape = (len(tokens_BT), self._vocab_size)
         logits_BV = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape)
-        return logits_BV.argmax(axis=1)
+        tokens_B: NDArray[np.int64] = logits_BV.argmax(axis=1)
+        return tokens_B
 
     def _empty_context(self, num_sequences: int) -> llama_cpp.llama_context_p:
         if num_sequences not in self._contexts:

@@ -10,7 +10,8 @@ import pytest
 from benchmarks.calibrate import LIMIT, read, report
 from benchmarks.calibration.cases import ANCHOR, FITTED, PREDICTED, all_cases
 from benchmarks.calibration.fit import START, fit, medians, predict, terms_of
-from benchmarks.calibration.measure import STEP, Sample
+from benchmarks.calibration.measure import Sample
+from benchmarks.step_timer import STEP
 from llama4_dist.planner.shared_cores import CoreMachine
 
 TRUTH = replace(

@@ -32,7 +32,7 @@ def _measure_copy(session: Session) -> None:
 
 def _best(function: Callable[[], Any]) -> float:
     """Return seconds of a call, the best of several means: a ceiling is what the card can do."""
-    means = []
+    means: list[float] = []
     for _ in range(ROUNDS):
         torch.cuda.synchronize()
         time.sleep(PAUSE_S)

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from llama4_dist.config import ModelConfig
 from llama4_dist.gpu import layer as gpu_layer
 from llama4_dist.gpu.model import GpuLlama4
 from llama4_dist.gpu.packed import FORMATS, Packed
+from llama4_dist.gpu.row_kernels import add_norm_and_route
 from llama4_dist.gpu.weights import LayerWeights, ModelWeights
 from llama4_dist.model.batch import Batch
 from llama4_dist.model.kv_cache import KVCache
@@ -80,18 +82,14 @@ def _time_stack(session: Session, config: ModelConfig, expert_format: str) -> No
 def _experts_per_layer(model: GpuLlama4, cache: KVCache, num_sequences: int) -> float:
     """Return how many routed experts a layer of the batch timed last reads, on average."""
     counts: list[int] = []
-    honest = gpu_layer.add_norm_and_route
 
     def counting(*arguments: Any, experts_N: Tensor, **others: Any) -> None:
-        honest(*arguments, experts_N=experts_N, **others)
+        add_norm_and_route(*arguments, experts_N=experts_N, **others)
         counts.append(len(experts_N[: len(arguments[0])].unique()))
 
-    gpu_layer.add_norm_and_route = counting
-    try:
+    with patch.object(gpu_layer, "add_norm_and_route", counting):
         plain = GpuLlama4(model.config, model.weights, use_graphs=False)
         plain.forward(_decode_batch(model, num_sequences, BATCHES - 1), cache)
-    finally:
-        gpu_layer.add_norm_and_route = honest
     return sum(counts) / len(counts)
 
 
@@ -201,6 +199,7 @@ def _transformers_model(config: ModelConfig, device: torch.device) -> Any:
     """Return transformers' model of this geometry in bfloat16, weights with a standard deviation of 1/sqrt(fan in)."""
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 
+    before_5: dict[str, Any] = {"rope_theta": config.rope_theta}  # where older transformers look for it
     text_config = Llama4TextConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -214,7 +213,7 @@ def _transformers_model(config: ModelConfig, device: torch.device) -> Any:
         num_experts_per_tok=1,
         interleave_moe_layer_step=1,
         attention_chunk_size=config.chunk_size,
-        rope_theta=config.rope_theta,
+        **before_5,
         rope_parameters={
             "rope_type": "llama3",
             "rope_theta": config.rope_theta,

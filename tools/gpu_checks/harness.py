@@ -45,7 +45,8 @@ class Session:
 
     def add(self, check: str, verdict: str | bool, **values: Any) -> None:
         """Keep and print a line."""
-        row = Row(check=check, verdict={True: "ok", False: "FAIL"}.get(verdict, str(verdict)), **values)
+        words: dict[object, str] = {True: "ok", False: "FAIL"}
+        row = Row(check=check, verdict=words.get(verdict, str(verdict)), **values)
         self.rows.append(row)
         print(format_row(row), flush=True)
 
@@ -138,7 +139,7 @@ def replay_seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
         graph.replay()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+    return float(statistics.median(start.elapsed_time(end) for start, end in events) / 1e3)
 
 
 def normal(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:

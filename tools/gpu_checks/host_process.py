@@ -7,7 +7,7 @@ place of `experts` serves one layer that gives rows back as they are, and one of
 import json
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ class ExpertCommands:
     """Hosts of one checkpoint by dtype: `load`, `add` and `keep` take a dtype and pairs."""
 
     def __init__(self, name: str, model_dir: str, run_dir: str, device: str) -> None:
-        self._new = lambda dtype: new_host(name, Path(model_dir), Path(run_dir) / dtype, dtype=dtype, device=device)
+        self._new: Callable[[str], ExpertHost] = lambda dtype: new_host(
+            name, Path(model_dir), Path(run_dir) / dtype, dtype=dtype, device=device
+        )
         self._hosts: dict[str, ExpertHost] = {}
 
     def load(self, dtype: str, pairs: Sequence[Sequence[int]]) -> tuple[str, int]:

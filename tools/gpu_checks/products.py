@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -125,14 +126,8 @@ def _try_tiles(
     for tile in tiles:
         try:
             out = gemm.grouped_gemm(x_RD, weights_EFD, starts, gated=gated, order_R=order_R, tile=tile)
-            seconds = bench(
-                [
-                    lambda tile=tile: gemm.grouped_gemm(
-                        x_RD, weights_EFD, starts, gated=gated, order_R=order_R, tile=tile
-                    )
-                ]
-                * 3
-            )
+            call = partial(gemm.grouped_gemm, x_RD, weights_EFD, starts, gated=gated, order_R=order_R, tile=tile)
+            seconds = bench([call] * 3)
         except Exception as error:  # noqa: BLE001 - another tile may do
             session.add(f"{name}: {_name(tile)}", "FAIL", note=repr(error)[:100])
             continue
@@ -224,9 +219,7 @@ def _single_rows(experts: Sequence[int], device: torch.device) -> RowGroups:
 def _calls(
     x_RD: Tensor, weights_EFD: Tensor, groups: Sequence[RowGroups], gated: bool, tile: Tile
 ) -> list[Callable[[], Tensor]]:
-    return [
-        lambda group=group: stream.stream_linear(x_RD, weights_EFD, group, gated=gated, tile=tile) for group in groups
-    ]
+    return [partial(stream.stream_linear, x_RD, weights_EFD, group, gated=gated, tile=tile) for group in groups]
 
 
 def check_same_bits(session: Session) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ def _time_few(session: Session, name: str, packed: Packed, width: int, gated: bo
     ]
     for tile, call in _few_calls(packed, x_RD, gated):
         try:
-            seconds = bench([lambda pair=pair: call(pair) for pair in pairs])
+            seconds = bench([partial(call, pair) for pair in pairs])
         except Exception as error:  # noqa: BLE001 - another tile may do
             session.add(f"{name}: {tile}", "FAIL", note=repr(error)[:100])
             continue
@@ -146,10 +147,10 @@ def _few_calls(packed: Packed, x_RD: Tensor, gated: bool) -> list[tuple[str, Cal
             calls.append(
                 (
                     f"64x{block_k} s{stages}",
-                    lambda pair, tile=tile: stream.stream_linear(
+                    partial(
+                        stream.stream_linear,
                         x8_RD,
                         values,
-                        pair,
                         gated=gated,
                         x_scale_R=x_scale_R,
                         scales_EF=scales,
@@ -165,7 +166,7 @@ def _few_calls(packed: Packed, x_RD: Tensor, gated: bool) -> list[tuple[str, Cal
         calls.append(
             (
                 f"{block_n}x{block_k} w{warps} s{stages}",
-                lambda pair, tile=tile: int4.int4_linear(x_RD, values, scales, pair, gated=gated, tile=tile),
+                partial(int4.int4_linear, x_RD, values, scales, gated=gated, tile=tile),
             )
         )
     return calls

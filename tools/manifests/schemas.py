@@ -86,7 +86,7 @@ def strict(schema: Any) -> Any:
 
 @cache
 def _validator(name: str) -> jsonschema.Draft202012Validator:
-    schema = yaml.safe_load((Path(__file__).parent / "schemas" / name).read_text(encoding="utf-8"))
+    schema = yaml.safe_load((Path(__file__).parent / "custom_resources" / name).read_text(encoding="utf-8"))
     folder = files("kubernetes_validate").joinpath("kubernetes-json-schema").joinpath(f"v{VERSION}.0-local-strict")
     definitions = json.loads(folder.joinpath("_definitions.json").read_text(encoding="utf-8"))
     registry = Registry().with_resource("_definitions.json", Resource.from_contents(definitions))

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from tools.train_bundled_model.model import Geometry, MiniLlama4
-from tools.train_bundled_model.tokenizer import SPECIAL_TOKENS
+from tools.train_bundled_model.tokenizer import SPECIAL_TOKENS, special_id
 
 MAX_POSITIONS = 1024
 
@@ -97,9 +97,9 @@ def generation_config_of(tokens: Tokenizer) -> dict[str, object]:
 
 def special_ids(tokens: Tokenizer) -> dict[str, object]:
     return {
-        "bos_token_id": tokens.token_to_id("<|begin_of_text|>"),
-        "eos_token_id": [tokens.token_to_id(t) for t in ("<|end_of_text|>", "<|eom|>", "<|eot|>")],
-        "pad_token_id": tokens.token_to_id("<|finetune_right_pad|>"),
+        "bos_token_id": special_id(tokens, "<|begin_of_text|>"),
+        "eos_token_id": [special_id(tokens, t) for t in ("<|end_of_text|>", "<|eom|>", "<|eot|>")],
+        "pad_token_id": special_id(tokens, "<|finetune_right_pad|>"),
     }
 
 

@@ -176,4 +176,4 @@ class MiniLlama4(nn.Module):
 
     @property
     def feed_forwards(self) -> list[FeedForward]:
-        return [layer.feed_forward for layer in self.model.layers]
+        return [module for module in self.modules() if isinstance(module, FeedForward)]

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import Llama4ForCausalLM
 
-from tools.train_bundled_model import corpus, samples
+from tools.train_bundled_model import corpus, samples, tokenizer
 from tools.train_bundled_model.train import LENGTH, split
 
 NUM_NEW = 48
@@ -77,7 +77,9 @@ def main() -> None:
 
 
 def load(folder: Path) -> Llama4ForCausalLM:
-    return Llama4ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = Llama4ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model.eval()
+    return model
 
 
 def chat(text: str) -> str:
@@ -98,7 +100,7 @@ def row_of(document: corpus.Document, tokens: Tokenizer) -> dict[str, Any]:
 
 
 def with_begin(tokens: Tokenizer, text: str) -> list[int]:
-    return [tokens.token_to_id("<|begin_of_text|>"), *tokens.encode(text).ids]
+    return [tokenizer.special_id(tokens, "<|begin_of_text|>"), *tokens.encode(text).ids]
 
 
 @torch.no_grad()
@@ -106,7 +108,7 @@ def greedy(model: Llama4ForCausalLM, tokens: Tokenizer, name: str, text: str) ->
     """Decode greedily with a cache, and check every step against one forward pass without."""
     ids = with_begin(tokens, text)
     stops = model.generation_config.eos_token_id
-    whole = model.generate(
+    whole = model.generate(  # type: ignore[misc]  # transformers types its self as another class
         torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=NUM_NEW
     )[0]
     new = whole[len(ids) :].tolist()

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tools.train_bundled_model.corpus import Document
+from tools.train_bundled_model.tokenizer import special_id
 
 CHAT_SHARE = 0.25
 SPEECH_SHARE = 0.75
@@ -21,7 +22,7 @@ def epoch(documents: list[Document], tokenizer: Tokenizer, length: int, seed: in
     chosen = [d for d in documents if d.source != "state-of-the-union" or dice.random() < SPEECH_SHARE]
     texts = [text for document in chosen for text in rows_of(document, length, dice)]
     dice.shuffle(texts)
-    padding = [tokenizer.token_to_id("<|finetune_right_pad|>")] * length
+    padding = [special_id(tokenizer, "<|finetune_right_pad|>")] * length
     encoded = tokenizer.encode_batch_fast(texts)
     return torch.tensor([(row.ids + padding)[: length + 1] for row in encoded], dtype=torch.int16)
 
@@ -32,7 +33,7 @@ def held_out(documents: list[Document], tokenizer: Tokenizer, length: int) -> Te
     for d in documents:
         flat = [(s, i == 0) for paragraph in d.paragraphs for i, s in enumerate(paragraph)]
         ids = tokenizer.encode(joined(flat)).ids
-        begin = tokenizer.token_to_id("<|begin_of_text|>")
+        begin = special_id(tokenizer, "<|begin_of_text|>")
         rows += [[begin, *ids[i : i + length]] for i in range(0, len(ids) - length + 1, length)]
     return torch.tensor(rows, dtype=torch.int16)
 

@@ -57,3 +57,10 @@ def train(texts: Iterable[str]) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     assert tokenizer.get_vocab_size() == VOCAB_SIZE, "too little text for the vocabulary"
     return tokenizer
+
+
+def special_id(tokenizer: Tokenizer, token: str) -> int:
+    """Return the id of one of SPECIAL_TOKENS."""
+    found = tokenizer.token_to_id(token)
+    assert found is not None, f"the tokenizer lacks {token}"
+    return found

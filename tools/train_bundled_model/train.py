@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tools.train_bundled_model import corpus, export, samples, tokenizer
-from tools.train_bundled_model.model import Geometry, MiniLlama4
+from tools.train_bundled_model.model import FeedForward, Geometry, MiniLlama4
 from tools.train_bundled_model.optimizer import optimizers
 
 LENGTH = 512  # of the held-out rows
@@ -36,7 +36,7 @@ def main() -> None:
     corpus.fetch(args.corpus)
     kept, held = split(corpus.read(args.corpus))
     tokens = tokenizer.train(s for d in kept for paragraph in d.paragraphs for s in paragraph)
-    pad_id = tokens.token_to_id("<|finetune_right_pad|>")
+    pad_id = tokenizer.special_id(tokens, "<|finetune_right_pad|>")
     held_rows = samples.held_out(held, tokens, LENGTH).long()
     model = MiniLlama4(Geometry())
     steppers = optimizers(model)
@@ -141,7 +141,7 @@ def num_parameters(model: MiniLlama4) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def seen_rows(feed_forward: torch.nn.Module) -> int:
+def seen_rows(feed_forward: FeedForward) -> int:
     return max(1, sum(feed_forward.num_rows))
 
 
