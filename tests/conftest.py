@@ -41,7 +41,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def longest_first(items: list[pytest.Item]) -> None:
     """Begin with files that have slow tests, then those with Ray's, so that no worker ends long after the others."""
-    place, rank = count(), {}
+    place = count()
+    rank: dict[Path, tuple[bool, bool, int]] = {}
     for item in items:
         is_slow, is_ray = (item.get_closest_marker(marker) is not None for marker in ("slow", "ray"))
         slow, ray, first = rank.get(item.path, (False, False, next(place)))

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,7 +135,13 @@ def test_members_tensors_put_together_are_the_checkpoints(tmp_path: Path, preset
 
 
 def _geometry(**changes: int) -> ModelConfig:
-    fields = {"num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "expert_width": 96, "dense_width": 160}
+    fields: dict[str, Any] = {
+        "num_layers": 4,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "expert_width": 96,
+        "dense_width": 160,
+    }
     return ModelConfig(
         architecture="Llama4ForCausalLM",
         dtype="bfloat16",

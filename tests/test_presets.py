@@ -16,7 +16,8 @@ NUM_TOKENS = 100
 
 def logits_TV(path: Path, preset: str) -> torch.Tensor:
     architecture = Llama4ForConditionalGeneration if preset == "conditional" else Llama4ForCausalLM
-    model, report = architecture.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+    loaded: Any = architecture.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+    model, report = loaded
     assert not any(report.values()), report
     token_ids = torch.randint(0, 256, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

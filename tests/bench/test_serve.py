@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from llama4_dist.bench.clients import run_plan
 from llama4_dist.bench.records import PlannedRequest

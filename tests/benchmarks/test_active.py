@@ -45,7 +45,9 @@ def test_a_prefill_multiplies_each_token_with_each_matrix_it_meets(checkpoint: C
     for layer in range(config.num_layers):
         for query in range(NUM_TOKENS):
             for key in range(query + 1):
-                if config.chunked_layers[layer] and key // config.chunk_size != query // config.chunk_size:
+                chunk_size = config.chunk_size if config.chunked_layers[layer] else NUM_TOKENS
+                assert chunk_size is not None
+                if key // chunk_size != query // chunk_size:
                     continue
                 # q · k, and the key's share of v: a product and a sum for each of the C elements of each head.
                 operations += 2 * 2 * config.num_heads * config.head_dim

@@ -39,7 +39,7 @@ class Staggered:
         self._aborted.add(request_id)
 
     def _run(self, requests: list[EngineRequest]) -> None:
-        left = {request.request_id: request.sampling.max_tokens for request in requests}
+        left = {request.request_id: request.sampling.max_tokens or 0 for request in requests}
         for step in count():
             outputs = list(self._step(requests, left, step))
             self.now_s += len(outputs)
@@ -50,7 +50,7 @@ class Staggered:
     def _step(self, requests: list[EngineRequest], left: dict[str, int], step: int) -> Iterator[TokenOutput]:
         for index, request in enumerate(requests):
             one = request.request_id
-            if one in self._aborted and left.pop(one, None):
+            if one in self._aborted and left.pop(one, 0):
                 yield TokenOutput(request_id=one, finish_reason=FinishReason.CANCELLED)
             elif one in left and step == self._fails_at:
                 del left[one]

@@ -50,8 +50,9 @@ def test_a_disturbed_run_is_taken_again_and_the_quietest_counts(monkeypatch: pyt
             yield Usage(total_s=10.0 * index, busy_s=0.0)
             yield Usage(total_s=10.0 * index + 10, busy_s=busy_s)
 
-    def measured(busy: list[float]) -> tuple[int, float, list[float]]:
-        usages, runs, pauses = readings(busy), iter(range(9)), []
+    def measured(busy: list[float]) -> tuple[int, object, list[float]]:
+        pauses: list[float] = []
+        usages, runs = readings(busy), iter(range(9))
         monkeypatch.setattr(quiet.Usage, "now", lambda: next(usages))
         monkeypatch.setattr(quiet, "processor_seconds", lambda pid: 0.0)
         run, share = undisturbed(lambda: next(runs), (os.getpid(),), sleep=pauses.append)

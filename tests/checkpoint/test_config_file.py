@@ -235,8 +235,10 @@ def test_c21_a_missing_config_is_named(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-hostile = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=4)
-hostile = hostile | st.lists(hostile, max_size=5) | st.dictionaries(st.text(max_size=4), hostile, max_size=2)
+scalars = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=4)
+hostile: st.SearchStrategy[Any] = st.one_of(
+    scalars, st.lists(scalars, max_size=5), st.dictionaries(st.text(max_size=4), scalars, max_size=2)
+)
 
 
 @given(

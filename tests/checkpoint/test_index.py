@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llama4_dist.checkpoint import directory
+from llama4_dist.checkpoint.directory import read_exactly
 from llama4_dist.checkpoint.index import INDEX, read_index
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.errors import CheckpointError
@@ -208,7 +208,7 @@ def test_c23_an_unreadable_file_is_named(path: Path, name: str, monkeypatch: pyt
             raise PermissionError(errno.EACCES, "Permission denied")
         return real_open(target, *rest)
 
-    monkeypatch.setattr(directory.os, "open", deny)  # file modes do not stop a test that runs as root
+    monkeypatch.setattr(os, "open", deny)  # file modes do not stop a test that runs as root
     refused(path, file=name, cause="Permission denied")
 
 
@@ -218,7 +218,7 @@ def test_c23_a_file_that_fails_while_reading_is_named(path: Path) -> None:
             raise OSError(errno.EIO, "Input/output error")
 
     with pytest.raises(CheckpointError, match="Input/output error") as caught:
-        directory.read_exactly(BrokenFile(), 8, FIRST)  # type: ignore[arg-type]
+        read_exactly(BrokenFile(), 8, FIRST)  # type: ignore[arg-type]
     assert caught.value.file == FIRST
 
 

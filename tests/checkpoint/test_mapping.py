@@ -15,6 +15,7 @@ from llama4_dist.checkpoint.index import INDEX
 from llama4_dist.checkpoint.names import expected_tensors, stored_prefix
 from llama4_dist.checkpoint.reader import Checkpoint
 from tests.checkpoint.published import BEHEMOTH, TEXT
+from tests.plain_experts import plain
 
 MIB = 1024 * 1024
 # Around what is touched, the kernel also maps what its read-ahead fetched: at most one huge page at either end.
@@ -88,14 +89,14 @@ def test_opening_and_handing_out_views_reads_no_weight(wide: Checkpoint) -> None
 
 
 def test_one_expert_brings_in_one_experts_bytes(wide: Checkpoint) -> None:
-    weights = wide.expert(0, 2)
+    weights = plain(wide.expert(0, 2))
     touch(weights.gate_DF, weights.up_DF, weights.down_FD)
     assert WIDE_EXPERT <= resident_bytes(wide.path) <= WIDE_EXPERT + 2 * 2 * READ_AHEAD
 
 
 def test_a_slice_of_an_expert_brings_in_that_slices_bytes(wide: Checkpoint) -> None:
     """An eighth of the width: 256 KiB of each row of 4 MiB, twice for each of 16 rows, and 4 MiB of down."""
-    weights = wide.expert(0, 1, 65536, 131072)
+    weights = plain(wide.expert(0, 1, 65536, 131072))
     touch(weights.gate_DF, weights.up_DF, weights.down_FD)
     # 33 separate ranges, each with its read-ahead: still nowhere near the expert, let alone the layer.
     assert WIDE_EXPERT // 8 <= resident_bytes(wide.path) < WIDE_EXPERT // 3
@@ -105,7 +106,7 @@ def test_a_checkpoint_of_four_terabytes_opens_in_two_seconds(tmp_path: Path) -> 
     write_sparse(tmp_path, BEHEMOTH, num_shards=8)
     start = time.monotonic()
     checkpoint = Checkpoint.open(tmp_path)
-    weights = checkpoint.expert(95, 15, 24064 // 2, 24064)
+    weights = plain(checkpoint.expert(95, 15, 24064 // 2, 24064))
     last_row = weights.down_FD[-1].clone()
     seconds = time.monotonic() - start
     assert checkpoint.total_bytes > 3.9e12
@@ -118,7 +119,7 @@ def test_reading_ahead_brings_a_slice_into_the_page_cache_and_releasing_it_takes
     wide: Checkpoint,
 ) -> None:
     wide.read_ahead_expert(0, 3, 0, 65536)
-    weights = wide.expert(0, 3, 0, 65536)
+    weights = plain(wide.expert(0, 3, 0, 65536))
     touch(weights.gate_DF, weights.down_FD)
     assert resident_bytes(wide.path) >= WIDE_EXPERT // 12
     wide.release_expert(0, 3, 0, 65536)

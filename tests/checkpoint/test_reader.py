@@ -11,6 +11,7 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.errors import CheckpointError
 from tests.checkpoint.shards import edit_header, safetensors_bytes, split_file
 from tests.checkpoints import make_checkpoint
+from tests.plain_experts import plain
 from tests.presets import PRESETS
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -44,7 +45,7 @@ def test_an_experts_slice_is_that_part_of_its_width(tmp_path: Path, layout: str,
     gate_up_ED2F, down_EFD = fused_experts(tmp_path / "fused")
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path / layout, "scout", layout=layout))
     for expert in (0, 7, 15):
-        weights = checkpoint.expert(1, expert, start, stop)
+        weights = plain(checkpoint.expert(1, expert, start, stop))
         gate_DF, up_DF = gate_up_ED2F[expert].chunk(2, dim=-1)
         assert torch.equal(weights.gate_DF, gate_DF[:, start:stop])
         assert torch.equal(weights.up_DF, up_DF[:, start:stop])
@@ -63,7 +64,7 @@ def fused_experts(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("layout", ["fused", "per_expert"])
 def test_views_share_one_mapping_and_outlive_close(tmp_path: Path, layout: str) -> None:
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path, "scout", layout=layout))
-    views = [checkpoint.expert(0, 3).down_FD, checkpoint.expert(0, 3, 8, 16).down_FD]
+    views = [plain(checkpoint.expert(0, 3)).down_FD, plain(checkpoint.expert(0, 3, 8, 16)).down_FD]
     assert views[0][8:16].data_ptr() == views[1].data_ptr()
     expected = views[0].clone()
     checkpoint.close()
@@ -99,7 +100,7 @@ def test_tensors_at_unaligned_offsets_are_copied_whole(tmp_path: Path, preset: s
     for name, tensor in expected.items():
         assert torch.equal(checkpoint.tensor(name), tensor)
     gate_up = expected["model.layers.1.feed_forward.experts.gate_up_proj"]
-    weights = checkpoint.expert(1, 2, 5, 9)
+    weights = plain(checkpoint.expert(1, 2, 5, 9))
     assert weights.up_DF.data_ptr() % 4 == 0
     assert torch.equal(weights.up_DF, gate_up[2][:, 96 + 5 : 96 + 9])
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tests.checkpoints import make_checkpoint
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = {"hidden_size": 128, "intermediate_size": 128}
+    shape: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128}
     return make_checkpoint(tmp_path_factory.mktemp("source"), "scout", dtype=torch.bfloat16, **shape)
 
 

@@ -15,11 +15,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from cluster.admin.settings import AdminSettings
 from llama4_dist.cli.app import app
@@ -40,7 +40,7 @@ def environment(**changes: str) -> dict[str, str]:
 @contextmanager
 def started(*arguments: str, **streams: int) -> Iterator[subprocess.Popen[str]]:
     """Run a command beside the test; what still runs at the end, because an assertion failed, is killed."""
-    options: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
     no_colour = options.pop("no_colour", 0)
     env = environment(TERM="xterm-256color", **({"NO_COLOR": "1"} if no_colour else {}))
     with subprocess.Popen([*PROGRAM, *arguments], env=env, text=True, **options) as process:

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from llama4_dist.cli.app import app
 from llama4_dist.cli.output import EXIT_USAGE

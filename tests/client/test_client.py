@@ -5,12 +5,14 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import pytest
 
 from llama4_dist.client import AsyncClient, Client, ConnectOptions
 from llama4_dist.client.endpoints import addresses_of
+from llama4_dist.client.results import Delta
 from llama4_dist.client.retry import Attempts, may_retry, wait_s
 from llama4_dist.errors import (
     ConfigError,
@@ -50,7 +52,7 @@ class FailedCall(grpc.RpcError):
     def details(self) -> str:
         return self._error.message
 
-    def trailing_metadata(self) -> object:
+    def trailing_metadata(self) -> Any:
         return status.trailing_metadata(self._error, status.to_status(self._error))
 
 
@@ -132,7 +134,7 @@ def test_a_failing_stream_is_begun_again_and_gives_each_token_once(served: Serve
         for position in (0, 2):
             engine.fail_at = {position: UnavailableError("no replica", retry_after_s=0.01)}
             num_before = len(engine.submitted)
-            deltas = []
+            deltas: list[Delta] = []
             with pytest.raises(UnavailableError, match="no replica"):
                 deltas.extend(client.stream_generate([1], Sampling(max_tokens=5)))
             engine.fail_at = {}

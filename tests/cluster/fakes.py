@@ -92,9 +92,9 @@ class FakeSpawner:
         self.dead: set[str] = set()
         self.ended: list[str] = []
         self.breaches: list[str] = []
-        self.spawn_fault: Callable[[str], None] = lambda worker: None
+        self.spawn_fault: Callable[[str], object] = lambda worker: None
         self.controllers: list[tuple[Controller, Life]] = []
-        self.next_life: Callable[[Life], None] = lambda life: None
+        self.next_life: Callable[[Life], object] = lambda life: None
         self.closed = 0
         self.num_nodes = 1
         self.machines: dict[str, str] = {}  # where nodes are pods: the machine of a worker's

@@ -1,7 +1,7 @@
 """A cluster of fake workers under the real controller and driver's half, and what must be true when it rests."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -62,8 +62,9 @@ class SmallCluster:
         self.control = DriverControl(self.processes)
         self.engines |= self.processes.start(timeout_s=5)
 
-    def _note_engines(self, engines: Any) -> None:
+    def _note_engines(self, engines: Mapping[str, str]) -> bool:
         self.engines = dict(engines)
+        return True
 
     @property
     def topology(self) -> Topology:

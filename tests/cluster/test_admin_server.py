@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -61,9 +62,10 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def code_of(served: Served, method: str, token: str = "") -> grpc.StatusCode:
     """Call with an empty request and read at most one answer."""
-    metadata = [("authorization", f"Bearer {token}")] if token else []
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
     with grpc.insecure_channel(served.address) as channel:
-        call = channel.unary_stream(method)(b"", metadata=metadata, timeout=5)
+        method_of: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(method)
+        call = method_of(b"", metadata=metadata, timeout=5)
         try:
             next(call, None)
         except grpc.RpcError as error:
@@ -145,22 +147,25 @@ def test_reflection_can_be_off() -> None:
 
 def test_a_field_the_server_does_not_know_is_refused() -> None:
     with admin_serving(MemoryControl()) as served, grpc.insecure_channel(served.address) as channel:
+        scale: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(CLUSTER + "ScaleExpertPool")
         with pytest.raises(grpc.RpcError) as refused:
-            channel.unary_unary(CLUSTER + "ScaleExpertPool")(b"\x08\x05\xf8\x07\x01")
+            scale(b"\x08\x05\xf8\x07\x01")
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         with pytest.raises(grpc.RpcError) as refused:
-            channel.unary_unary(CLUSTER + "ScaleExpertPool")(b"\xff\xff\xff")
+            scale(b"\xff\xff\xff")
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_a_defect_of_the_control_plane_stays_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     control = MemoryControl()
-    control.view = lambda: {}["secret"]  # type: ignore[assignment, method-assign]
+    nothing: dict[str, Any] = {}
+    control.view = lambda: nothing["secret"]  # type: ignore[method-assign]
     with admin_serving(control) as served, grpc.insecure_channel(served.address) as channel:
+        get: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(CLUSTER + "GetCluster")
         with pytest.raises(grpc.RpcError) as refused:
-            channel.unary_unary(CLUSTER + "GetCluster")(b"")
+            get(b"")
         assert refused.value.code() is grpc.StatusCode.INTERNAL
-        assert "secret" not in refused.value.details()
+        assert "secret" not in (refused.value.details() or "")
     assert "secret" in caplog.text
 
 
@@ -176,7 +181,7 @@ def test_an_address_others_can_reach_needs_a_credential(address: str, tmp_path: 
 @pytest.mark.parametrize("name", ["num_threads", "call_timeout_s", "watch_interval_s", "max_calls"])
 def test_a_size_that_cannot_be_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
-        AdminSettings(**{name: 0})
+        AdminSettings(**{name: 0})  # type: ignore[arg-type]
 
 
 def test_a_token_file_that_lets_nobody_in_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import random
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -284,7 +285,7 @@ def test_a_small_node_keeps_one_copy_of_each_as_far_as_its_memory_goes() -> None
     ],
 )
 def test_what_cannot_be_planned_is_refused_with_figures_and_a_remedy(
-    hosts: list[HostSlot], policy: dict[str, object], message: str
+    hosts: list[HostSlot], policy: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         plan(hosts, **policy)

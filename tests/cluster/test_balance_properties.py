@@ -86,7 +86,7 @@ def test_any_plan_is_complete_apart_within_memory_and_blind_to_order(
         current = step.placement
 
 
-def _check_way(moves, released, before, after, staying) -> None:  # type: ignore[no-untyped-def]
+def _check_way(moves, released, before, after, staying) -> None:
     """What hosts held, less what they release, plus what moves to them, is what they hold."""
     assert len({(move.pair, move.target) for move in moves}) == len(moves)
     for move in moves:

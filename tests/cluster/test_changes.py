@@ -267,7 +267,7 @@ def test_a_spawn_that_is_refused_or_never_comes_rolls_back(make: Make, monkeypat
     assert (ended.phase, ended.error_message) == (Phase.FAILED, "no room for expert-3")
     cluster.rest()
     release = threading.Event()
-    cluster.spawner.spawn_fault = lambda worker: release.wait(5) and None
+    cluster.spawner.spawn_fault = lambda worker: release.wait(5)
     ended = cluster.scale(4)
     assert (ended.phase, ended.error_reason) == (Phase.FAILED, "INSUFFICIENT_CAPACITY")
     assert "expert-2, expert-3 did not start in 0 s: is there room" in ended.error_message
@@ -428,7 +428,7 @@ def test_a_cancelled_operation_rolls_back_until_it_commits_and_goes_on_after(mak
 
 def test_an_operation_waiting_for_processes_can_be_cancelled(make: Make) -> None:
     cluster, release = make(2), threading.Event()
-    cluster.spawner.spawn_fault = lambda worker: release.wait(5) and None
+    cluster.spawner.spawn_fault = lambda worker: release.wait(5)
     operation = cluster.control.scale(3)
     until(lambda: cluster.control.operation(operation.name).phase is Phase.PROVISIONING)
     cluster.control.cancel(operation.name)
@@ -441,7 +441,7 @@ def test_an_operation_waiting_for_processes_can_be_cancelled(make: Make) -> None
 
 def test_closing_while_processes_start_leaves_none(make: Make) -> None:
     cluster, release = make(2), threading.Event()
-    cluster.spawner.spawn_fault = lambda worker: release.wait(5) and None
+    cluster.spawner.spawn_fault = lambda worker: release.wait(5)
     cluster.control.scale(3)
     until(lambda: cluster.processes._starting)
     cluster.close()
@@ -453,7 +453,7 @@ def test_closing_while_processes_start_leaves_none(make: Make) -> None:
 
 def test_a_process_that_comes_while_there_is_no_controller_is_not_forgotten(make: Make) -> None:
     cluster, release, listed = make(2), threading.Event(), threading.Event()
-    cluster.spawner.spawn_fault = lambda worker: release.wait(5) and None
+    cluster.spawner.spawn_fault = lambda worker: release.wait(5)
 
     def let_it_come(life: object) -> None:
         release.set()  # the next controller was told who there is; then one more comes

@@ -6,7 +6,7 @@ import grpc
 import pytest
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.duration_pb2 import Duration
-from google.rpc import code_pb2, error_details_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from cluster.admin.cluster_wire import operation_to_proto
 from cluster.admin.settings import AdminSettings
@@ -162,9 +162,10 @@ def test_a_second_change_is_aborted_and_told_the_first(channel: grpc.Channel, cl
     assert (resource.resource_type, resource.resource_name) == ("google.longrunning.Operation", first.name)
 
 
-def operations_status(error: grpc.RpcError) -> object:
-    found = status.status_pb2.Status()
-    found.ParseFromString(dict(error.trailing_metadata())[status.DETAILS_KEY])
+def operations_status(error: grpc.RpcError) -> status_pb2.Status:
+    found = status_pb2.Status()
+    (details,) = [one.value for one in error.trailing_metadata() if one.key == status.DETAILS_KEY]
+    found.ParseFromString(details)
     return found
 
 

@@ -14,7 +14,7 @@ from tests.cluster.small_clusters import SmallCluster, hasten, until
 
 
 def test_every_attention_worker_gets_the_topology_of_what_the_hosts_hold() -> None:
-    spawner, events = FakeSpawner(), []
+    spawner, events = FakeSpawner(), list[LoadProgress]()
     processes = ClusterProcesses(plan(num_attention=2), spawner, progress=events.append)
     addresses = processes.start(timeout_s=5)
     assert addresses == {name: spawner.workers[name].where for name in ("attention-0", "attention-1")}  # type: ignore[attr-defined]
@@ -138,7 +138,7 @@ def test_a_controller_that_dies_is_replaced_by_one_that_learns_everything_from_t
     cluster.scale_well(3)
     before = cluster.topology
     release = threading.Event()
-    cluster.spawner.next_life = lambda life: release.wait(5) and None
+    cluster.spawner.next_life = lambda life: release.wait(5)
     cluster.spawner.die("controller")
     with pytest.raises(UnavailableError, match="controller died") as caught:
         cluster.control.view()

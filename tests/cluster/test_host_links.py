@@ -62,6 +62,10 @@ class Worker:
                 self.links.lost(host, address.incarnation, "NOT_REACHED")
         return self.in_use
 
+    def abort(self) -> None:
+        for link in self.in_use.values():
+            link.abort()
+
     def lose(self, host: str, reason: str = "LINK_DOWN") -> None:
         link = self.in_use.pop(host)
         link.abort()
@@ -78,7 +82,7 @@ def resources() -> Iterator[ExitStack]:
 def worker(resources: ExitStack) -> Worker:
     worker = Worker()
     resources.callback(worker.links.close)
-    resources.callback(lambda: [link.abort() for link in worker.in_use.values()])
+    resources.callback(worker.abort)
     return worker
 
 
@@ -97,7 +101,11 @@ def test_a_link_that_was_reset_is_dialled_again(resources: ExitStack, tmp_path: 
     for num_lives in (2, 3):
         worker.lose("host-0")
         until(lambda: "host-0" in worker.in_use)
-        until(lambda num=num_lives: len(worker.dialled) >= num)
+
+        def was_dialled(num_lives: int = num_lives) -> bool:
+            return len(worker.dialled) >= num_lives
+
+        until(was_dialled)
     assert worker.in_use["host-0"] is not first
     assert worker.in_use["host-0"].peer_incarnation == address.incarnation
     assert server.is_alive

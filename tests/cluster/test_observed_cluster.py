@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -124,7 +125,7 @@ def traffic(
     served: Served, stub: inference_pb2_grpc.InferenceServiceStub, num_streams: int = 4
 ) -> Iterator[list[BaseException]]:
     """Generate all the while, from when rows go to both hosts; yields what went wrong."""
-    stop, failures = threading.Event(), []
+    stop, failures = threading.Event(), list[BaseException]()
     before = rows_by_host(served)
 
     def run() -> None:
@@ -281,7 +282,8 @@ def test_a_host_that_dies_is_down_until_its_successor_serves(
 def test_every_process_logs_objects_that_say_whose_they_are(engine: RayEngine, served: Served) -> None:
     assert engine.status()[0].state is State.READY
     lines = []
-    folder = Path(ray._private.worker._global_node.get_logs_dir_path())
+    node: Any = ray._private.worker._global_node
+    folder = Path(node.get_logs_dir_path())
     for file in folder.glob("worker-*.err"):
         for line in file.read_text(errors="replace").splitlines():
             if line.startswith("{"):

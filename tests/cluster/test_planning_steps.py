@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def test_a_remainder_stays_where_it_is() -> None:
 
 
 def test_no_node_gets_more_than_one_copy_of_each_while_others_have_memory() -> None:
-    apart = {"weights": EQUAL, "held": {}, "node_of": NODES, "node_limit": 6}
+    apart: dict[str, Any] = {"weights": EQUAL, "held": {}, "node_of": NODES, "node_limit": 6}
     assert share_out_apart(12, limits=dict.fromkeys("abcd", 9), **apart) == {"a": 2, "b": 2, "c": 2, "d": 6}
     limits = {"a": 9, "b": 9, "c": 9, "d": 4}
     assert share_out_apart(12, limits=limits, **apart) == {"a": 3, "b": 3, "c": 2, "d": 4}

@@ -261,7 +261,7 @@ def test_killed_hosts_and_attention_workers_are_replaced_while_requests_run(mode
 
 def test_a_controller_answers_while_it_starts_the_cluster_and_its_death_ends_the_start(model_dir: Path) -> None:
     actors, groups = sorted(live_actors()), sorted(live_groups())
-    before, killers, answers = descendants(), [], []
+    before, killers, answers = descendants(), list[threading.Thread](), list[object]()
 
     def kill() -> None:
         wait_until(lambda: any("ControllerActor" in process.name() for process in descendants() - before))
@@ -306,7 +306,7 @@ def test_a_damaged_checkpoint_ends_the_start_with_its_file_and_leaves_nothing(tm
 
 def test_a_worker_that_dies_while_it_starts_ends_the_start_and_takes_the_others_along(model_dir: Path) -> None:
     actors, groups = sorted(live_actors()), sorted(live_groups())
-    before, killed = descendants(), []
+    before, killed = descendants(), list[float]()
 
     def kill_one(event: LoadProgress) -> None:
         if event.role is Role.ATTENTION and not killed:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -25,7 +26,7 @@ def three_nodes() -> Iterator[dict[str, str]]:
     """Node ids by what the node is for."""
     cluster = Cluster()
     try:
-        common = {"include_dashboard": False, "object_store_memory": STORE, "num_cpus": 8}
+        common: dict[str, Any] = {"include_dashboard": False, "object_store_memory": STORE, "num_cpus": 8}
         quiet = {"prestart_worker_first_driver": False}
         cluster.add_node(**common, resources={"llama4_attention": 1}, _system_config=quiet)
         cluster.add_node(**common, resources={"llama4_expert": 2}, labels={"pool": "left"})

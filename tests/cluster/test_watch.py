@@ -69,7 +69,7 @@ def test_a_dead_host_is_repaired_by_a_process_of_the_same_id(make: Make, num_rep
 
 def test_the_view_names_who_is_lost_until_it_is_back(make: Make) -> None:
     cluster, release = make(2), threading.Event()
-    cluster.spawner.spawn_fault = lambda worker: release.wait(5) and None
+    cluster.spawner.spawn_fault = lambda worker: release.wait(5)
     for worker in ("expert-1", "attention-1"):
         cluster.spawner.die(worker)
 
@@ -253,7 +253,11 @@ def test_a_repair_the_operator_deleted_does_not_end_the_watch(make: Make) -> Non
     for _ in range(2):
         old = cluster.spawner.workers["expert-1"]
         cluster.spawner.die("expert-1")
-        until(lambda old=old: cluster.spawner.workers["expert-1"] is not old)
+
+        def is_replaced(old: object = old) -> bool:
+            return cluster.spawner.workers["expert-1"] is not old
+
+        until(is_replaced)
         cluster.rest()
         for operation in repairs(cluster):
             cluster.control.delete(operation.name)

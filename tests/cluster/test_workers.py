@@ -93,7 +93,7 @@ def test_any_number_of_hosts_gives_the_tokens_of_one_process(
     assert collector.run(engine, some_requests("r")) == expected
     rows = engine.stats().host_rows
     assert rows.keys() == {f"expert-{index}" for index in range(num_hosts)}
-    num_tokens = sum(len(r.prompt_token_ids) + r.sampling.max_tokens - 1 for r in some_requests("r"))  # type: ignore[operator]
+    num_tokens = sum(len(r.prompt_token_ids) + (r.sampling.max_tokens or 0) - 1 for r in some_requests("r"))
     assert sum(rows.values()) == 4 * num_tokens, "each token of each of 4 MoE layers goes to one host once"
     assert sum(engine.stats().host_bytes_out.values()) == 4 * num_tokens * 64 * 4
 
@@ -118,7 +118,9 @@ def test_a_worker_dials_unix_on_its_own_node_and_tcp_elsewhere(
     worker, _ = start_attention(model_dir, tmp_path / "run", 0, topology, resources)
     families = {}
     for host, link in worker._follower.dispatcher.links.items():
-        with socket.fromfd(link.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as copy:
+        descriptor = link.fileno()
+        assert descriptor is not None
+        with socket.fromfd(descriptor, socket.AF_UNIX, socket.SOCK_STREAM) as copy:
             families[host] = copy.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
     assert families == {"expert-0": socket.AF_UNIX, "expert-1": socket.AF_INET}
 

@@ -159,8 +159,9 @@ def test_gateways_take_what_all_groups_decode_together() -> None:
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(part: str, values: dict[str, Any], words: str) -> None:
+    given: dict[str, Any] = {part: values}
     with pytest.raises(ConfigError, match=words):
-        driver_settings(plan(**{part: values}), SETTINGS)
+        driver_settings(plan(**given), SETTINGS)
 
 
 def test_ranks_of_a_stage_share_a_node() -> None:

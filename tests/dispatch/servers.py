@@ -82,13 +82,15 @@ class ServerThread:
         return self._thread.is_alive()
 
     def connect(self, worker: str = "worker-0", *, incarnation: int = 0, address: int = 0) -> SocketLink:
-        return connect(
+        link = connect(
             self.addresses[address],
             hello=hello(worker, incarnation=incarnation, dtype=self.dtype),
             secret=SECRET,
             limits=self.server.limits,
             timeout_s=5.0,
         )
+        assert isinstance(link, SocketLink)
+        return link
 
     def stop(self) -> None:
         if self._thread.is_alive():

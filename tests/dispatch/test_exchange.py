@@ -1,6 +1,7 @@
 """What a dispatcher believes of a host's answers: a host scripted by hand at the other end of a link."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -21,12 +22,17 @@ def honest(link: InprocLink, header: FrameHeader, rows_RD: Tensor) -> None:
     link.post(header._replace(kind=FrameKind.REPLY, groups=()), rows_RD * 2)
 
 
+def answer_all(end: InprocLink, script: Script) -> None:
+    for frame in end.poll(0.0):
+        answer(end, script, frame)
+
+
 def worker_with(**scripts: Script) -> Dispatcher:
     """A dispatcher whose hosts answer by script; expert 0 is on all of them, the first is preferred."""
     links = {}
     for host, script in scripts.items():
         links[host], end = inproc_pair(worker="worker", host=host, limits=LinkLimits(), clock=ManualClock())
-        links[host].drive = lambda end=end, script=script: [answer(end, script, frame) for frame in end.poll(0.0)]
+        links[host].drive = partial(answer_all, end, script)
     table = RoutingTable(epoch=0, replicas={(0, 0): whole(*scripts), (0, 1): whole(*scripts)})
     return Dispatcher(
         worker="worker", incarnation=0, table=table, links=links, width=WIDTH, dtype=torch.float32, clock=ManualClock()
@@ -89,7 +95,7 @@ def test_a_host_may_not_answer_for_another() -> None:
     links: dict[str, InprocLink] = {}
     for host, script in {"asked": silent, "thief": thief, "third": honest}.items():
         links[host], end = inproc_pair(worker="worker", host=host, limits=LinkLimits(), clock=ManualClock())
-        links[host].drive = lambda end=end, script=script: [answer(end, script, frame) for frame in end.poll(0.0)]
+        links[host].drive = partial(answer_all, end, script)
     table = RoutingTable(epoch=0, replicas={(0, 0): whole("asked", "third"), (0, 1): whole("thief", "third")})
     worker = Dispatcher(
         worker="worker", incarnation=0, table=table, links=links, width=WIDTH, dtype=torch.float32, clock=ManualClock()

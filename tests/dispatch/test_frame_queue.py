@@ -1,6 +1,6 @@
 """How long frames wait for others: never longer than the window, and hardly where waiting is of no use."""
 
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -32,7 +32,7 @@ def worker() -> WorkerLink:
 
 
 def frame(layer: int) -> Frame:
-    return Frame(FrameHeader(FrameKind.ROWS, 1, 0, 0, layer, 1, ((0, 1),)), None, cast("module.WorkerLink", None), 0)  # type: ignore[arg-type]
+    return Frame(FrameHeader(FrameKind.ROWS, 1, 0, 0, layer, 1, ((0, 1),)), None, cast(Any, None), 0)
 
 
 def waited_s(queue: FrameQueue, clock: Clock, num_workers: int, *workers: WorkerLink) -> float:

@@ -45,9 +45,10 @@ def headers(seed: int) -> Iterator[tuple[FrameHeader, Place | None]]:
         kind = draw.choice([FrameKind.ROWS, FrameKind.ADOPT, FrameKind.REPLY])
         experts = sorted(draw.sample(range(300), draw.choice([1, 2, 15, 16, 60])))
         groups = tuple((expert, draw.choice([1, 2, 7])) for expert in experts)
-        counts = [draw.getrandbits(draw.choice([3, 7, 8, 15, 16, 31, 32, 40, 62])) for _ in range(3)]
+        number, step, microbatch = (draw.getrandbits(draw.choice([3, 7, 8, 15, 16, 31, 32, 40, 62])) for _ in range(3))
         num_rows = sum(count for _, count in groups)
-        header = FrameHeader(kind, *counts, draw.randrange(4), num_rows, () if kind is FrameKind.REPLY else groups)
+        layer, of_experts = draw.randrange(4), () if kind is FrameKind.REPLY else groups
+        header = FrameHeader(kind, number, step, microbatch, layer, num_rows, of_experts)
         place = Place(64 * draw.randrange(1000), draw.getrandbits(20)) if draw.random() < 0.3 else None
         yield header, place
 

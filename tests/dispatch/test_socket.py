@@ -50,8 +50,9 @@ def test_a_large_share_leaves_in_parts_and_no_expert_is_computed_twice(
         assert torch.equal(worker.combine(worker.dispatch(1, *batch)), direct(1, *batch))
         assert 4 <= worker.stats().frames_out["host-0"] <= 6
         assert sum(worker.stats().rows_out.values()) == 48
-        calls = servers["host-0"].compute.calls
-        computed = [expert for _, groups in calls for expert, _ in groups]
+        compute = servers["host-0"].compute
+        assert isinstance(compute, ScalingExperts)
+        computed = [expert for _, groups in compute.calls for expert, _ in groups]
         assert len(computed) == len(set(computed))
         worker.close()
 
@@ -129,7 +130,7 @@ def test_a_stopped_process_does_not_hold_up_rows_for_other_hosts(tmp_path: Path)
         assert worker.stats().lost_hosts == {"REPLY_TIMEOUT": 1}
         worker.close()
     finally:
-        os.kill(child.pid, signal.SIGKILL)
+        child.kill()
         child.join()
         other.stop()
 
@@ -141,7 +142,7 @@ def test_frames_beyond_the_peers_credit_wait_here(tmp_path: Path) -> None:
         for number in range(1, 20):
             link.post(FrameHeader(FrameKind.ROWS, number, 0, 0, 0, 1, ((0, 1),)), rows_RD)
         assert link.num_unsent == 19 - LIMITS.credit
-        numbers = []
+        numbers: list[int] = []
         while len(numbers) < 19:
             for frame in link.poll(5.0):
                 numbers.append(frame.header.number)

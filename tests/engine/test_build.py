@@ -90,7 +90,7 @@ def test_blocks_follow_the_memory_and_never_exceed_what_can_be_used(tmp_path: Pa
         {"expert_timeout_s": -1},
     ],
 )
-def test_options_that_cannot_work_are_refused(fields: dict[str, int]) -> None:
+def test_options_that_cannot_work_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         EngineOptions(**fields)
 
@@ -98,6 +98,7 @@ def test_options_that_cannot_work_are_refused(fields: dict[str, int]) -> None:
 @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
 def test_the_cache_may_have_a_dtype_of_its_own_and_batching_changes_no_token(tmp_path: Path, kv_dtype: str) -> None:
     path = make_checkpoint(tmp_path, "scout", dtype=torch.bfloat16)
+    cuts: list[dict[str, Any]] = [{}, {"max_num_batched_tokens": 7, "max_num_seqs": 1}]
     said = [
         generate(
             build_single_process(path, options=EngineOptions(num_blocks=40, kv_dtype=kv_dtype, **fields)),
@@ -105,7 +106,7 @@ def test_the_cache_may_have_a_dtype_of_its_own_and_batching_changes_no_token(tmp
             max_tokens=20,
             ignore_eos=True,
         )
-        for fields in ({}, {"max_num_batched_tokens": 7, "max_num_seqs": 1})
+        for fields in cuts
     ]
     assert said[0] == said[1]
     engine = build_single_process(path, dtype="float32", options=EngineOptions(num_blocks=40, kv_dtype=kv_dtype))

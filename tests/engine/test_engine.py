@@ -393,7 +393,7 @@ def test_non_finite_logits_fail_one_request() -> None:
         logits_PV[0, 3] = math.nan
         return logits_PV
 
-    core.runner.model.forward = poisoned  # type: ignore[method-assign]
+    core.runner.model.forward = poisoned  # type: ignore[method-assign, assignment]
     outputs = core.step()
     assert isinstance(outputs[0].error, EngineError)
     assert outputs[1].error is None

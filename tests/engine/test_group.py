@@ -2,12 +2,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from llama4_dist.engine.group import EngineGroup
 from llama4_dist.engine.local import LocalEngine
-from llama4_dist.engine.port import EngineStats
+from llama4_dist.engine.port import EngineStats, OnOutputs
 from llama4_dist.errors import (
     DeadlineExceededError,
     DuplicateRequestError,
@@ -27,7 +28,7 @@ PROMPT = (5, 9)
 class Pair:
     """A group of two engines, started, each with a gate before its model."""
 
-    def __init__(self, **options: int) -> None:
+    def __init__(self, **options: Any) -> None:
         self.engines = [LocalEngine(fake_core(**options)) for _ in range(2)]
         self.gates = [Gate(engine.core.runner.model) for engine in self.engines]  # type: ignore[arg-type]
         self.group, self.collector = EngineGroup(self.engines), Collector()
@@ -149,7 +150,7 @@ def test_counters_are_summed_over_the_engines_that_answer(pair: Pair, monkeypatc
 class Stepped:
     """Two engines that hold each step until told, in a group; closing one is how it is lost."""
 
-    def __init__(self, **group_options: float) -> None:
+    def __init__(self, **group_options: Any) -> None:
         self.threads_before = set(threading.enumerate())
         self.engines = [LocalEngine(fake_core()) for _ in range(2)]
         self.steps = [Steps(engine) for engine in self.engines]
@@ -333,7 +334,7 @@ class Scripted:
         self.aborted: list[str] = []
         self.down = False
 
-    def start(self, on_outputs: object) -> None:
+    def start(self, on_outputs: OnOutputs) -> None:
         self.say = on_outputs
 
     def submit(self, request: EngineRequest) -> None:
@@ -360,8 +361,8 @@ class Script:
         self.group, self.collector = EngineGroup(self.engines), Collector()  # type: ignore[arg-type]
         self.group.start(self.collector)
 
-    def say(self, index: int, **fields: object) -> None:
-        self.engines[index].say([TokenOutput(request_id="r", **fields)])  # type: ignore[arg-type]
+    def say(self, index: int, **fields: Any) -> None:
+        self.engines[index].say([TokenOutput(request_id="r", **fields)])
 
     def lose(self, index: int) -> None:
         self.engines[index].down = True

@@ -219,7 +219,7 @@ def test_a_dead_thread_fails_what_is_live_and_refuses_the_rest(start: Start) -> 
     gate = Gate(model)
     engine.submit(request("a", PROMPT, max_tokens=9))
     assert gate.entered.wait(10.0)
-    engine.core.scheduler.schedule = None  # type: ignore[assignment, method-assign] - a bug of ours, simulated
+    engine.core.scheduler.schedule = None  # type: ignore[assignment, method-assign]  # a bug of ours, simulated
     gate.open()
     assert isinstance(collector.wait_for("a")[-1].error, EngineError)
     with pytest.raises(UnavailableError, match="died"):

@@ -179,14 +179,15 @@ def names() -> Iterator[Case]:
     yield case("R49 priority", priority=-(2**31))
     unknown = pb.GetModelRequest(name="models/other").SerializeToString()
     yield Case(name="R29 get", codes=frozenset({Code.NOT_FOUND}), method=INFERENCE + "GetModel", data=unknown)
-    for fields in ({"page_size": -1}, {"page_token": "forged"}):
-        page = pb.ListModelsRequest(**fields).SerializeToString()  # type: ignore[arg-type]
+    pages: list[dict[str, Any]] = [{"page_size": -1}, {"page_token": "forged"}]
+    for fields in pages:
+        page = pb.ListModelsRequest(**fields).SerializeToString()
         yield Case(name=f"page {fields}", codes=BAD, method=INFERENCE + "ListModels", data=page)
 
 
 def reserved() -> Iterator[Case]:
     """R41-R46, R50-R51: what is not built is never ignored."""
-    for fields in (
+    unbuilt: list[dict[str, Any]] = [
         {"structured_output": {"regex": "(a+)+$"}},
         {"structured_output": {"json_schema": "{}"}},
         {"structured_output": {}},
@@ -196,7 +197,8 @@ def reserved() -> Iterator[Case]:
         {"prompt_embeds": b"\0" * 1000},
         {"chat_template": "{{ 1 }}"},
         {"tools": ["{"]},
-    ):
+    ]
+    for fields in unbuilt:
         yield case(f"R41-R51 {sorted(fields)}", UNBUILT, reserved=fields)
 
 

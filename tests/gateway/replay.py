@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc
 
@@ -60,7 +61,7 @@ class Canary:
 def send(channel: grpc.Channel, case: Case) -> tuple[grpc.StatusCode, str]:
     """Send one case; return its code and everything the client is told."""
     streams = case.method in STREAMING or case.method in (HEALTH + "Watch", REFLECTION)
-    open_call = channel.unary_stream if streams else channel.unary_unary
+    open_call: Any = channel.unary_stream if streams else channel.unary_unary
     call = open_call(case.method)
     try:
         arguments = {"timeout": case.timeout_s, "metadata": case.metadata, "compression": case.compression}

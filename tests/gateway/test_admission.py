@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 import grpc
 import pytest
@@ -176,7 +177,7 @@ def test_a_full_gateway_does_not_read_what_it_refuses(method: str) -> None:
         Client(served.address, NO_RETRY) as client,
         ThreadPoolExecutor(1) as pool,
     ):
-        kind = channel.unary_stream if method.startswith("Stream") else channel.unary_unary
+        kind: Any = channel.unary_stream if method.startswith("Stream") else channel.unary_unary
         call = kind(f"/llama4_dist.v1.InferenceService/{method}", response_deserializer=bytes)
         assert code_of(call) is grpc.StatusCode.INVALID_ARGUMENT
         running = pool.submit(client.generate, [1], Sampling(max_tokens=2))

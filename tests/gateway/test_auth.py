@@ -43,8 +43,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def code_of(served: Served, method: str, *authorization: str) -> grpc.StatusCode:
     with grpc.insecure_channel(served.address) as channel:
         try:
-            metadata = [("authorization", value) for value in authorization]
-            list(channel.unary_stream(method)(b"", metadata=metadata, timeout=5))
+            metadata = tuple(("authorization", value) for value in authorization)
+            call: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(method)
+            list(call(b"", metadata=metadata, timeout=5))
         except grpc.RpcError as error:
             return error.code()
     return grpc.StatusCode.OK
@@ -225,19 +226,23 @@ def test_a_callers_own_admin_service_is_served_to_admins_only(tmp_path: Path) ->
         serving(ScriptedEngine(), settings=settings, extra_services=services) as served,
         grpc.insecure_channel(served.address) as channel,
     ):
-        method = channel.unary_unary("/google.longrunning.Operations/GetOperation")
+        method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+            "/google.longrunning.Operations/GetOperation"
+        )
 
         def call(name: str, token: str) -> tuple[grpc.StatusCode, bytes]:
             try:
                 data = operations_pb2.GetOperationRequest(name=name).SerializeToString()
-                return grpc.StatusCode.OK, method(data, metadata=[("authorization", f"Bearer {token}")])
+                return grpc.StatusCode.OK, method(data, metadata=(("authorization", f"Bearer {token}"),))
             except grpc.RpcError as error:
                 return error.code(), b""
 
         assert call("operations/1", NORMAL)[0] is grpc.StatusCode.PERMISSION_DENIED
         assert call("operations/2", ADMIN)[0] is grpc.StatusCode.NOT_FOUND
         assert operations_pb2.Operation.FromString(call("operations/1", ADMIN)[1]).done
-        unbuilt = channel.unary_unary("/google.longrunning.Operations/WaitOperation")
+        unbuilt: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+            "/google.longrunning.Operations/WaitOperation"
+        )
         with pytest.raises(grpc.RpcError) as refused:
-            unbuilt(b"", metadata=[("authorization", f"Bearer {ADMIN}")])
+            unbuilt(b"", metadata=(("authorization", f"Bearer {ADMIN}"),))
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED

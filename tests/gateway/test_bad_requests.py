@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -60,7 +61,7 @@ def test_two_thousand_refusals_leave_nothing_behind(served: Served, engine: Scri
     case = Case(name="refused", codes=frozenset(), data=data)
     num_submitted, num_tasks = len(engine.submitted), served.num_tasks()
     with grpc.insecure_channel(served.address) as channel:
-        method = channel.unary_unary(case.method)
+        method: Any = channel.unary_unary(case.method)
         for _ in range(4):
             codes = {call.exception().code() for call in [method.future(case.data) for _ in range(500)]}
             assert codes == {grpc.StatusCode.INVALID_ARGUMENT}
@@ -73,7 +74,8 @@ def test_two_thousand_refusals_leave_nothing_behind(served: Served, engine: Scri
 def test_a_second_message_on_a_streaming_call_is_ignored(served: Served) -> None:
     data = b"\x0a" + bytes([len(generate().SerializeToString())]) + generate().SerializeToString()
     with grpc.insecure_channel(served.address) as channel:
-        call = channel.stream_stream(INFERENCE + "StreamGenerate")(iter([data, b"\xff\xff"]), timeout=10)
+        method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(INFERENCE + "StreamGenerate")
+        call = method(iter([data, b"\xff\xff"]), timeout=10)
         assert len(list(call)) >= 2
         assert call.code() is grpc.StatusCode.OK
 
@@ -87,7 +89,7 @@ def test_a_deadline_in_the_past_is_answered_as_such(served: Served, timeout_s: f
 
 def test_a_deadline_of_ten_years_and_none_are_capped(served: Served, engine: ScriptedEngine) -> None:
     with grpc.insecure_channel(served.address) as channel:
-        method = channel.unary_unary(INFERENCE + "Generate")
+        method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(INFERENCE + "Generate")
         for timeout_s in (None, 10 * 365 * 86400.0):
             method(generate().SerializeToString(), timeout=timeout_s)
             assert engine.submitted[-1].timeout_s == 600.0

@@ -34,6 +34,7 @@ class Watched:
         self.asked: dict[str, int] = {}
         self.freed: dict[str, tuple[int, int]] = {}
         self.limits, self.submit, self.score = engine.limits, engine.submit, engine.score
+        self.attach = engine.attach
         self.stats, self.close = engine.stats, engine.close
 
     def start(self, on_outputs: Callable[[Sequence[TokenOutput]], None]) -> None:

@@ -1,6 +1,7 @@
 """A stream is resumed by (request id, tokens received): nothing is repeated, nothing left out, nothing given away."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import pytest
@@ -36,7 +37,7 @@ def stub(served: Served) -> Iterator[inference_pb2_grpc.InferenceServiceStub]:
         yield inference_pb2_grpc.InferenceServiceStub(channel)
 
 
-def message(request_id: str, resume: list[int] | None = None, **sampling: int) -> inference_pb2.StreamGenerateRequest:
+def message(request_id: str, resume: list[int] | None = None, **sampling: Any) -> inference_pb2.StreamGenerateRequest:
     request = generate_to_proto([1], Sampling(**sampling), model="", request_id=request_id, priority=0)
     wrapped = inference_pb2.StreamGenerateRequest(request=request)
     if resume is not None:
@@ -114,7 +115,7 @@ def test_started_names_the_seed_that_is_used(
 ) -> None:
     seeds = []
     for request_id, seed in (("s1", 2**64 - 1), ("s2", None), ("s3", None)):
-        fields = {} if seed is None else {"seed": seed}
+        fields: dict[str, Any] = {} if seed is None else {"seed": seed}
         events = list(stub.StreamGenerate(message(request_id, max_tokens=1, **fields)))
         seeds.append(events[0].started.seed)
         assert engine.submitted[-1].sampling.seed == seeds[-1]

@@ -45,7 +45,7 @@ def position(token_id: int) -> PositionLogprobs:
 
 
 def test_deltas_of_a_sequence_join_in_order_and_before_its_end() -> None:
-    events = [
+    events: list[Delta | Finished] = [
         Delta(index=1, text="a", token_ids=(1,), logprobs=(position(1),)),
         Delta(index=0, text="x", token_ids=(7,), logprobs=(position(7),)),
         Delta(index=1, text="b", token_ids=(2,), logprobs=(position(2),)),

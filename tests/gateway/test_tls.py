@@ -141,7 +141,9 @@ def test_mutual_tls_alone_does_not_grant_admin_beyond_loopback(files: Files) -> 
     with serving(ScriptedEngine(), settings=settings, address="0.0.0.0:0") as served:
         address = served.address
         with grpc.secure_channel(address, credentials) as channel:
+            administer: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(ADMIN_METHOD)
+            list_models: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(INFERENCE + "ListModels")
             with pytest.raises(grpc.RpcError) as refused:
-                channel.unary_unary(ADMIN_METHOD)(b"")
+                administer(b"")
             assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
-            assert channel.unary_unary(INFERENCE + "ListModels")(b"")
+            assert list_models(b"")

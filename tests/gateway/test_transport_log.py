@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from grpc._cython import cygrpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # it is compiled and has no stub
 
 from llama4_dist.gateway.transport_log import TRANSPORT_LOGGER, quieten_lost_statuses
 from tests.gateway.scripted_engine import ScriptedEngine

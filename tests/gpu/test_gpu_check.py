@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(tmp_path: Path, *flags: str, **environment: str) -> list[dict[str, object]]:
     out = tmp_path / "out.json"
-    command = [sys.executable, ROOT / "tools" / "gpu_check.py", "--json", out, *flags]
+    command: list[str | Path] = [sys.executable, ROOT / "tools" / "gpu_check.py", "--json", out, *flags]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     return list(json.loads(out.read_text())["rows"])

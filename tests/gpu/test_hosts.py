@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from tests.checkpoints import make_checkpoint
 from tests.gpu.test_engine import OPTIONS, tokens_of
 from tests.gpu.unix_hosts import engine_over, new_host, spread, table_of
 
-PRESETS = {"scout": {"num_hidden_layers": 4}, "topk2": {}}  # topk2: two experts a token, and dense layers
+# topk2: two experts a token, and dense layers
+PRESETS: dict[str, dict[str, Any]] = {"scout": {"num_hidden_layers": 4}, "topk2": {}}
 PATIENT = Deadlines(
     unknown_hedge_s=60.0, unknown_lose_s=60.0, hedge_floor_s=60.0, lose_floor_s=60.0, lose_ceiling_s=60.0
 )  # the interpreter takes a second for an answer
@@ -111,7 +113,7 @@ def over_sockets(path: Path, run_dir: Path, resources: ExitStack) -> LocalEngine
     step, dispatcher = engine.core.runner.finish, engine.core.runner.dispatcher
     num_steps = 0
 
-    def step_and_move(spans: object, submitted: object) -> object:
+    def step_and_move(spans: Any, submitted: Any) -> Any:
         nonlocal num_steps
         num_steps += 1
         if num_steps == 2:
@@ -124,7 +126,7 @@ def over_sockets(path: Path, run_dir: Path, resources: ExitStack) -> LocalEngine
                 assert host._held().holds == set(after[name])
         return step(spans, submitted)
 
-    engine.core.runner.finish = step_and_move
+    engine.core.runner.finish = step_and_move  # type: ignore[method-assign]
     return engine
 
 

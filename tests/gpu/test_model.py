@@ -11,6 +11,7 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.errors import ConfigError
 from llama4_dist.gpu import layer as gpu_layer
 from llama4_dist.gpu.model import GpuLlama4
+from llama4_dist.gpu.row_kernels import add_norm_and_route
 from llama4_dist.model.batch import Batch, PageRun, SequenceSpan
 from llama4_dist.model.kv_cache import KVCache
 from tests.checkpoints import make_checkpoint
@@ -18,7 +19,7 @@ from tests.model.direct import Runner
 
 TOKENS = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5)
 # Chunks of 4 and a temperature from position 4 on, so that eleven tokens meet every rule.
-SMALL = {"num_hidden_layers": 2, "no_rope_layers": [1, 0], "attention_chunk_size": 4, "floor_scale": 4}
+SMALL: dict[str, Any] = {"num_hidden_layers": 2, "no_rope_layers": [1, 0], "attention_chunk_size": 4, "floor_scale": 4}
 TOLERANCE = 1e-5
 MOVED = 1e-2
 
@@ -88,7 +89,7 @@ def test_each_rule_of_attention_shows(
 def test_a_score_left_out_shows(
     model: GpuLlama4, checkpoint: Checkpoint, expected_TV: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = gpu_layer.add_norm_and_route
+    honest = add_norm_and_route
 
     def without_score(x_TD: Tensor, *arguments: Tensor, copies_ND: Tensor, **others: Any) -> None:
         honest(x_TD, *arguments, copies_ND=copies_ND, **others)

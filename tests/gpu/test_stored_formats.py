@@ -1,6 +1,7 @@
 """Experts that are stored quantised, on the kernels of a device: no weight is rounded again. In the interpreter."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from tests.model.direct import Runner
 from tests.quantised_checkpoints import make_quantised
 
 WIDTHS = {"hidden_size": 128, "intermediate_size": 128}
-SMALL = {**WIDTHS, "num_hidden_layers": 2, "no_rope_layers": [1, 0], "num_local_experts": 4}
+SMALL: dict[str, Any] = {**WIDTHS, "num_hidden_layers": 2, "no_rope_layers": [1, 0], "num_local_experts": 4}
 CPU = torch.device("cpu")
 TOKENS = tuple(range(3, 90, 8))
 
@@ -76,9 +77,11 @@ def test_what_kernels_read_stands_for_the_stored_weights(form: str, tmp_path: Pa
     match form:
         case "fp8":
             assert packed.values_EFD.dtype == torch.float8_e4m3fn
+            assert packed.scales is not None
             found = from_float8(packed.values_EFD, packed.scales)
         case "int4-128":
             assert packed.values_EFD.dtype == torch.uint8
+            assert packed.scales is not None
             found = from_int4(packed.values_EFD, packed.scales)
         case _:
             assert packed.scales is None

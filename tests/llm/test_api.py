@@ -274,7 +274,7 @@ def test_expert_hosts_answer_as_one_process_does(llm: LLM, model_dir: Path) -> N
     prompts = ["the first", "a second prompt"]
     expected = [completion.token_ids for completion in llm.generate(prompts, GREEDY)]
     loaded: list[tuple[int, int]] = []
-    options = {"num_threads": 1, "kv_cache_bytes": 1 << 22}
+    options: dict[str, Any] = {"num_threads": 1, "kv_cache_bytes": 1 << 22}
     with LLM(model_dir, num_expert_hosts=2, progress=lambda *at: loaded.append(at), **options) as cluster:
         assert loaded[-1][0] == loaded[-1][1] > 0
         assert [completion.token_ids for completion in cluster.generate(prompts, GREEDY)] == expected

@@ -102,7 +102,8 @@ class Runner:
 
     def run(self, parts: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
         """Run one step of (sequence, its next tokens) and return each part's logits [tokens, V]."""
-        spans, token_ids = [], []
+        spans: list[SequenceSpan] = []
+        token_ids: list[int] = []
         for index, tokens in parts:
             sequence = self.sequences[index]
             spans.append(SequenceSpan(num_tokens=len(tokens), num_cached=sequence.num_cached, pages=sequence.pages))

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def answer(experts: Experts, groups: list[tuple[int, int]], dtype: torch.dtype =
     return out_RD
 
 
-def held(path: Path, dtype: torch.dtype = torch.float32, **options: int) -> Experts:
+def held(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Experts:
     checkpoint = Checkpoint.open(path)
     weights = {(1, expert): checkpoint.expert(1, expert) for expert in range(8)}
     return Experts(weights, width=D, dtype=dtype, device="cpu", **options)

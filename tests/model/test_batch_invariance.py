@@ -5,6 +5,7 @@ widths are those at which kernels switch strategy, and the lengths cross the blo
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from llama4_dist.model.linear import linear, pack
 from tests.checkpoints import make_checkpoint
 from tests.model.direct import Runner
 
-MIDDLE = {
+MIDDLE: dict[str, Any] = {
     "hidden_size": 320,
     "num_hidden_layers": 4,
     "num_attention_heads": 10,

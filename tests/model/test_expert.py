@@ -8,6 +8,7 @@ import torch
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.model.expert import Experts
 from tests.checkpoints import make_checkpoint
+from tests.plain_experts import plain
 
 D, F = 64, 96
 GROUPS = [(3, 1), (0, 0), (7, 6), (5, 0), (1, 2)]
@@ -30,7 +31,7 @@ def run(checkpoint: Checkpoint, start: int = 0, stop: int = F, dtype: torch.dtyp
 def test_each_group_is_computed_by_its_expert(checkpoint: Checkpoint) -> None:
     out_RD, start = run(checkpoint), 0
     for expert, num_rows in GROUPS:
-        weights, x_RD = checkpoint.expert(1, expert), X_RD[start : start + num_rows]
+        weights, x_RD = plain(checkpoint.expert(1, expert)), X_RD[start : start + num_rows]
         gate_RF, up_RF = x_RD @ weights.gate_DF, x_RD @ weights.up_DF
         expected_RD = (gate_RF / (1 + torch.exp(-gate_RF)) * up_RF) @ weights.down_FD
         torch.testing.assert_close(out_RD[start : start + num_rows], expected_RD, rtol=1e-5, atol=1e-5)
@@ -52,9 +53,9 @@ def test_experts_without_rows_are_never_computed(checkpoint: Checkpoint) -> None
 
 
 def test_weights_of_the_compute_dtype_are_not_copied(checkpoint: Checkpoint) -> None:
-    weights = checkpoint.expert(0, 2)
+    weights = plain(checkpoint.expert(0, 2))
     experts = Experts({(0, 2): weights}, width=D, dtype=torch.float32, device="cpu")
-    held = experts.weights(0, 2)
+    held = plain(experts.weights(0, 2))
     assert experts.holds == {(0, 2)}
     assert held.down_FD.data_ptr() == weights.down_FD.data_ptr()
     assert held.gate_DF.data_ptr() == weights.gate_DF.data_ptr()

@@ -39,7 +39,13 @@ def test_entries_come_back_as_stored(config: ModelConfig, dtype: torch.dtype, co
 
 def test_the_fingerprint_covers_what_an_entry_depends_on_besides_its_tokens(config: ModelConfig) -> None:
     def fingerprint(**changes: Any) -> bytes:
-        fields = {"num_pages": 2, "block_size": 4, "dtype": torch.float32, "device": "cpu", "model_hash": "a"}
+        fields: dict[str, Any] = {
+            "num_pages": 2,
+            "block_size": 4,
+            "dtype": torch.float32,
+            "device": "cpu",
+            "model_hash": "a",
+        }
         return KVCache(config, **fields | changes).fingerprint
 
     assert fingerprint() == fingerprint(num_pages=3), "how many pages there are changes no entry"

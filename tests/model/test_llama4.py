@@ -10,7 +10,7 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.model.batch import Batch, SequenceSpan
 from llama4_dist.model.llama4 import Llama4
 from tests.checkpoints import make_checkpoint
-from tests.model.direct import Runner
+from tests.model.direct import DirectDispatcher, Runner
 
 
 @pytest.mark.parametrize("preset", ["maverick", "dense", "conditional"])
@@ -67,4 +67,5 @@ def test_only_the_wanted_rows_get_logits_and_the_step_is_announced(checkpoint: C
         batch = Batch(step=9, token_ids_T=torch.tensor([5, 6, 7, 8]), spans=(span,), logit_rows=rows)
         logits_PV = runner.model.forward(batch, runner.cache, runner.dispatcher)
         assert torch.equal(logits_PV, expected_TV[list(rows)])
+    assert isinstance(runner.dispatcher, DirectDispatcher)
     assert runner.dispatcher.steps == [1, 9, 9, 9]

@@ -1,7 +1,9 @@
 """A step in two parts has the bits of a step in one, wherever it is cut."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,16 +56,20 @@ def test_a_part_waits_after_the_other_has_sent_its_rows() -> None:
 def test_logits_in_two_parts_are_those_in_one(tmp_path: Path, preset: str, arithmetic: str) -> None:
     """Prompts and decodes together; the border lies between sequences, within a prompt, and at its chunk's edge."""
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path, preset))
-    steps = [[(0, range(1, 14))], [(0, range(14, 40)), (1, range(7))], [(0, [3]), (1, [9]), (2, range(5, 28))]]
+    steps: list[list[tuple[int, Sequence[int]]]] = [
+        [(0, range(1, 14))],
+        [(0, range(14, 40)), (1, range(7))],
+        [(0, [3]), (1, [9]), (2, range(5, 28))],
+    ]
     logits: list[list[torch.Tensor]] = []
     for num_parts in (1, 2):
         runner = Runner.load(checkpoint, num_sequences=3)
         forward = runner.model.forward
 
-        def in_parts(batch: Batch, *rest: object, num_parts: int = num_parts, forward=forward) -> torch.Tensor:
+        def in_parts(batch: Batch, *rest: Any, num_parts: int = num_parts, forward: Any = forward) -> Any:
             return forward(replace(batch, num_microbatches=num_parts), *rest)
 
-        runner.model.forward = in_parts
+        runner.model.forward = in_parts  # type: ignore[method-assign, assignment]
         logits.append([logits_TV for step in steps for logits_TV in runner.run(step)])
     for one_TV, two_TV in zip(*logits, strict=True):
         assert torch.equal(one_TV, two_TV)

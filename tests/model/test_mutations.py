@@ -15,11 +15,13 @@ from llama4_dist.checkpoint.expert_weights import ExpertWeights
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.model import attention, attention_plan, key_axes, llama4, router
 from llama4_dist.model.batch import SequenceSpan
-from llama4_dist.model.query_runs import QueryRun
+from llama4_dist.model.query_runs import QueryRun, query_runs
+from llama4_dist.model.rope import frequencies, query_temperature
 from tests.checkpoints import make_checkpoint
 from tests.model import direct
 from tests.model.direct import Runner
 from tests.model.references import load_reference, reference_logits
+from tests.plain_experts import plain
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 MOVED = 1e-2  # fifty times the tolerance
@@ -68,19 +70,19 @@ def softmax_scores(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_chunks(patch: pytest.MonkeyPatch) -> None:
-    honest = key_axes.query_runs
+    honest = query_runs
     patch.setattr(key_axes, "query_runs", lambda spans, chunk_size: honest(spans, None))
 
 
 def no_chunks_in_decode(patch: pytest.MonkeyPatch) -> None:
     """What Meta's own reference does: with one query it passes no mask."""
-    honest = key_axes.query_runs
+    honest = query_runs
 
-    def query_runs(spans: list[SequenceSpan], size: int | None) -> list[QueryRun]:
+    def chunked(spans: list[SequenceSpan], size: int | None) -> list[QueryRun]:
         is_decode = all(span.num_tokens == 1 for span in spans)
         return list(honest(spans, None if is_decode else size))
 
-    patch.setattr(key_axes, "query_runs", query_runs)
+    patch.setattr(key_axes, "query_runs", chunked)
 
 
 def no_qk_norm(patch: pytest.MonkeyPatch) -> None:
@@ -92,12 +94,12 @@ def no_temperature(patch: pytest.MonkeyPatch) -> None:
 
 
 def temperature_from_position_zero(patch: pytest.MonkeyPatch) -> None:
-    honest = attention_plan.query_temperature
+    honest = query_temperature
     patch.setattr(attention_plan, "query_temperature", lambda p, floor, scale: honest(p - 1, floor, scale))
 
 
 def no_frequency_scaling(patch: pytest.MonkeyPatch) -> None:
-    honest = llama4.frequencies
+    honest = frequencies
     patch.setattr(llama4, "frequencies", lambda head_dim, theta, scaling: honest(head_dim, theta, None))
 
 
@@ -105,7 +107,7 @@ def swapped_gate_and_up(patch: pytest.MonkeyPatch) -> None:
     honest = Checkpoint.expert
 
     def expert(self: Checkpoint, layer: int, index: int) -> ExpertWeights:
-        weights = honest(self, layer, index)
+        weights = plain(honest(self, layer, index))
         return replace(weights, gate_DF=weights.up_DF, up_DF=weights.gate_DF, gate_up_D2F=None)
 
     patch.setattr(Checkpoint, "expert", expert)

@@ -20,6 +20,7 @@ from tests.checkpoints import make_checkpoint
 from tests.model.direct import Runner, all_experts
 from tests.model.quantised_experts import TOKEN_IDS, X_RD, D, answer, held, in_float64, quantised_expert
 from tests.model.references import load_reference, reference_logits
+from tests.plain_experts import plain
 from tests.quantised_checkpoints import ALL, PLAIN, ROWS, make_quantised
 
 FORMS = [*ALL, *PLAIN]
@@ -72,10 +73,10 @@ def test_float8_as_maverick_stores_it_is_that_of_float64(
         experts(1, [(expert, 9)], x_RD, out_RD)
         expected_RD = in_float64(x_RD, quantised_expert(path, 1, expert))
         torch.testing.assert_close(out_RD.double(), expected_RD, rtol=0, atol=2e-5)
-    ignored = checkpoint.expert(3, 0)
+    ignored = plain(checkpoint.expert(3, 0))
     assert not isinstance(ignored, QuantisedExpertWeights)
     twin = Checkpoint.open(make_checkpoint(tmp_path / "twin", "maverick", dtype=torch.bfloat16))
-    assert torch.equal(ignored.down_FD, twin.expert(3, 0).down_FD)
+    assert torch.equal(ignored.down_FD, plain(twin.expert(3, 0)).down_FD)
 
 
 @pytest.mark.parametrize("form", ["int8", "int8-groups", "int4", "int4-channel"])

@@ -45,7 +45,7 @@ def test_each_slice_computes_its_part(arithmetic: str, form: str, num_slices: in
 def test_a_slice_that_would_cut_a_group_is_refused_with_the_numbers_that_fit(
     form: str, num_slices: int, fitting: str, tmp_path: Path
 ) -> None:
-    widths = {"hidden_size": 128, "intermediate_size": 128} if form == "int4-128" else {}
+    widths: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128} if form == "int4-128" else {}
     checkpoint = Checkpoint.open(make_quantised(tmp_path, form, **widths))
     with pytest.raises(ConfigError, match=rf"expert_slices={num_slices} cuts groups .*: take one of {fitting}$"):
         ExpertStore(checkpoint, num_slices=num_slices, **CPU)

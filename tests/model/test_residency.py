@@ -9,7 +9,8 @@ import torch
 
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.errors import ConfigError
-from llama4_dist.model.expert_store import KERNEL_MAPS, ExpertStore, Pair
+from llama4_dist.model.expert_store import KERNEL_MAPS, ExpertStore
+from llama4_dist.model.held_expert import Pair
 from llama4_dist.model.residency import Residency
 from tests.checkpoints import make_checkpoint
 from tests.model.test_expert_store import resident_bytes
@@ -117,11 +118,11 @@ def test_memory_stays_within_the_bound_and_every_bit_is_the_same(
     free.remove(pairs)
     bounded.add(pairs)
     before, out_RD = anonymous_bytes() + resident_bytes(model_dir), torch.empty(3, D)
+    residency = bounded.residency
+    assert residency is not None
     for (layer, groups, x_RD), right_RD in zip(questions, expected, strict=True):
         bounded(layer, groups, x_RD, out_RD)
         assert torch.equal(out_RD, right_RD)
-        residency = bounded.residency
-        assert residency is not None
         assert residency.bytes_resident <= limit
         # Beside each matrix that lies in the file the kernel maps some of its neighbours.
         spilled = residency.num_resident * 2 * 2 * KERNEL_MAPS

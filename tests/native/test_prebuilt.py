@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llama4_dist.native import prebuilt
+from llama4_dist.native.library import SOURCES
 from llama4_dist.native.prebuilt import LEVELS, build, file_name, find_prebuilt
 
 HASWELL = "flags\t\t: fpu avx2 bmi1 bmi2 f16c fma abm movbe sse2\n"
@@ -29,7 +30,7 @@ def test_a_processor_gets_the_best_level_it_runs(folder: Path, cpuinfo: str, lev
 
 
 def test_a_library_of_other_sources_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prebuilt, "SOURCES", prebuilt.SOURCES[1:])
+    monkeypatch.setattr(prebuilt, "SOURCES", SOURCES[1:])
     assert find_prebuilt(folder, SKYLAKE) is None
 
 

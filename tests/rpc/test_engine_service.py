@@ -225,10 +225,12 @@ def test_a_wrong_secret_is_refused(server: EngineServer) -> None:
 @pytest.mark.parametrize("method", ["Run", "Score", "GetStats", "GetLimits", "Unknown"])
 @pytest.mark.parametrize("metadata", [(), (("authorization", "Bearer "),), (("authorization", "Bearer x" * 50),)])
 def test_every_method_is_refused_without_the_token(
-    server: EngineServer, method: str, metadata: Sequence[tuple[str, str]]
+    server: EngineServer, method: str, metadata: tuple[tuple[str, str], ...]
 ) -> None:
     with grpc.insecure_channel(server.address) as channel:
-        call = channel.unary_unary(f"/llama4_dist.internal.v1.EngineService/{method}")
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+            f"/llama4_dist.internal.v1.EngineService/{method}"
+        )
         with pytest.raises(grpc.RpcError) as caught:
             call(b"", metadata=metadata, timeout=5)
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED

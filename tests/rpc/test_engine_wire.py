@@ -1,6 +1,7 @@
 """Requests and outputs ⇄ messages."""
 
 from dataclasses import fields
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -66,6 +67,7 @@ def test_an_output_survives_the_wire_unchanged(output: TokenOutput) -> None:
 @pytest.mark.parametrize("kind", sorted(wire.ERROR_KINDS))
 def test_every_error_of_the_tree_survives_the_wire(kind: str) -> None:
     error_class = wire.ERROR_KINDS[kind]
+    error: errors.Llama4Error
     if error_class is errors.InvalidRequestError:
         error = errors.InvalidRequestError([errors.FieldViolation(field="top_p", description="above 1")])
     elif error_class is errors.CheckpointError:
@@ -83,10 +85,12 @@ def test_an_unknown_kind_of_error_is_an_engine_error() -> None:
 
 
 def test_limits_and_stats_survive_the_wire_with_every_field() -> None:
-    limits = EngineLimits(**{f.name: "m" if f.name == "model" else 11 + i for i, f in enumerate(fields(EngineLimits))})
+    given: dict[str, Any] = {f.name: 11 + i for i, f in enumerate(fields(EngineLimits))}
+    limits = EngineLimits(**given | {"model": "m"})
     assert wire.limits_from_wire(wire.limits_to_wire(limits)) == limits
-    numbers = {f.name: 11 + i for i, f in enumerate(fields(EngineStats)) if f.name not in wire.STATS_MAPS}
-    stats = EngineStats(
-        **numbers, **{name: {name: "tcp" if name == "host_transports" else 5} for name in wire.STATS_MAPS}
-    )
+    numbers: dict[str, Any] = {
+        f.name: 11 + i for i, f in enumerate(fields(EngineStats)) if f.name not in wire.STATS_MAPS
+    }
+    maps: dict[str, Any] = {name: {name: "tcp" if name == "host_transports" else 5} for name in wire.STATS_MAPS}
+    stats = EngineStats(**numbers, **maps)
     assert wire.stats_from_wire(wire.stats_to_wire(stats)) == stats

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import grpc
 import pytest
@@ -32,14 +33,14 @@ class RawGateway(Collector):
         self.num_messages = 0
         self.channel = grpc.insecure_channel(server.address, options=[("grpc.use_local_subchannel_pool", 1)])
         metadata = (*token_metadata(SECRET), (GATEWAY_KEY, name))
-        self.call = RunCall(pb_grpc.EngineServiceStub(self.channel), metadata, self.hear)  # type: ignore[no-untyped-call]
+        self.call = RunCall(pb_grpc.EngineServiceStub(self.channel), metadata, self.hear)
         self.call.start()
 
     def hear(self, call: RunCall, message: pb.RunResponse) -> None:
         self.num_messages += 1
         self([wire.output_from_wire(output) for output in message.outputs])
 
-    def submit(self, request_id: str = "r", *, digest: bytes = DIGEST, given: int = 0, **sampling: int) -> None:
+    def submit(self, request_id: str = "r", *, digest: bytes = DIGEST, given: int = 0, **sampling: Any) -> None:
         request = EngineRequest(
             request_id=request_id,
             prompt_token_ids=(10,),

@@ -1,5 +1,7 @@
 """Errors cross the wire with their meaning, and without what is nobody's business."""
 
+from typing import Any
+
 import grpc
 import pytest
 from google.protobuf import any_pb2
@@ -33,7 +35,7 @@ class FailedCall(grpc.RpcError):
     def details(self) -> str:
         return self._text
 
-    def trailing_metadata(self) -> object:
+    def trailing_metadata(self) -> Any:
         return self._trailers
 
 
@@ -42,7 +44,8 @@ def test_every_error_has_a_code_and_error_info(kind: type[Llama4Error]) -> None:
     error = make(kind)
     built = status.to_status(error)
     info = status.find(built, error_details_pb2.ErrorInfo())
-    assert built.code == status.code_of(error).value[0] != 0
+    assert built.code == status.code_of(error).value[0]
+    assert built.code != 0
     assert (info.reason, info.domain) == (error.reason, "llama4_dist")
     kinds = [detail.type_url for detail in built.details]
     assert len(kinds) == len(set(kinds)), "AIP-193: each detail type at most once"

@@ -73,7 +73,7 @@ class Machine(RuleBasedStateMachine):
 
 @pytest.mark.skipif(os.environ.get("PYTHONHASHSEED") != "0", reason="test_schedules runs it with PYTHONHASHSEED=0")
 @pytest.mark.timeout(300)
-class TestMachine(Machine.TestCase):  # type: ignore[misc, name-defined]
+class TestMachine(Machine.TestCase):  # type: ignore[misc, valid-type]
     """The search itself."""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch.distributed import FileStore
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # torch's stubs leave it out
 
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.errors import UnavailableError

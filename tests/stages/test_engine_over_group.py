@@ -100,7 +100,7 @@ def test_nothing_is_in_flight_while_an_action_runs_between_steps(model_dir: Path
         engine = build_single_process(
             model_dir, partition=Partition(num_stages=2), options=EngineOptions(num_blocks=300), num_threads=1
         )
-        collector, seen = Collector(), []
+        collector, seen = Collector(), list[int]()
         engine.start(collector)
         for name, prompt in PROMPTS.items():
             engine.submit(request(name, prompt, max_tokens=40, ignore_eos=True))

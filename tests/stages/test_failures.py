@@ -190,11 +190,11 @@ def test_rows_that_only_one_rank_was_given_fail_all_ranks_together(checkpoint: C
     partition, ranks = Partition(num_stages=2, num_ranks=2), thread_ranks(2, timeout_s=60.0)
     direct = CountingDirect(all_experts(checkpoint, torch.float32))
     members = [stage_runner(checkpoint, partition, 1, rank, ranks[rank], direct, pages=8) for rank in range(2)]
-    befores = [torch.zeros(3, checkpoint.config.hidden_size), GONE]
-    outputs = _run_together(members, step=1, befores=befores)
+    rows_TD = torch.zeros(3, checkpoint.config.hidden_size)
+    outputs = _run_together(members, step=1, befores=[rows_TD, GONE])
     assert all(isinstance(output.rows, UnavailableError) for output in outputs)
     assert [member.lost for member in members] == [None, None]
-    outputs = _run_together(members, step=2, befores=[befores[0].clone(), befores[0].clone()])
+    outputs = _run_together(members, step=2, befores=[rows_TD.clone(), rows_TD.clone()])
     assert all(isinstance(output.rows, Tensor) for output in outputs)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed import FileStore
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # torch's stubs leave it out
 
 from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.errors import UnavailableError

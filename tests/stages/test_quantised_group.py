@@ -1,6 +1,7 @@
 """A quantised model cut into stages and ranks: each rank reads its part of numbers and scales, and no group is cut."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,11 @@ from tests.quantised_checkpoints import decompress, make_quantised, stored_tenso
 from tests.stages.groups import running_group
 from tests.stages.test_group_logits import TOLERANCE, random_ids
 
-FOUR_RANKS = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 128}  # in groups of 32
+FOUR_RANKS: dict[str, Any] = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 128,  # in groups of 32
+}
 
 
 @pytest.mark.parametrize("form", ["int8", "int8-groups", "int4", "int4-channel"])

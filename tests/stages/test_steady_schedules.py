@@ -45,7 +45,7 @@ def test_any_schedule_says_what_one_step_at_a_time_says(
     wanted: list[dict[str, Any]], num_stages: int, num_blocks: int, order: int, faults: set[int]
 ) -> None:
     """Stages compute in any order that their queues allow; now and then a step finds no expert."""
-    options = {"num_blocks": num_blocks, "max_context": 28, "max_num_batched_tokens": 8}
+    options: dict[str, Any] = {"num_blocks": num_blocks, "max_context": 28, "max_num_batched_tokens": 8}
     whole = _serve(fake_core(**options), wanted, lambda number: None)
     random = Random(order)
     stages = Stages(num_stages, pick=random.choice)

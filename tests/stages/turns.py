@@ -14,6 +14,7 @@ from llama4_dist.engine.engine import EngineCore
 from llama4_dist.model.batch import Batch
 from llama4_dist.model.kv_cache import KVCache
 from llama4_dist.model.kv_layout import KVLayout
+from llama4_dist.model.reduction import Reduction
 from llama4_dist.stages.member import StageMember, StageRunner
 from llama4_dist.stages.pipeline import PipelinedModel
 from llama4_dist.stages.ports import StageOutput, worker_lost
@@ -25,7 +26,7 @@ Pick = Callable[[Sequence[int]], int]
 class FakeStage:
     """What a member computes: all of a fake model, which has its own keys."""
 
-    reduction = None
+    reduction: Reduction | None = None
 
     def __init__(self, model: FakeModel) -> None:
         self.model = model

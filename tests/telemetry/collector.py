@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import grpc
@@ -50,9 +51,12 @@ class Collected(trace_service_pb2_grpc.TraceServiceServicer):
         with self.lock:
             return [span for span in self.spans if span.trace_id == trace and span.name == name]
 
+    def has(self, trace: str, name: str) -> bool:
+        return bool(self.of(trace, name))
+
     def wait_for(self, trace: str, *names: str, timeout_s: float = 15.0) -> None:
         """Wait until a trace has spans of all these names."""
-        missing = [name for name in names if not eventually(lambda name=name: self.of(trace, name), timeout_s)]
+        missing = [name for name in names if not eventually(partial(self.has, trace, name), timeout_s)]
         assert not missing, f"{missing} did not come; {sorted({span.name for span in self.spans})} did"
 
 

@@ -68,7 +68,7 @@ def test_a_vocabulary_without_chat_tokens_cannot_chat() -> None:
 
 def test_ids_equal_metas_chat_format(real: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     # Meta's module imports its image preprocessing and PIL at the top, which no text message touches.
-    fakes = {
+    fakes: dict[str, dict[str, object]] = {
         "PIL": {"Image": types.SimpleNamespace(Image=object)},
         "llama_models.llama4.preprocess": dict.fromkeys(
             ("ResizeNormalizeImageTransform", "VariableSizeImageTransform"), object

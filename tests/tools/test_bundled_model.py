@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from tools.train_bundled_model.export import config_of, generation_config_of
 from tools.train_bundled_model.model import Geometry, MiniLlama4
@@ -32,7 +33,7 @@ def reference() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def model() -> MiniLlama4:
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for shard in sorted(set(read_json("model.safetensors.index.json")["weight_map"].values())):
         weights |= load_file(FOLDER / shard)
     model = MiniLlama4(Geometry())

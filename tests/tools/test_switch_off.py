@@ -41,7 +41,8 @@ def test_a_mechanism_stands_once_in_its_file_and_its_tests_exist(mechanism: Mech
     assert mechanism.rows
     for test in mechanism.tests:
         path, _, name = test.partition("::")
-        functions = [node.name for node in ast.walk(ast.parse((ROOT / path).read_text())) if is_function(node)]
+        nodes = ast.walk(ast.parse((ROOT / path).read_text()))
+        functions = [node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
         assert name.partition("[")[0] in functions, test
     assert mechanism.tests
 
@@ -81,7 +82,3 @@ def test_what_cannot_be_judged_is_said_before_anything_is_switched_off(toy: Path
     assert judge_untouched(toy, [doubling(FAILS)])["doubling"].colour == BROKEN
     assert judge_untouched(toy, [doubling("test_toy.py::test_of_no_such_name")])["doubling"].colour == BROKEN
     assert judge_untouched(toy, [doubling(NOTICES, find="nowhere")])["doubling"].colour == MISSING
-
-
-def is_function(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)

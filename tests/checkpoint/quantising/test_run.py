@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.checkpoint.scheme import Number, Scheme
 from llama4_dist.errors import CheckpointError, ConfigError, ConflictError, PreconditionError
 from tests.checkpoints import make_checkpoint
+from tests.model.quantised_experts import quantised_expert
+from tests.plain_experts import plain
 from tests.quantised_checkpoints import compress, make_quantised, scheme_of, stored_tensors
 
 SCHEMES = {
@@ -99,8 +102,8 @@ def test_errors_are_those_of_the_weights_as_they_are_read(source: Path, out: Pat
     result = quantise(source, out, "int4")
     name = "model.layers.2.feed_forward.experts.7.up_proj.weight"
     (error,) = [error for error in result.errors if error.name == name]
-    weight_FD = Checkpoint.open(source).expert(2, 7).up_DF.T.double()
-    lost_FD = Checkpoint.open(out).expert(2, 7).up_FD.dequantise(torch.float64) - weight_FD
+    weight_FD = plain(Checkpoint.open(source).expert(2, 7)).up_DF.T.double()
+    lost_FD = quantised_expert(out, 2, 7).up_FD.dequantise(torch.float64) - weight_FD
     relative = float(lost_FD.norm() / weight_FD.norm())
     assert error.largest == pytest.approx(float(lost_FD.abs().max()), rel=1e-5)
     assert error.relative == pytest.approx(relative, rel=1e-5)
@@ -118,7 +121,7 @@ def test_an_output_of_zeros_is_exact_and_has_a_scale(tmp_path: Path, out: Path) 
     result = quantise(source, out, "fp8")
     (error,) = [error for error in result.errors if error.name == name]
     assert (error.largest, error.relative, error.sqnr_db) == (0, 0, None)
-    assert not Checkpoint.open(out).expert(0, 0).up_FD.dequantise().any()
+    assert not quantised_expert(out, 0, 0).up_FD.dequantise().any()
 
 
 def test_tensors_lie_at_multiples_of_their_own_size(source: Path, out: Path) -> None:
@@ -324,7 +327,12 @@ def test_what_cannot_be_quantised_so_is_refused_before_anything_is_written(
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, out: Path) -> None:
     """More than a linear at a time, but far less than a shard: what a process holds beside the mapped file."""
-    shape = {"num_hidden_layers": 1, "hidden_size": 512, "intermediate_size": 512, "num_local_experts": 64}
+    shape: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "hidden_size": 512,
+        "intermediate_size": 512,
+        "num_local_experts": 64,
+    }
     source = make_checkpoint(tmp_path / "source", "scout", num_shards=1, dtype=torch.bfloat16, **shape)
     code = (
         "import resource, sys, torch\n"
@@ -348,7 +356,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, out: Path) -> 
     small = make_checkpoint(tmp_path / "small", "scout")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     out.mkdir()
-    command = [sys.executable, "-c", code, small, source, out]
+    command: list[str | Path] = [sys.executable, "-c", code, small, source, out]
     shown = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)
     weights_kb = 64 * 3 * 512 * 512 * 2 // 1024
     assert int(shown.stdout) < weights_kb / 4
