@@ -149,7 +149,7 @@ def gateway_name(context: grpc.ServicerContext) -> str:
 def logit_chunks(logits_TV: Tensor) -> Iterator[bytes]:
     """Cut logits into the bytes of whole rows, at most `SCORE_CHUNK_BYTES` (but at least one row) at a time."""
     rows_per_chunk = max(1, SCORE_CHUNK_BYTES // (4 * logits_TV.shape[1]))
-    for rows_PV in logits_TV.float().cpu().split(rows_per_chunk):  # type: ignore[no-untyped-call]
+    for rows_PV in logits_TV.float().cpu().split(rows_per_chunk):
         yield rows_PV.contiguous().numpy().astype("<f4", copy=False).tobytes()
 
 
