@@ -5,6 +5,7 @@ processes come from a `Spawner`.
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ CLOSE_TIMEOUT_S = 5.0
 
 ORDERS_INTERVAL_S = 0.1
 RECOVER_TIMEOUT_S = 60.0
+ENGINES_RETRY_S = 1.0
 HEAD_TIMEOUT_S = 2.0
 
 log = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class ClusterProcesses:
     """The workers of one cluster and its controller. `start` returns the engines' addresses or leaves nothing.
 
     Afterwards a thread carries out the controller's orders, starts a new controller when it is lost, and tells
-    `on_engines` where attention workers serve whenever that changes.
+    `on_engines` where attention workers serve whenever that changes, and again while it cannot reach one.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class ClusterProcesses:
         self._progress = progress or (lambda event: None)
         self._on_engines = on_engines
         self._engines: Mapping[str, str] = {}
+        self._engines_due_s = math.inf  # when to tell them again: one could not be reached
         self._reported: dict[str, LoadProgress] = {}
         self._workers: dict[str, Handle] = {}
         self._starting: set[str] = set()  # ids of processes on their way
@@ -201,9 +204,10 @@ class ClusterProcesses:
             if worker not in self._starting and worker not in orders.end:
                 self._starting.add(worker)
                 threading.Thread(target=self._start, args=(worker, role), daemon=True).start()
-        if orders.engines != self._engines:
-            self._on_engines(orders.engines)
+        if orders.engines != self._engines or time.monotonic() >= self._engines_due_s:
+            all_reached = self._on_engines(orders.engines)
             self._engines = orders.engines
+            self._engines_due_s = math.inf if all_reached else time.monotonic() + ENGINES_RETRY_S
 
     def _start(self, worker: str, role: Role) -> None:
         """Start one process; it may have to wait until the cluster has room."""

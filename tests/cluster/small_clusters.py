@@ -17,6 +17,7 @@ TIMEOUT_S = 10.0
 
 FAST = {
     "driver.processes.ORDERS_INTERVAL_S": 0.005,
+    "driver.processes.ENGINES_RETRY_S": 0.02,
     "control_plane.watch.INTERVAL_S": 0.02,
     "control_plane.watch.ANSWER_TIMEOUT_S": 0.3,
     "control_plane.watch.FIRST_PAUSE_S": 0.05,
@@ -58,13 +59,14 @@ class SmallCluster:
         self.spawner = spawner or FakeSpawner()
         self.plan = plan(num_experts, num_attention, num_replicas=num_replicas, **options)
         self.engines: dict[str, str] = {}
+        self.unreachable: set[str] = set()  # workers whose engine nobody can use now
         self.processes = ClusterProcesses(self.plan, self.spawner, on_engines=self._note_engines)
         self.control = DriverControl(self.processes)
         self.engines |= self.processes.start(timeout_s=5)
 
     def _note_engines(self, engines: Mapping[str, str]) -> bool:
-        self.engines = dict(engines)
-        return True
+        self.engines = {worker: address for worker, address in engines.items() if worker not in self.unreachable}
+        return len(self.engines) == len(engines)
 
     @property
     def topology(self) -> Topology:

@@ -169,6 +169,20 @@ def test_a_controller_that_cannot_take_over_is_followed_by_the_next(monkeypatch:
     cluster.close()
 
 
+def test_an_engine_that_could_not_be_reached_is_used_as_soon_as_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    hasten(monkeypatch)
+    cluster = SmallCluster()
+    cluster.unreachable = {"attention-1"}
+    first = cluster.engines["attention-1"]
+    cluster.spawner.die("attention-1")
+    until(lambda: "attention-1" in cluster.processes._engines and cluster.processes._engines["attention-1"] != first)
+    assert "attention-1" not in cluster.engines
+    cluster.unreachable = set()
+    until(lambda: cluster.engines == cluster.processes._engines, lambda: f"only {cluster.engines} are used")
+    cluster.rest()
+    cluster.close()
+
+
 def test_a_controller_that_is_only_slow_is_not_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
     hasten(monkeypatch)
     monkeypatch.setattr("cluster.driver.processes.ANSWER_MARGIN_S", 0.05)
