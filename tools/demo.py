@@ -34,7 +34,8 @@ from llama4_dist.chaos.load import Load
 from llama4_dist.chaos.serving import Serving, serving
 from llama4_dist.client import Client
 from llama4_dist.client.admin import AdminClient
-from llama4_dist.client.admin_results import Worker
+from llama4_dist.client.admin_results import Operation, Worker
+from llama4_dist.errors import ConflictError
 from llama4_dist.request import Completion, Sampling
 
 ROOT = Path(__file__).parents[1]
@@ -136,11 +137,24 @@ def change_under_load(model: Path, served: Serving, console: Console) -> bool:
 def scale_to(num_hosts: int, admin: AdminClient, history: History, console: Console) -> None:
     """Scale, and say what that took."""
     with history.operation(f"scale to {num_hosts}"):
-        done = admin.wait(admin.scale(num_hosts).name, timeout_s=SHUTDOWN_S)
+        done = admin.wait(begin_scaling(num_hosts, admin).name, timeout_s=SHUTDOWN_S)
     change, paused_ms = done.change, 1000 * done.paused_s
     assert change is not None
     told = f"  {change.hosts_before} → {change.hosts_after} hosts: {done.phase}, {change.num_moves} experts moved"
     console.print(f"{told}, serving stood still for {paused_ms:.1f} ms", highlight=False)
+
+
+def begin_scaling(num_hosts: int, admin: AdminClient) -> Operation:
+    """Scale as soon as no repair is under way: a host that serves again may still be given its copies."""
+    deadline = time.monotonic() + SHUTDOWN_S
+    while True:
+        try:
+            return admin.scale(num_hosts)
+        except ConflictError:
+            if time.monotonic() > deadline:
+                raise
+            for one in admin.operations():
+                admin.wait(one.name, timeout_s=SHUTDOWN_S)
 
 
 def kill_one(admin: AdminClient, history: History, console: Console) -> None:
