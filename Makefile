@@ -75,7 +75,7 @@ deploy-check: setup ## Build every Kubernetes overlay and check it offline; lint
 	$(BIN)/python tools/validate_manifests.py
 	$(BIN)/yamllint --strict -c .yamllint.yaml deploy tools/manifests
 	$(BIN)/hadolint deploy/docker/Dockerfile
-	$(BIN)/shellcheck deploy/docker/llama4-driver deploy/bare-metal/*.sh
+	$(BIN)/shellcheck deploy/docker/llama4-driver tests/deploy/pod_namespace.sh
 
 # No `setup`: on a machine with a card, any python3 that has torch, Triton, numpy and safetensors will do.
 gpu-check: ## On a CUDA device: check every kernel against float64 and time it; about 4 minutes
