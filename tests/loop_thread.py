@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from llama4_dist.errors import Llama4Error
-
-PATIENCE_S = 20
+from tests.waiting import PATIENCE_S
 
 Service = TypeVar("Service")
 
@@ -22,7 +21,7 @@ class OnLoop:
 
     def run(self, coroutine: Any) -> Any:
         """Run a coroutine on that loop and wait."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=30)
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=PATIENCE_S)
 
 
 @contextmanager

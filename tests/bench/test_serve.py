@@ -16,7 +16,8 @@ from llama4_dist.cli.app import app
 from llama4_dist.client import ConnectOptions
 from llama4_dist.gateway.settings import GatewaySettings
 from tests.gateway.scripted_engine import ScriptedEngine
-from tests.gateway.serving import Served, eventually, serving
+from tests.gateway.serving import Served, serving
+from tests.waiting import wait_until
 
 ONCE = ConnectOptions(max_attempts=1)
 
@@ -73,7 +74,7 @@ def test_requests_leave_on_time_however_many_still_run() -> None:
     times_s = [0.02 * number for number in range(25)]
     with serving(engine) as served, ThreadPoolExecutor(1) as pool:
         running = pool.submit(run_plan, served.address, ONCE, planned(*times_s))
-        assert eventually(lambda: engine.num_held == 25)
+        wait_until(lambda: engine.num_held == 25)
         engine.paused.clear()
         records = running.result()
     assert [record.scheduled_s for record in records] == times_s

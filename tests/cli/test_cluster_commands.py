@@ -26,7 +26,7 @@ from llama4_dist.cli.app import app
 from llama4_dist.cli.flags import parse_bytes, parse_seconds
 from tests.cluster.admin_serving import Served, admin_serving
 from tests.cluster.memory_control import MemoryControl
-from tests.gateway.serving import eventually
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-c", "from llama4_dist.cli import main; main()"]
@@ -239,7 +239,7 @@ def test_watch_prints_a_line_for_every_change_and_ends_cleanly(served: Served, c
         control.finish()
         assert json.loads(process.stdout.readline())["epoch"] == 2
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert process.stderr.read() == ""
 
 
@@ -281,7 +281,7 @@ def test_a_live_view_draws_on_a_terminal_and_ends_with_ctrl_c(
                 shown += chunk.decode(errors="replace")
         except OSError:
             pass  # the terminal's other end is closed
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert process.stderr is not None
         assert process.stderr.read() == ""
     stop.set()
@@ -294,13 +294,13 @@ def test_a_live_view_draws_on_a_terminal_and_ends_with_ctrl_c(
 def test_ctrl_c_leaves_the_operation_running_and_says_so(served: Served, control: MemoryControl) -> None:
     control.by_itself = False
     with started("cluster", "scale", "--experts", "6", "--server", served.address) as process:
-        assert eventually(lambda: bool(control.operations()), 20)
+        wait_until(lambda: bool(control.operations()))
         control.advance()
         assert process.stderr is not None
         shown = process.stderr.readline()
         assert "planning is over" in shown, "it follows the operation"
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(60) == 130
         rest = process.stderr.read()
     assert "operations/1 goes on" in rest
     assert "Traceback" not in rest
@@ -310,9 +310,9 @@ def test_ctrl_c_leaves_the_operation_running_and_says_so(served: Served, control
 def test_a_controller_that_goes_away_meanwhile_is_said_so(served: Served, control: MemoryControl) -> None:
     control.by_itself = False
     with started("cluster", "scale", "--experts", "6", "--server", served.address) as process:
-        assert eventually(lambda: bool(control.operations()), 20)
+        wait_until(lambda: bool(control.operations()))
         control.away = True
-        assert process.wait(30) == 4
+        assert process.wait(60) == 4
         assert process.stderr is not None
         assert "`llama4-dist cluster operations` shows it later" in process.stderr.read()
 
@@ -329,7 +329,7 @@ def test_a_watch_outlives_an_absent_controller(served: Served, control: MemoryCo
         control.finish()
         read_until(process.stdout.fileno(), "6 expert hosts")
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
 
 
 def test_the_commands_import_nothing_heavy_before_they_run() -> None:

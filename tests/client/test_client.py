@@ -28,7 +28,8 @@ from llama4_dist.errors import (
 from llama4_dist.request import Message, Sampling
 from llama4_dist.rpc import status
 from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
-from tests.gateway.serving import Served, byte_tokenizer, eventually, serving
+from tests.gateway.serving import Served, byte_tokenizer, serving
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_a_server_that_starts_late_is_found() -> None:
         answer = pool.submit(client.generate, [1], Sampling(max_tokens=3))
         time.sleep(0.2)  # the first attempts find nobody
         with serving(ScriptedEngine(), address=address):
-            assert answer.result(timeout=20).token_ids == expected_tokens([1], 3)
+            assert answer.result(timeout=60).token_ids == expected_tokens([1], 3)
 
 
 def test_a_closed_client_cancels(served: Served, engine: ScriptedEngine) -> None:
@@ -167,7 +168,7 @@ def test_a_closed_client_cancels(served: Served, engine: ScriptedEngine) -> None
     client.close()
     with pytest.raises(RequestCancelledError):
         list(deltas)
-    assert eventually(lambda: engine.num_held == 0)
+    wait_until(lambda: engine.num_held == 0)
 
 
 def test_push_back_wins_over_backoff_and_jitter_only_adds() -> None:

@@ -1,8 +1,6 @@
 """A group's leader and members as plain objects in this process, with an expert host, over real sockets and gloo."""
 
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
@@ -105,10 +103,3 @@ def serve(cluster: Cluster) -> EngineGroup:
     group = EngineGroup([engine])
     cluster.resources.callback(group.close)
     return group
-
-
-def until(condition: Callable[[], object], timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s"
-        time.sleep(0.01)

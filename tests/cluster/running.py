@@ -1,8 +1,7 @@
 """Runs requests on any engine and collects what comes out; the reference is the engine in one process."""
 
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,18 +9,9 @@ import torch
 from llama4_dist.engine.build import build_single_process
 from llama4_dist.engine.port import Engine
 from llama4_dist.request import EngineRequest, Sampling, TokenOutput
-
-TIMEOUT_S = 60
-REPAIR_TIMEOUT_S = 90  # processes start anew, on machines that may be busy
+from tests.waiting import PATIENCE_S
 
 Tokens = dict[str, tuple[int, ...]]
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = REPAIR_TIMEOUT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s"
-        time.sleep(0.05)
 
 
 class Collector:
@@ -54,11 +44,11 @@ class Collector:
 
     def wait_for(self, ids: Sequence[str]) -> None:
         with self._changed:
-            assert self._changed.wait_for(lambda: all(i in self.last for i in ids), TIMEOUT_S), "requests did not end"
+            assert self._changed.wait_for(lambda: all(i in self.last for i in ids), PATIENCE_S), "requests did not end"
 
     def wait_for_tokens(self, request_id: str, count: int) -> None:
         with self._changed:
-            enough = self._changed.wait_for(lambda: len(self.tokens.get(request_id, ())) >= count, TIMEOUT_S)
+            enough = self._changed.wait_for(lambda: len(self.tokens.get(request_id, ())) >= count, PATIENCE_S)
             assert enough, f"{request_id} did not get {count} tokens"
 
 

@@ -1,7 +1,6 @@
 """A cluster of fake workers under the real controller and driver's half, and what must be true when it rests."""
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,8 +11,7 @@ from cluster.operation import ChangeOptions, Operation, Phase
 from cluster.worker import Topology
 from tests.cluster.fake_workers import GEOMETRY, FakeAttention
 from tests.cluster.fakes import FakeSpawner, plan
-
-TIMEOUT_S = 10.0
+from tests.waiting import PATIENCE_S, wait_until
 
 FAST = {
     "driver.processes.ORDERS_INTERVAL_S": 0.005,
@@ -35,13 +33,6 @@ def hasten(monkeypatch: pytest.MonkeyPatch, **timeouts_s: float) -> None:
     others = {f"control_plane.{name.replace('__', '.')}": seconds for name, seconds in timeouts_s.items()}
     for name, seconds in (FAST | others).items():
         monkeypatch.setattr(f"cluster.{name}", seconds)
-
-
-def until(condition: Callable[[], object], what: Callable[[], object] = lambda: "") -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {TIMEOUT_S} s; {what()}"
-        time.sleep(0.002)
 
 
 class SmallCluster:
@@ -75,7 +66,7 @@ class SmallCluster:
     def end_of(self, operation: Operation) -> Operation:
         """Wait until an operation has ended."""
         ledger = self.spawner.controller.ledger
-        ended = ledger.wait(operation.name, TIMEOUT_S)
+        ended = ledger.wait(operation.name, PATIENCE_S)
         assert ended.phase.final, f"{operation.name} is still {ended.phase}"
         return ended
 
@@ -93,13 +84,13 @@ class SmallCluster:
 
     def scale_when_free(self, num_hosts: int) -> Operation:
         """As `scale_well`; repairs that are under way may end before."""
-        until(lambda: not self.spawner.controller.ledger.running)
+        wait_until(lambda: not self.spawner.controller.ledger.running)
         self.rest()
         return self.scale_well(num_hosts)
 
     def rest(self) -> None:
         """Wait until everything is in order, and say what is not if that does not happen."""
-        until(lambda: not self.disorder(), self.disorder)
+        wait_until(lambda: not self.disorder(), self.disorder)
 
     def disorder(self) -> list[str]:
         """Say what is not as it must be while nothing happens."""

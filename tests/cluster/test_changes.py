@@ -18,7 +18,8 @@ from llama4_dist.errors import (
 )
 from tests.cluster.fake_workers import GEOMETRY, SWITCH_S, FakeHost
 from tests.cluster.fakes import FakeSpawner, fail
-from tests.cluster.small_clusters import SmallCluster, hasten, until
+from tests.cluster.small_clusters import SmallCluster, hasten
+from tests.waiting import wait_until
 
 NUM_PAIRS = len(GEOMETRY.pairs)
 Make = Callable[..., SmallCluster]
@@ -184,7 +185,7 @@ def test_hosts_let_go_only_when_every_attention_worker_has_switched(make: Make) 
     cluster.spawner.faults["attention-1.publish"] = lambda: release.wait(5)
     cluster.spawner.calls.clear()
     operation = cluster.control.scale(2)
-    until(lambda: cluster.attention().epochs == [1, 2])
+    wait_until(lambda: cluster.attention().epochs == [1, 2])
     assert cluster.control.operation(operation.name).phase is Phase.COMMITTING
     letting_go = {"keep", "close", "restore", "kill"}
     assert not [call for call in cluster.spawner.calls if call[1] in letting_go]
@@ -351,7 +352,7 @@ def test_a_fault_in_any_call_ends_in_the_old_state_or_the_new_one(
     cluster.spawner.faults.clear()
     release.set()
     if method == "publish":
-        until(lambda: all(one.topology_in_use is cluster.topology for one in cluster.spawner.serving()))
+        wait_until(lambda: all(one.topology_in_use is cluster.topology for one in cluster.spawner.serving()))
         cluster.spawner.breaches.clear()
     if method == "keep" and fault == "raises":
         assert ended.warnings == (f"{worker} did not let go of what is elsewhere now",)
@@ -372,9 +373,9 @@ def test_a_controller_that_dies_at_any_call_leaves_one_truth_to_the_next(
     first, life = cluster.spawner.controllers[-1]
     life.dies_at = life.num_calls + call_index
     cluster.control.scale(after)
-    until(lambda: life.over or not first.ledger.running)
+    wait_until(lambda: life.over or not first.ledger.running)
     cluster.spawner.die("controller")
-    until(lambda: cluster.spawner.controller is not first)
+    wait_until(lambda: cluster.spawner.controller is not first)
     cluster.rest()
     assert cluster.topology.epoch in (1, 2)
     assert len(cluster.topology.hosts) == (before if cluster.topology.epoch == 1 else after)
@@ -402,7 +403,7 @@ def test_a_cancelled_operation_rolls_back_until_it_commits_and_goes_on_after(mak
     cluster.spawner.faults[PHASES[phase]] = hold
     old = cluster.topology
     operation = cluster.control.scale(4)
-    assert reached.wait(5)
+    assert reached.wait(60)
     assert cluster.control.operation(operation.name).phase is phase
     cluster.control.cancel(operation.name)
     cluster.control.cancel(operation.name)
@@ -415,7 +416,7 @@ def test_a_cancelled_operation_rolls_back_until_it_commits_and_goes_on_after(mak
         cluster.rest()
         assert len(cluster.topology.hosts) == 4
     else:
-        until(lambda: cluster.control.operation(operation.name).phase is not phase)
+        wait_until(lambda: cluster.control.operation(operation.name).phase is not phase)
         release.set()
         ended = cluster.end_of(operation)
         assert (ended.phase, ended.error_reason, ended.epoch) == (Phase.CANCELLED, "CANCELLED", 0)
@@ -430,12 +431,12 @@ def test_an_operation_waiting_for_processes_can_be_cancelled(make: Make) -> None
     cluster, release = make(2), threading.Event()
     cluster.spawner.spawn_fault = lambda worker: release.wait(5)
     operation = cluster.control.scale(3)
-    until(lambda: cluster.control.operation(operation.name).phase is Phase.PROVISIONING)
+    wait_until(lambda: cluster.control.operation(operation.name).phase is Phase.PROVISIONING)
     cluster.control.cancel(operation.name)
-    until(lambda: cluster.control.operation(operation.name).phase is Phase.CANCELLED)
+    wait_until(lambda: cluster.control.operation(operation.name).phase is Phase.CANCELLED)
     assert cluster.spawner.workers.keys() == {"expert-0", "expert-1", "attention-0", "attention-1"}
     release.set()
-    until(lambda: "expert-2" in cluster.spawner.dead)  # it came late, and was ended
+    wait_until(lambda: "expert-2" in cluster.spawner.dead)  # it came late, and was ended
     cluster.scale_well(3)
 
 
@@ -443,10 +444,10 @@ def test_closing_while_processes_start_leaves_none(make: Make) -> None:
     cluster, release = make(2), threading.Event()
     cluster.spawner.spawn_fault = lambda worker: release.wait(5)
     cluster.control.scale(3)
-    until(lambda: cluster.processes._starting)
+    wait_until(lambda: cluster.processes._starting)
     cluster.close()
     release.set()
-    until(lambda: "expert-2" in cluster.spawner.ended)
+    wait_until(lambda: "expert-2" in cluster.spawner.ended)
     with pytest.raises(UnavailableError, match="closed"):
         cluster.control.view()
 
@@ -457,14 +458,14 @@ def test_a_process_that_comes_while_there_is_no_controller_is_not_forgotten(make
 
     def let_it_come(life: object) -> None:
         release.set()  # the next controller was told who there is; then one more comes
-        until(lambda: "expert-2" in cluster.processes._workers)
+        wait_until(lambda: "expert-2" in cluster.processes._workers)
         listed.set()
 
     cluster.spawner.next_life = let_it_come
     cluster.control.scale(3)
-    until(lambda: cluster.processes._starting)
+    wait_until(lambda: cluster.processes._starting)
     cluster.spawner.die("controller")
-    assert listed.wait(5)
+    assert listed.wait(60)
     cluster.rest()
     assert "expert-2" in cluster.spawner.dead
     assert {handle.worker for handle in cluster.spawner.controller.members.of(Role.EXPERT)} == {"expert-0", "expert-1"}

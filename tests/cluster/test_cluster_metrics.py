@@ -15,8 +15,9 @@ from cluster.planning.placement import Pair
 from cluster.reading import ClusterReading, HostReading
 from llama4_dist.partition import Partition
 from tests.cluster.fake_workers import FakeAttention, FakeHost
-from tests.cluster.small_clusters import SmallCluster, hasten, until
+from tests.cluster.small_clusters import SmallCluster, hasten
 from tests.scraping import Scrape
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def host_of(cluster: SmallCluster, name: str) -> FakeHost:
 def test_every_worker_is_up_and_every_expert_has_its_copies(cluster: SmallCluster) -> None:
     cluster.rest()
     collector = collector_of(cluster)
-    until(lambda: sum(Scrape(collector.collect()).all("worker_up")) == 5)
+    wait_until(lambda: sum(Scrape(collector.collect()).all("worker_up")) == 5)
     found = Scrape(collector.collect())
     assert found.labels("worker_up", "worker") == {"expert-0", "expert-1", "expert-2", "attention-0", "attention-1"}
     assert found.value("controller_up") == found.value("ray_head_up") == 1.0
@@ -60,7 +61,7 @@ def test_changes_are_counted_by_kind_and_result(cluster: SmallCluster) -> None:
     running = Scrape(collector.collect())
     may_load.set()
     assert running.all("scale_operation_running", kind="scale") == [1.0]
-    until(lambda: not Scrape(collector.collect()).all("scale_operation_running"))
+    wait_until(lambda: not Scrape(collector.collect()).all("scale_operation_running"))
     found = Scrape(collector.collect())
     assert found.value("scale_operations_total", kind="scale", result="done") == 2.0
     assert found.value("placement_epoch") == cluster.topology.epoch > 1
@@ -72,14 +73,14 @@ def test_a_dead_host_is_down_counted_and_its_numbers_are_gone(cluster: SmallClus
     may_load = threading.Event()
     cluster.spawner.faults["expert-1.load"] = may_load.wait  # its successor takes as long as we look
     cluster.spawner.die("expert-1")
-    until(lambda: Scrape(collector.collect()).value("workers_lost_total", worker="expert-1", role="expert") == 1.0)
+    wait_until(lambda: Scrape(collector.collect()).value("workers_lost_total", worker="expert-1", role="expert") == 1.0)
     found = Scrape(collector.collect())
     assert found.value("worker_up", worker="expert-1") == 0.0
     assert found.value("worker_resident_memory_bytes", worker="expert-1") is None
     assert found.value("expert_worker_tokens_total", worker="expert-1") is None
     may_load.set()
     cluster.rest()
-    until(lambda: Scrape(collector.collect()).value("worker_up", worker="expert-1") == 1.0)
+    wait_until(lambda: Scrape(collector.collect()).value("worker_up", worker="expert-1") == 1.0)
 
 
 def test_a_dead_members_series_are_gone_and_begin_anew_with_its_successor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +97,7 @@ def test_a_dead_members_series_are_gone_and_begin_anew_with_its_successor(monkey
         may_load = threading.Event()
         cluster.spawner.faults[f"{dead}.load"] = may_load.wait
         cluster.spawner.die(dead)
-        until(lambda: Scrape(collector.collect()).value("workers_lost_total", worker=dead, role="stage") == 1.0)
+        wait_until(lambda: Scrape(collector.collect()).value("workers_lost_total", worker=dead, role="stage") == 1.0)
         found = Scrape(collector.collect())
         assert found.labels("dispatch_rows_total", "worker") == {"attention-0-stage-0-rank-0"}
         assert found.labels("stage_busy_seconds_total", "worker") == {"attention-0-stage-0-rank-0"}
@@ -131,7 +132,7 @@ def test_rows_by_expert_only_grow_also_when_a_host_begins_anew(cluster: SmallClu
     host_of(cluster, "expert-0").rows[0, 1] = 70
     assert Scrape(collector.collect()).value("expert_tokens_total", layer="0", expert="1", slice="0") == 70
     cluster.spawner.die("expert-0")
-    until(lambda: cluster.spawner.workers["expert-0"] is not None and not cluster.disorder())
+    wait_until(lambda: cluster.spawner.workers["expert-0"] is not None and not cluster.disorder())
     host_of(cluster, "expert-0").rows[0, 1] = 5
     assert Scrape(collector.collect()).value("expert_tokens_total", layer="0", expert="1") == 75
     assert Scrape(collector.collect()).value("expert_worker_tokens_total", worker="expert-0") == 5

@@ -10,7 +10,8 @@ from cluster.driver.processes import ClusterProcesses
 from cluster.worker import LoadProgress, State
 from llama4_dist.errors import CheckpointError, ConfigError, UnavailableError
 from tests.cluster.fakes import FakeSpawner, fail, plan
-from tests.cluster.small_clusters import SmallCluster, hasten, until
+from tests.cluster.small_clusters import SmallCluster, hasten
+from tests.waiting import wait_until
 
 
 def test_every_attention_worker_gets_the_topology_of_what_the_hosts_hold() -> None:
@@ -143,7 +144,7 @@ def test_a_controller_that_dies_is_replaced_by_one_that_learns_everything_from_t
     with pytest.raises(UnavailableError, match="controller died") as caught:
         cluster.control.view()
     assert caught.value.reason == "WORKER_LOST"
-    until(lambda: cluster.processes._controller is None)
+    wait_until(lambda: cluster.processes._controller is None)
     for change in (cluster.control.view, lambda: cluster.control.scale(2)):
         with pytest.raises(UnavailableError, match="no controller just now") as caught:
             change()
@@ -163,7 +164,7 @@ def test_a_controller_that_cannot_take_over_is_followed_by_the_next(monkeypatch:
     fails = iter([fail(RuntimeError("a defect")), fail(RuntimeError("another")), lambda: None])
     cluster.spawner.faults["controller.recover"] = lambda: next(fails)()
     cluster.spawner.die("controller")
-    until(lambda: len(cluster.spawner.controllers) == 4)
+    wait_until(lambda: len(cluster.spawner.controllers) == 4)
     cluster.rest()
     assert [life.over for _, life in cluster.spawner.controllers] == [True, True, True, False]
     cluster.close()
@@ -175,10 +176,12 @@ def test_an_engine_that_could_not_be_reached_is_used_as_soon_as_it_can_be(monkey
     cluster.unreachable = {"attention-1"}
     first = cluster.engines["attention-1"]
     cluster.spawner.die("attention-1")
-    until(lambda: "attention-1" in cluster.processes._engines and cluster.processes._engines["attention-1"] != first)
+    wait_until(
+        lambda: "attention-1" in cluster.processes._engines and cluster.processes._engines["attention-1"] != first
+    )
     assert "attention-1" not in cluster.engines
     cluster.unreachable = set()
-    until(lambda: cluster.engines == cluster.processes._engines, lambda: f"only {cluster.engines} are used")
+    wait_until(lambda: cluster.engines == cluster.processes._engines, lambda: f"only {cluster.engines} are used")
     cluster.rest()
     cluster.close()
 
@@ -188,9 +191,9 @@ def test_a_controller_that_is_only_slow_is_not_doubled(monkeypatch: pytest.Monke
     monkeypatch.setattr("cluster.driver.processes.ANSWER_MARGIN_S", 0.05)
     cluster, release = SmallCluster(), threading.Event()
     cluster.spawner.faults["controller.orders"] = lambda: release.wait(5)
-    until(lambda: cluster.spawner.calls.count(("controller", "orders")) >= 3)
+    wait_until(lambda: cluster.spawner.calls.count(("controller", "orders")) >= 3)
     num = cluster.spawner.calls.count(("controller", "orders"))
-    until(lambda: cluster.spawner.calls.count(("controller", "orders")) >= num + 3)
+    wait_until(lambda: cluster.spawner.calls.count(("controller", "orders")) >= num + 3)
     assert len(cluster.spawner.controllers) == 1
     release.set()
     cluster.rest()

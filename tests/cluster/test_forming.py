@@ -13,7 +13,8 @@ from llama4_dist.errors import HandshakeError, UnavailableError
 from llama4_dist.partition import Partition
 from tests.cluster.fake_workers import FakeAttention
 from tests.cluster.fakes import FakeSpawner, fail
-from tests.cluster.small_clusters import SmallCluster, hasten, until
+from tests.cluster.small_clusters import SmallCluster, hasten
+from tests.waiting import wait_until
 
 Make = Callable[..., SmallCluster]
 PAIR = Group(leader="attention-0", members=("attention-0-stage-0-rank-0", "attention-0-stage-1-rank-0"))
@@ -96,7 +97,7 @@ def test_whoever_dies_is_replaced_and_the_group_formed_again(make: Make, victim:
     cluster.rest()
     others = {name: one for name, one in cluster.spawner.workers.items() if name != victim}
     cluster.spawner.die(victim)
-    until(lambda: formation(cluster) == 2)
+    wait_until(lambda: formation(cluster) == 2)
     cluster.rest()
     assert formation(cluster, "attention-1") == 1, "the other group has nothing to do with it"
     assert {name: cluster.spawner.workers[name] for name in others} == others
@@ -107,7 +108,7 @@ def test_all_of_a_group_may_die_at_once(make: Make) -> None:
     cluster.rest()
     for name in cluster.plan.groups[0].all:
         cluster.spawner.die(name)
-    until(lambda: not cluster.spawner.dead)
+    wait_until(lambda: not cluster.spawner.dead)
     cluster.rest()
 
 
@@ -116,7 +117,7 @@ def test_a_group_that_cannot_be_formed_is_tried_again(make: Make) -> None:
     cluster.rest()
     cluster.spawner.faults[f"{MEMBER}.form"] = fail(UnavailableError("a neighbour is late", reason="WORKER_LOST"))
     cluster.spawner.die("attention-0-stage-0-rank-0")
-    until(lambda: cluster.spawner.calls.count((MEMBER, "form")) >= 4)
+    wait_until(lambda: cluster.spawner.calls.count((MEMBER, "form")) >= 4)
     assert formation(cluster) == 0
     cluster.spawner.faults.clear()
     cluster.rest()
@@ -129,7 +130,7 @@ def test_a_member_that_does_not_leave_its_group_is_replaced(make: Make) -> None:
     stuck = cluster.spawner.workers[MEMBER]
     cluster.spawner.faults[f"{MEMBER}.prepare"] = fail(UnavailableError("it gathers", reason="MEMBER_STUCK"))
     cluster.spawner.die("attention-0-stage-0-rank-0")
-    until(lambda: cluster.spawner.workers[MEMBER] is not stuck)
+    wait_until(lambda: cluster.spawner.workers[MEMBER] is not stuck)
     cluster.spawner.faults.clear()
     cluster.rest()
 
@@ -139,7 +140,7 @@ def test_a_new_controller_leaves_a_group_that_is_formed_alone(make: Make) -> Non
     cluster.rest()
     before = dict(cluster.spawner.workers)
     cluster.spawner.die("controller")
-    until(lambda: len(cluster.spawner.controllers) == 2)
+    wait_until(lambda: len(cluster.spawner.controllers) == 2)
     cluster.rest()
     assert formation(cluster) == 1
     assert cluster.spawner.workers == before
@@ -149,11 +150,11 @@ def test_a_new_controller_forms_a_group_that_lost_a_member_with_a_number_of_its_
     cluster = make(2, 1)
     cluster.rest()
     cluster.spawner.die(MEMBER)
-    until(lambda: formation(cluster) == 2)
+    wait_until(lambda: formation(cluster) == 2)
     cluster.rest()
     cluster.spawner.die("controller")
     cluster.spawner.die(MEMBER)
-    until(lambda: len(cluster.spawner.controllers) == 2)
+    wait_until(lambda: len(cluster.spawner.controllers) == 2)
     cluster.rest()
     assert formation(cluster) > 2
 

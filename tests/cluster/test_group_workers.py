@@ -26,8 +26,9 @@ from llama4_dist.partition import Partition
 from llama4_dist.stages.links.frame import VERSION
 from llama4_dist.stages.links.hello import MAGIC, Hello, read_hello
 from tests.checkpoints import make_checkpoint
-from tests.cluster.local_group import HERE, OPTIONS, SECRET, WIDE, Cluster, serve, until
+from tests.cluster.local_group import HERE, OPTIONS, SECRET, WIDE, Cluster, serve
 from tests.cluster.running import Collector, Tokens, some_requests
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_requests_go_on_with_the_group_that_is_formed_after_a_member_died(
     (dead,) = cluster.members.named([victim])
     survivor = cluster.plain("attention-0-stage-0-rank-1")
     dead.plain.close()  # type: ignore[attr-defined]
-    until(lambda: cluster.plain("attention-0").status().formation == 0)
+    wait_until(lambda: cluster.plain("attention-0").status().formation == 0)
     weights = survivor._model
     cluster.start(cluster.stages[victim])
     cluster.form(2)

@@ -1,7 +1,6 @@
 """One worker's links over real sockets: dialled again when they go down, to the same life of a host, and to no liar."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,15 +18,7 @@ from llama4_dist.dispatch.links.link import Link
 from llama4_dist.errors import HandshakeError, LinkDownError, UnavailableError
 from tests.dispatch.fakes import ScalingExperts
 from tests.dispatch.servers import LIMITS, SECRET, ServerThread, hello
-
-TIMEOUT_S = 10.0
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {TIMEOUT_S} s"
-        time.sleep(0.005)
+from tests.waiting import PATIENCE_S, wait_until
 
 
 class Worker:
@@ -100,12 +91,12 @@ def test_a_link_that_was_reset_is_dialled_again(resources: ExitStack, tmp_path: 
     first = worker.publish(address)["host-0"]
     for num_lives in (2, 3):
         worker.lose("host-0")
-        until(lambda: "host-0" in worker.in_use)
+        wait_until(lambda: "host-0" in worker.in_use)
 
         def was_dialled(num_lives: int = num_lives) -> bool:
             return len(worker.dialled) >= num_lives
 
-        until(was_dialled)
+        wait_until(was_dialled)
     assert worker.in_use["host-0"] is not first
     assert worker.in_use["host-0"].peer_incarnation == address.incarnation
     assert server.is_alive
@@ -115,10 +106,10 @@ def test_a_host_that_is_away_is_dialled_until_it_is_there(resources: ExitStack, 
     _, there = serve(resources, tmp_path)
     away = HostAddress(host="host-1", incarnation=there.incarnation, node="n", unix=f"unix:{tmp_path}/host-1", tcp="")
     assert worker.publish(there, away).keys() == {"host-0"}
-    until(lambda: worker.dialled.count("host-1") >= 3)
+    wait_until(lambda: worker.dialled.count("host-1") >= 3)
     assert worker.in_use.keys() == {"host-0"}
     serve(resources, tmp_path, "host-1")
-    until(lambda: "host-1" in worker.in_use)
+    wait_until(lambda: "host-1" in worker.in_use)
     assert worker.dialled.count("host-0") == 1
 
 
@@ -129,7 +120,7 @@ def test_a_link_that_cannot_be_put_to_use_yet_is_tried_again(
     worker.publish(address)
     worker.refusals = 2
     worker.lose("host-0")
-    until(lambda: "host-0" in worker.in_use)
+    wait_until(lambda: "host-0" in worker.in_use)
     assert worker.dialled.count("host-0") >= 4
 
 
@@ -142,7 +133,7 @@ def test_a_later_life_of_a_host_is_not_used_under_the_topology_of_the_former(
         worker.links.connect({"host-0": former}, {})
     assert caught.value.reason == "OTHER_INCARNATION"
     assert worker.publish(former) == {}
-    until(lambda: worker.dialled.count("host-0") >= 4)
+    wait_until(lambda: worker.dialled.count("host-0") >= 4)
     assert worker.in_use == {}
     assert worker.publish(later).keys() == {"host-0"}
 
@@ -153,13 +144,13 @@ def test_a_host_that_left_the_topology_is_not_dialled_again(
     _, stays = serve(resources, tmp_path)
     gone = HostAddress(host="host-1", incarnation=1, node="n", unix=f"unix:{tmp_path}/host-1", tcp="")
     worker.publish(stays, gone)
-    until(lambda: worker.dialled.count("host-1") >= 2)
+    wait_until(lambda: worker.dialled.count("host-1") >= 2)
     worker.publish(stays)
     worker.lose("host-0")
-    until(lambda: "host-0" in worker.in_use)
+    wait_until(lambda: "host-0" in worker.in_use)
     num = worker.dialled.count("host-1")
     worker.lose("host-0")
-    until(lambda: "host-0" in worker.in_use)
+    wait_until(lambda: "host-0" in worker.in_use)
     assert worker.dialled.count("host-1") == num
 
 
@@ -172,11 +163,11 @@ def test_a_host_that_computed_wrong_answers_is_never_dialled_again(
     worker.lose("host-0", "ANSWER_WRONG")
     worker.links.lost("host-0", liar.incarnation, "LINK_DOWN")
     worker.lose("host-1")
-    until(lambda: "host-1" in worker.in_use)
+    wait_until(lambda: "host-1" in worker.in_use)
     worker.links.connect({"host-0": liar, "host-1": honest}, worker.in_use)
     assert worker.publish(liar, honest).keys() == {"host-1"}, "nor under the next topology"
     worker.lose("host-1")
-    until(lambda: "host-1" in worker.in_use)
+    wait_until(lambda: "host-1" in worker.in_use)
     assert worker.dialled.count("host-0") == 1
 
 
@@ -188,10 +179,10 @@ def test_a_connection_made_before_a_topology_is_used_by_it_and_a_useless_one_is_
     worker.links.connect({"host-0": first, "host-1": second}, {})
     worker.links.connect({"host-0": first, "host-1": second}, {})
     assert worker.dialled == ["host-0", "host-1"]
-    until(lambda: len(server.server._workers.by_id) == 1)
+    wait_until(lambda: len(server.server._workers.by_id) == 1)
     assert worker.publish(first).keys() == {"host-0"}
     assert worker.dialled == ["host-0", "host-1"]
-    until(lambda: not server.server._workers.by_id)
+    wait_until(lambda: not server.server._workers.by_id)
 
 
 def test_a_host_that_refuses_is_named(resources: ExitStack, tmp_path: Path, worker: Worker) -> None:
@@ -223,7 +214,7 @@ def test_what_is_lost_again_at_once_is_dialled_again(resources: ExitStack, tmp_p
 
     worker.links._restore = flap
     worker.lose("host-0")
-    until(lambda: not flaps[0] and "host-0" in worker.in_use)
+    wait_until(lambda: not flaps[0] and "host-0" in worker.in_use)
 
 
 def test_closing_ends_a_dial_that_is_under_way_and_whatever_comes_after(
@@ -235,23 +226,23 @@ def test_closing_ends_a_dial_that_is_under_way_and_whatever_comes_after(
 
     def hold() -> None:
         dialling.set()
-        go_on.wait(TIMEOUT_S)
+        go_on.wait(PATIENCE_S)
 
     worker.before_dial = hold
     worker.lose("host-0")
-    assert dialling.wait(TIMEOUT_S)
+    assert dialling.wait(PATIENCE_S)
     closing = threading.Thread(target=worker.links.close)
     closing.start()
-    until(lambda: worker.links._closing)
+    wait_until(lambda: worker.links._closing)
     go_on.set()
-    closing.join(TIMEOUT_S)
+    closing.join(PATIENCE_S)
     assert not closing.is_alive()
     for link in worker.in_use.values():
         link.abort()
-    until(lambda: not server.server._workers.by_id)
+    wait_until(lambda: not server.server._workers.by_id)
     worker.links.lost("host-0", address.incarnation, "LINK_DOWN")
     worker.links.connect({"host-0": address}, {})
-    until(lambda: not server.server._workers.by_id)
+    wait_until(lambda: not server.server._workers.by_id)
     assert len(worker.made) == 3
     with pytest.raises(LinkDownError, match="closed here"):
         worker.made[-1].poll(0.0)
@@ -265,17 +256,17 @@ def test_nothing_is_left_of_links_that_came_and_went(resources: ExitStack, tmp_p
         worker = Worker()
         worker.publish(address)
         worker.lose("host-0")
-        until(lambda: "host-0" in worker.in_use)
+        wait_until(lambda: "host-0" in worker.in_use)
         worker.links.close()
         worker.in_use["host-0"].abort()
-        until(lambda: not server.server._workers.by_id)
+        wait_until(lambda: not server.server._workers.by_id)
 
     round_trip()
     process = psutil.Process()
     before = (process.num_fds(), threading.active_count())
     for _ in range(5):
         round_trip()
-    until(lambda: (process.num_fds(), threading.active_count()) <= before)
+    wait_until(lambda: (process.num_fds(), threading.active_count()) <= before)
 
 
 class Peer:

@@ -81,7 +81,7 @@ def test_waiting_ends_with_the_operation_or_with_the_time() -> None:
     waiter = threading.Thread(target=lambda: ended.append(ledger.wait(name, 30).phase))
     waiter.start()
     ledger.end(name)
-    waiter.join(10)
+    waiter.join(60)
     assert ended == [Phase.DONE]
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from tests.exported import differences
 from tests.gateway.serving import Served, serving
 from tests.scraping import Scrape, scrape
 from tests.telemetry.collector import Collected, collecting
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -88,16 +89,9 @@ def seen(served: Served) -> Scrape:
     return scrape(served.gateway.metrics_port)
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 30.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"{what}: not in {timeout_s} s"
-        time.sleep(0.05)
-
-
 def all_up(served: Served) -> None:
-    wait_for(lambda: seen(served).all("worker_up") == [1.0] * 4, "all workers are up")
-    wait_for(lambda: not seen(served).all("scale_operation_running"), "no change runs")
+    wait_until(lambda: seen(served).all("worker_up") == [1.0] * 4, "all workers are up")
+    wait_until(lambda: not seen(served).all("scale_operation_running"), "no change runs")
 
 
 def pid_of(engine: RayEngine, worker: str) -> int:
@@ -139,7 +133,7 @@ def traffic(
     for thread in threads:
         thread.start()
     try:
-        wait_for(lambda: all(now > then for now, then in zip(rows_by_host(served), before, strict=True)), "rows")
+        wait_until(lambda: all(now > then for now, then in zip(rows_by_host(served), before, strict=True)), "rows")
         yield failures
     finally:
         stop.set()
@@ -174,7 +168,7 @@ def test_a_request_is_one_trace_from_the_caller_to_the_hosts(
 def test_every_worker_and_what_it_did_is_seen(served: Served, stub: inference_pb2_grpc.InferenceServiceStub) -> None:
     all_up(served)
     with traffic(served, stub):
-        wait_for(lambda: seen(served).all("expert_balancedness"), "rows between two scrapes")
+        wait_until(lambda: seen(served).all("expert_balancedness"), "rows between two scrapes")
         found = seen(served)
     assert found.labels("worker_up", "worker") == {*HOSTS, *ATTENTION}
     assert found.labels("engine_up", "worker") == set(ATTENTION)
@@ -230,7 +224,7 @@ def test_a_replayed_request_stays_one_trace_and_is_counted(
     assert request.attributes["replayed_tokens"] > 0
     found = seen(served)
     assert found.value("requests_replayed_total", worker=busy) == 1.0
-    wait_for(lambda: seen(served).value("workers_lost_total", worker=busy, role="attention") == 1.0, "the loss")
+    wait_until(lambda: seen(served).value("workers_lost_total", worker=busy, role="attention") == 1.0, "the loss")
     all_up(served)
 
 
@@ -253,7 +247,7 @@ def test_a_host_that_stands_still_is_hedged_and_named(
         pid = pid_of(engine, "expert-1")
         os.kill(pid, signal.SIGSTOP)
         try:
-            wait_for(is_named, "hedges")
+            wait_until(is_named, "hedges")
         finally:
             os.kill(pid, signal.SIGCONT)
     assert not failures
@@ -267,15 +261,15 @@ def test_a_host_that_dies_is_down_until_its_successor_serves(
     lost_before = sum(seen(served).all("dispatch_links_lost_total"))
     with traffic(served, stub) as failures:
         os.kill(pid_of(engine, "expert-0"), signal.SIGKILL)
-        wait_for(lambda: seen(served).value("worker_up", worker="expert-0") == 0.0, "expert-0 is down")
+        wait_until(lambda: seen(served).value("worker_up", worker="expert-0") == 0.0, "expert-0 is down")
         found = seen(served)
         assert found.value("expert_worker_tokens_total", worker="expert-0") is None
-        wait_for(lambda: seen(served).value("worker_up", worker="expert-0") == 1.0, "its successor is up")
+        wait_until(lambda: seen(served).value("worker_up", worker="expert-0") == 1.0, "its successor is up")
     assert not failures
     found = seen(served)
     assert sum(found.all("dispatch_links_lost_total")) > lost_before
     assert found.value("workers_lost_total", worker="expert-0", role="expert") == 1.0
-    wait_for(lambda: seen(served).value("scale_operations_total", kind="repair", result="done"), "the repair")
+    wait_until(lambda: seen(served).value("scale_operations_total", kind="repair", result="done"), "the repair")
     assert found.value("controller_up") == 1.0
 
 

@@ -20,9 +20,10 @@ from llama4_dist.partition import Partition
 from llama4_dist.telemetry import tracing
 from llama4_dist.telemetry.tracing import Tracing
 from tests.checkpoints import make_checkpoint
-from tests.cluster.local_group import WIDE, Cluster, serve, until
+from tests.cluster.local_group import WIDE, Cluster, serve
 from tests.cluster.running import Collector, some_requests
 from tests.scraping import Scrape
+from tests.waiting import wait_until
 
 TRACE = f"00-{'ab' * 16}-{'cd' * 8}-01"
 
@@ -57,7 +58,7 @@ def readings(cluster: Cluster) -> dict[str, StageReading]:
         last.update({name: cluster.plain(name).reading() for name in cluster.stages})
         return len({one.parts for one in last.values()}) == 1
 
-    until(is_settled)
+    wait_until(is_settled)
     return last
 
 
@@ -94,7 +95,7 @@ def test_members_are_seen_as_any_worker_that_sends_rows(make: Callable[[Partitio
             busy_s = found.value("stage_busy_seconds_total", **place) or 0.0
             assert busy_s > (found.value("attention_wait_on_experts_seconds_total", **place) or 0.0) > 0
     rows_sent = sum(found.all("dispatch_rows_total", group="attention-0"))
-    until(lambda: sum(cluster.expert_host.load_now().rows.values()) == rows_sent)  # it counts when it has answered
+    wait_until(lambda: sum(cluster.expert_host.load_now().rows.values()) == rows_sent)  # it counts when it has answered
     assert sum(found.all("stage_starved_seconds_total", stage="0")) < sum(
         found.all("stage_starved_seconds_total", stage="1")
     ), "only the second stage waits for rows"

@@ -53,7 +53,7 @@ def test_what_is_ordered_is_asked_for_until_it_is_there() -> None:
     book.provide(first)
     assert book.orders() == ({"b": Role.EXPERT}, ())
     book.provide(second)
-    thread.join(10)
+    thread.join(60)
     assert outcome == [[first, second]]
     assert book.orders() == ({}, ())
 
@@ -63,7 +63,7 @@ def test_one_refusal_gives_the_others_back() -> None:
     thread, outcome = ordering(book, "a", "b")
     book.provide(Process("a"))
     book.refuse("b", UnavailableError("no room"))
-    thread.join(10)
+    thread.join(60)
     assert str(outcome[0]) == "no room"
     assert book.orders() == ({}, ("a",))
     book.ended("a")
@@ -100,7 +100,7 @@ def test_dismissing_waits_until_the_processes_are_gone_and_names_those_that_are_
     waiter.start()
     book.ended("a")
     book.ended("b")
-    waiter.join(10)
+    waiter.join(60)
     assert late == [[]]
 
 
@@ -112,7 +112,7 @@ def test_an_order_of_an_id_that_is_still_to_end_keeps_both() -> None:
     book.ended("a")
     process = Process("a")
     book.provide(process)
-    thread.join(10)
+    thread.join(60)
     assert outcome == [[process]]
     assert book.orders() == ({}, ())
 

@@ -26,7 +26,8 @@ from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import CheckpointError, UnavailableError
 from llama4_dist.request import FinishReason
 from tests.checkpoints import make_checkpoint
-from tests.cluster.running import Collector, reference, some_requests, wait_until
+from tests.cluster.running import Collector, reference, some_requests
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -171,7 +172,7 @@ def test_two_attention_workers_share_four_hosts_and_closing_leaves_nothing(model
 
 
 def end_of(engine: RayEngine, operation: Operation) -> Operation:
-    wait_until(lambda: engine.control.operation(operation.name).phase.final, timeout_s=60)
+    wait_until(lambda: engine.control.operation(operation.name).phase.final)
     return engine.control.operation(operation.name)
 
 
@@ -249,7 +250,7 @@ def test_killed_hosts_and_attention_workers_are_replaced_while_requests_run(mode
                 for worker in ("expert-1", "attention-1")
             )
 
-        wait_until(replaced, timeout_s=60)
+        wait_until(replaced)
         wait_until(lambda: not engine.control.view().operation)
         assert [one.kind for one in engine.control.operations() if one.phase is Phase.DONE] == [Kind.REPAIR]
         assert all(len(hosts) == 2 for hosts in engine.control.placement().hosts_of.values())
@@ -348,10 +349,10 @@ def test_workers_die_with_their_driver(model_dir: Path) -> None:
         # Ray's two agents look for their raylet, then try for a minute to report its death; they hold nothing of ours.
         family = [process for process in family if "Agent" not in process.name()]
         driver.send_signal(signal.SIGKILL)
-        driver.wait(10)
+        driver.wait(60)
         _, alive = psutil.wait_procs(family, timeout=30)
         assert alive == []
     finally:
         driver.kill()
-        driver.wait(10)
+        driver.wait(60)
         subprocess.run(["rm", "-rf", environment["TMPDIR"]], check=True)

@@ -21,9 +21,10 @@ from llama4_dist.gateway.observe.merged import Merged
 from llama4_dist.partition import Partition
 from llama4_dist.request import EngineRequest
 from llama4_dist.telemetry.settings import Telemetry
-from tests.cluster.running import Collector, Tokens, some_requests, wait_until
+from tests.cluster.running import Collector, Tokens, some_requests
 from tests.scraping import Scrape
 from tests.telemetry.collector import Collected, Span, collecting
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

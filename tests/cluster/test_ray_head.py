@@ -38,7 +38,7 @@ for request in running:
 collector.wait_for_tokens("running0", 2)
 (head,) = [one for one in psutil.Process().children(recursive=True) if one.name() == "gcs_server"]
 head.kill()
-head.wait(10)
+head.wait(60)
 got = collector.run(engine, later)
 collector.wait_for([request.request_id for request in running])
 got |= {request.request_id: tuple(collector.tokens[request.request_id]) for request in running}
@@ -85,4 +85,4 @@ def test_serving_outlives_the_head_and_changes_are_refused(tmp_path: Path) -> No
         finally:
             if driver.poll() is None:
                 driver.send_signal(signal.SIGKILL)
-                driver.wait(10)
+                driver.wait(60)

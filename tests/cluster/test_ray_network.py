@@ -105,7 +105,7 @@ def two_machines(namespaces: tuple[str, str], environment: dict[str, str]) -> It
             assert node.stdout is not None
             deadline = time.monotonic() + 30
             while "Ray runtime started" not in (line := node.stdout.readline()):
-                assert line, f"the Ray node ended with {node.wait(5)}"
+                assert line, f"the Ray node ended with {node.wait(60)}"
                 assert time.monotonic() < deadline
         yield namespaces[0]
 

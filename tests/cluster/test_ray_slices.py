@@ -14,7 +14,8 @@ from llama4_dist.engine.build import build_single_process
 from llama4_dist.engine.options import EngineOptions
 from llama4_dist.errors import ConfigError
 from tests.checkpoints import make_checkpoint
-from tests.cluster.running import Collector, reference, some_requests, wait_until
+from tests.cluster.running import Collector, reference, some_requests
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

@@ -11,7 +11,8 @@ from cluster.worker import State
 from llama4_dist.errors import EngineError, UnavailableError
 from tests.cluster.fake_workers import GEOMETRY
 from tests.cluster.fakes import FakeSpawner, fail
-from tests.cluster.small_clusters import SmallCluster, hasten, until
+from tests.cluster.small_clusters import SmallCluster, hasten
+from tests.waiting import wait_until
 
 Make = Callable[..., SmallCluster]
 
@@ -48,7 +49,7 @@ def looks(cluster: SmallCluster, num: int) -> None:
     """Wait until the watch has looked so often."""
     calls = cluster.spawner.calls
     before = calls.count(("attention-0", "status"))
-    until(lambda: calls.count(("attention-0", "status")) >= before + num + 1)
+    wait_until(lambda: calls.count(("attention-0", "status")) >= before + num + 1)
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
@@ -57,7 +58,7 @@ def test_a_dead_host_is_repaired_by_a_process_of_the_same_id(make: Make, num_rep
     held = set(cluster.topology.placement.held_by("expert-1"))
     old = cluster.spawner.workers["expert-1"]
     cluster.spawner.die("expert-1")
-    until(lambda: cluster.spawner.workers["expert-1"] is not old)
+    wait_until(lambda: cluster.spawner.workers["expert-1"] is not old)
     cluster.rest()
     (repair,) = repairs(cluster)
     assert repair.phase is Phase.DONE
@@ -76,7 +77,7 @@ def test_the_view_names_who_is_lost_until_it_is_back(make: Make) -> None:
     def lost() -> set[str]:
         return {one.worker for one in cluster.control.view().workers if one.state is State.LOST}
 
-    until(lambda: lost() == {"expert-1", "attention-1"} and cluster.control.view().operation)
+    wait_until(lambda: lost() == {"expert-1", "attention-1"} and cluster.control.view().operation)
     release.set()
     cluster.rest()
     assert lost() == set()
@@ -91,7 +92,7 @@ def test_what_a_dead_host_held_goes_to_those_left_if_no_process_can_be_had(make:
     for _ in range(2):  # the second time a process is asked for again
         cluster.spawner.spawn_fault = refuse
         cluster.spawner.die("expert-1")
-        until(lambda: len(cluster.topology.hosts) == 2)
+        wait_until(lambda: len(cluster.topology.hosts) == 2)
         cluster.rest()
         done, failed = repairs(cluster)[:2]
         assert (failed.error_reason, failed.change.added) == ("INSUFFICIENT_CAPACITY", ("expert-1",))
@@ -111,7 +112,7 @@ def test_where_those_left_have_no_memory_a_process_is_asked_for_again_and_again(
 
     cluster.spawner.spawn_fault = refuse
     cluster.spawner.die("expert-1")
-    until(lambda: len(refusals) == 3)
+    wait_until(lambda: len(refusals) == 3)
     cluster.rest()
     assert len(cluster.topology.hosts) == 4
 
@@ -125,9 +126,9 @@ def test_a_silent_host_is_ended_after_ten_seconds_before_its_replacement_starts(
     looks(cluster, 2)
     assert cluster.spawner.ended == []
     clock.now_s += 0.2
-    until(lambda: cluster.spawner.ended == ["expert-1"])
+    wait_until(lambda: cluster.spawner.ended == ["expert-1"])
     cluster.spawner.faults.clear()
-    until(lambda: cluster.spawner.workers["expert-1"] is not old)
+    wait_until(lambda: cluster.spawner.workers["expert-1"] is not old)
     release.set()
     cluster.rest()  # the fakes note a breach if a process is started while one of its id lives
 
@@ -151,7 +152,7 @@ def test_a_new_process_may_take_its_time_for_its_first_word(make: Make, monkeypa
     for method in ("status", "location"):
         cluster.spawner.faults[f"expert-2.{method}"] = lambda: release.wait(10)
     operation = cluster.control.scale(3)
-    until(lambda: ("expert-2", "status") in cluster.spawner.calls)
+    wait_until(lambda: ("expert-2", "status") in cluster.spawner.calls)
     looks(cluster, 4)
     release.set()
     assert cluster.end_of(operation).phase is Phase.DONE
@@ -162,7 +163,7 @@ def test_a_dead_attention_worker_is_replaced_and_serves_under_another_address(ma
     cluster = make(2)
     before = dict(cluster.engines)
     cluster.spawner.die("attention-1")
-    until(lambda: cluster.engines.get("attention-1", before["attention-1"]) != before["attention-1"])
+    wait_until(lambda: cluster.engines.get("attention-1", before["attention-1"]) != before["attention-1"])
     cluster.rest()
     assert cluster.engines["attention-0"] == before["attention-0"]
     assert cluster.control.operations() == (), "no expert moves for it"
@@ -181,7 +182,7 @@ def test_an_attention_worker_that_fails_to_start_is_started_again(make: Make) ->
 
     cluster.spawner.spawn_fault = prepare
     cluster.spawner.die("attention-1")
-    until(lambda: cluster.spawner.ended.count("attention-1") == 4)
+    wait_until(lambda: cluster.spawner.ended.count("attention-1") == 4)
     cluster.rest()
 
 
@@ -191,7 +192,7 @@ def test_an_attention_worker_that_starts_during_a_change_follows_its_epoch(make:
     cluster.spawner.faults[f"attention-1.{method}"] = lambda: release.wait(5)
     cluster.spawner.calls.clear()
     cluster.spawner.die("attention-1")
-    until(lambda: ("attention-1", method) in cluster.spawner.calls)
+    wait_until(lambda: ("attention-1", method) in cluster.spawner.calls)
     ended = cluster.scale(3)
     assert (ended.phase, cluster.topology.epoch) == (Phase.DONE, 2)
     release.set()
@@ -203,14 +204,14 @@ def test_nothing_is_repaired_while_another_operation_runs(make: Make) -> None:
     cluster, release = make(3, num_replicas=2), threading.Event()
     cluster.spawner.faults["expert-3.load"] = lambda: release.wait(5)
     operation = cluster.control.scale(4)
-    until(lambda: ("expert-3", "load") in cluster.spawner.calls)
+    wait_until(lambda: ("expert-3", "load") in cluster.spawner.calls)
     cluster.spawner.die("expert-0")
     looks(cluster, 3)
     assert cluster.control.view().operation == operation.name
     assert repairs(cluster) == []
     release.set()
     cluster.end_of(operation)
-    until(lambda: repairs(cluster))
+    wait_until(lambda: repairs(cluster))
     cluster.rest()
 
 
@@ -221,9 +222,9 @@ def test_a_change_of_a_cluster_that_lacks_a_host_sees_to_that_too(make: Make) ->
     cluster.spawner.faults["attention-0.connect"] = fail(EngineError("no"))  # nor can it be repaired without
     cluster.spawner.spawn_fault = lambda worker: None
     cluster.spawner.die("expert-1")
-    until(lambda: repairs(cluster) and repairs(cluster)[0].phase is Phase.FAILED)
+    wait_until(lambda: repairs(cluster) and repairs(cluster)[0].phase is Phase.FAILED)
     cluster.spawner.faults.clear()
-    until(lambda: not cluster.spawner.controller.ledger.running)
+    wait_until(lambda: not cluster.spawner.controller.ledger.running)
     ended = cluster.scale(2)
     assert (ended.phase, ended.change.added, ended.change.removed) == (Phase.DONE, (), ())  # type: ignore[union-attr]
     cluster.rest()
@@ -236,11 +237,11 @@ def test_a_repair_that_fails_is_not_tried_again_at_once(make: Make) -> None:
     clock = Clock(cluster)
     cluster.spawner.faults["attention-0.connect"] = fail(EngineError("no"))
     cluster.spawner.die("expert-1")
-    until(lambda: repairs(cluster) and repairs(cluster)[0].phase is Phase.FAILED)
+    wait_until(lambda: repairs(cluster) and repairs(cluster)[0].phase is Phase.FAILED)
     looks(cluster, 5)
     assert len(repairs(cluster)) == 1
     clock.now_s += 0.06
-    until(lambda: len(repairs(cluster)) == 2 and repairs(cluster)[0].phase is Phase.FAILED)
+    wait_until(lambda: len(repairs(cluster)) == 2 and repairs(cluster)[0].phase is Phase.FAILED)
     looks(cluster, 5)
     assert len(repairs(cluster)) == 2
     cluster.spawner.faults.clear()
@@ -257,7 +258,7 @@ def test_a_repair_the_operator_deleted_does_not_end_the_watch(make: Make) -> Non
         def is_replaced(old: object = old) -> bool:
             return cluster.spawner.workers["expert-1"] is not old
 
-        until(is_replaced)
+        wait_until(is_replaced)
         cluster.rest()
         for operation in repairs(cluster):
             cluster.control.delete(operation.name)
@@ -277,7 +278,7 @@ def test_a_defect_in_one_look_does_not_end_the_watch(make: Make, monkeypatch: py
     monkeypatch.setattr(watch, "look", broken)
     assert failed.wait(5)
     cluster.spawner.die("expert-1")
-    until(lambda: repairs(cluster))
+    wait_until(lambda: repairs(cluster))
     cluster.rest()
 
 
@@ -285,7 +286,7 @@ def test_a_cluster_that_lost_every_worker_begins_anew(make: Make) -> None:
     cluster = make(2)
     for worker in tuple(cluster.spawner.workers):
         cluster.spawner.die(worker)
-    until(lambda: repairs(cluster))
+    wait_until(lambda: repairs(cluster))
     cluster.rest()
     assert cluster.topology.epoch == 2
 
@@ -300,9 +301,9 @@ def test_what_a_change_had_started_is_gone_before_the_next_controller_may_change
     cluster, release = make(2), threading.Event()
     cluster.spawner.faults["expert-2.load"] = lambda: release.wait(5)
     cluster.control.scale(3)
-    until(lambda: ("expert-2", "load") in cluster.spawner.calls)
+    wait_until(lambda: ("expert-2", "load") in cluster.spawner.calls)
     cluster.spawner.die("controller")
-    until(lambda: len(cluster.spawner.controllers) == 2)
+    wait_until(lambda: len(cluster.spawner.controllers) == 2)
     cluster.rest()
     release.set()
 
@@ -313,9 +314,9 @@ def test_a_process_that_was_to_repair_is_no_member_of_the_epoch_of_its_predecess
     cluster.spawner.calls.clear()
     cluster.spawner.faults[held] = lambda: release.wait(5)
     cluster.spawner.die("expert-1")
-    until(lambda: tuple(held.split(".")) in cluster.spawner.calls)
+    wait_until(lambda: tuple(held.split(".")) in cluster.spawner.calls)
     cluster.spawner.die("controller")
-    until(lambda: len(cluster.spawner.controllers) == 2)
+    wait_until(lambda: len(cluster.spawner.controllers) == 2)
     cluster.spawner.faults.clear()
     release.set()
     cluster.rest()
@@ -328,9 +329,9 @@ def test_an_attention_worker_that_was_half_up_is_replaced(make: Make, method: st
     cluster.spawner.calls.clear()
     cluster.spawner.faults[f"attention-1.{method}"] = lambda: release.wait(5)
     cluster.spawner.die("attention-1")
-    until(lambda: ("attention-1", method) in cluster.spawner.calls)
+    wait_until(lambda: ("attention-1", method) in cluster.spawner.calls)
     cluster.spawner.die("controller")
-    until(lambda: len(cluster.spawner.controllers) == 2)
+    wait_until(lambda: len(cluster.spawner.controllers) == 2)
     cluster.spawner.faults.clear()
     release.set()
     cluster.rest()
@@ -342,7 +343,7 @@ def test_an_attention_worker_that_stayed_behind_switches_before_anything_is_ende
     cluster.spawner.faults["attention-1.publish"] = fail(EngineError("not now"))
     cluster.spawner.faults["expert-0.keep"] = lambda: cluster.spawner.die("controller")
     cluster.control.scale(2)
-    until(lambda: life.over)
+    wait_until(lambda: life.over)
     del cluster.spawner.breaches[:]
     cluster.spawner.faults.clear()
     cluster.rest()
@@ -358,7 +359,7 @@ def test_an_attention_worker_that_does_not_say_what_it_follows_is_replaced(
     old = cluster.attention(1)
     cluster.spawner.faults["attention-1.topology"] = lambda: release.wait(5)
     cluster.spawner.die("controller")
-    until(lambda: cluster.attention(1) is not old)
+    wait_until(lambda: cluster.attention(1) is not old)
     cluster.spawner.faults.clear()
     release.set()
     cluster.rest()
@@ -370,7 +371,7 @@ def test_without_any_attention_worker_the_hosts_say_what_there_is(make: Make) ->
     hosts = cluster.topology.hosts
     for worker in ("attention-0", "attention-1", "controller"):
         cluster.spawner.die(worker)
-    until(lambda: len(cluster.spawner.controllers) == 2)
+    wait_until(lambda: len(cluster.spawner.controllers) == 2)
     cluster.rest()
     assert cluster.topology.hosts == hosts
     assert "expert-0" not in cluster.spawner.ended
@@ -382,6 +383,6 @@ def test_a_cluster_of_which_nothing_is_left_begins_anew_under_the_next_controlle
     cluster = make(2, spawner=FakeSpawner())
     for worker in (*cluster.spawner.workers, "controller"):
         cluster.spawner.die(worker)
-    until(lambda: len(cluster.spawner.controllers) == 2)
+    wait_until(lambda: len(cluster.spawner.controllers) == 2)
     cluster.rest()
     assert len(cluster.topology.hosts) == 2

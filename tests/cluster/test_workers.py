@@ -2,8 +2,7 @@
 
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from llama4_dist.rpc.remote_engine import RemoteEngine
 from tests.checkpoints import make_checkpoint
 from tests.cluster.running import Collector, Tokens, reference, some_requests
 from tests.native.compiler import needs_compiler
+from tests.waiting import wait_until
 
 SECRET = b"s" * 32
 HERE = Location(node="here", address="127.0.0.1")
@@ -168,13 +168,6 @@ def finish(collector: Collector, num: int = 6) -> Tokens:
     return {name: tuple(collector.tokens[name]) for name in names}
 
 
-def until(condition: Callable[[], object], timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s"
-        time.sleep(0.005)
-
-
 def test_the_only_holder_of_experts_dies_mid_stream_and_another_host_maps_them(
     model_dir: Path, expected: Tokens, tmp_path: Path, resources: ExitStack
 ) -> None:
@@ -242,7 +235,7 @@ def test_a_topology_with_a_host_out_of_reach_is_used_and_the_host_too_when_it_co
     assert collector.run(engine, some_requests("r")) == expected
     assert engine.stats().host_rows.keys() == {"expert-0"}
     hidden.rename(path)
-    until(lambda: worker._follower.dispatcher.links.keys() == {"expert-0", "expert-1"})
+    wait_until(lambda: worker._follower.dispatcher.links.keys() == {"expert-0", "expert-1"})
     assert collector.run(engine, some_requests("s")) == {f"s{name[1:]}": tokens for name, tokens in expected.items()}
     assert engine.stats().host_rows["expert-1"] > 0
 
@@ -260,7 +253,7 @@ def test_a_host_that_was_lost_and_is_back_in_the_same_life_is_used_again(
     first = worker._follower.dispatcher.links["expert-1"]
     with socket.fromfd(first.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as copy:  # type: ignore[arg-type]
         copy.shutdown(socket.SHUT_RDWR)
-    until(lambda: worker._follower.dispatcher.links.get("expert-1", first) is not first)
+    wait_until(lambda: worker._follower.dispatcher.links.get("expert-1", first) is not first)
     before = host.stats().rows_by_worker["attention-0"]
     assert finish(collector) == expected
     assert collector.run(engine, some_requests("s")) == {f"s{name[1:]}": tokens for name, tokens in expected.items()}
@@ -345,7 +338,7 @@ def test_a_link_that_fell_while_a_topology_was_on_its_way_is_dialled_again(
 
     monkeypatch.setattr(worker._follower.links, "take", take_and_fall)
     worker.publish(next_epoch(topology, *hosts))
-    until(lambda: worker._follower.dispatcher.links.keys() == {"expert-0", "expert-1"})
+    wait_until(lambda: worker._follower.dispatcher.links.keys() == {"expert-0", "expert-1"})
 
 
 def test_hosts_of_one_checkpoint_agree_on_their_experts_and_load_is_counted(

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +29,7 @@ from llama4_dist.request import Sampling
 from tests.checkpoints import make_checkpoint
 from tests.deploy.conftest import OVERLAYS, ROOT
 from tests.tokenizers_tiny import make_tokenizer
+from tests.waiting import wait_until
 from tools.manifests.commands import parse
 
 UNITS = ROOT / "deploy" / "bare-metal"
@@ -214,7 +214,7 @@ def test_the_units_make_a_cluster_that_outlives_its_driver(machine: Machine) -> 
 
         machine.stop("llama4-driver.service", signal.SIGKILL)
         with Client(machine.at(50051), ConnectOptions(token=machine.token)) as client:
-            assert gone(client), "without a driver there are no workers"
+            wait_until(lambda: is_gone(client), "without a driver there are no workers")
             assert client.health("liveness"), "the gateway itself lives on, or Kubernetes would end it"
         machine.start("llama4-driver.service")
         assert answer(machine) == first
@@ -227,21 +227,17 @@ def test_the_units_make_a_cluster_that_outlives_its_driver(machine: Machine) -> 
 
 
 def wait_for_port(machine: Machine, port: int) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
+    def listens() -> bool:
         with suppress(OSError), socket.create_connection((machine.address, int(machine.ports[str(port)])), 1):
-            return
-        time.sleep(0.1)
-    raise TimeoutError(f"nothing listens on {port}")
+            return True
+        return False
+
+    wait_until(listens, f"something listens on {port}")
 
 
-def gone(client: Client) -> bool:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        with suppress(UnavailableError):
-            if not client.health("readiness"):
-                return True
-        time.sleep(0.2)
+def is_gone(client: Client) -> bool:
+    with suppress(UnavailableError):
+        return not client.health("readiness")
     return False
 
 

@@ -96,7 +96,7 @@ class ServerThread:
         if self._thread.is_alive():
             self._stop.set()
             self.server.wake()
-        self._thread.join(5.0)
+        self._thread.join(60)
         assert self._failure is None, f"the server failed: {self._failure!r}"
         assert not self._thread.is_alive(), "the server does not stop"
 

@@ -24,6 +24,7 @@ from llama4_dist.errors import HandshakeError
 from tests.dispatch.fakes import WIDTH, direct, random_batch, random_table
 from tests.dispatch.raw_client import BFLOAT16, NACK, REPLY, RawClient, fields, frame
 from tests.dispatch.servers import LIMITS, ServerThread, dispatcher, hello, serve
+from tests.waiting import wait_until
 
 
 class Canary:
@@ -58,7 +59,7 @@ class Canary:
 
     def stop(self) -> None:
         self._stop.set()
-        self._thread.join(5.0)
+        self._thread.join(60)
         self._worker.close()
 
 
@@ -86,9 +87,7 @@ def expect_closed(site: Site) -> Iterator[Callable[[RawClient, str], None]]:
     def check(client: RawClient, reason: str, seconds: float = 3.0) -> None:
         assert client.closed_within(seconds), "the server did not close"
         client.close()
-        deadline = time.monotonic() + 1.0
-        while offences(closed) == offences(before) and time.monotonic() < deadline:
-            time.sleep(0.001)
+        wait_until(lambda: offences(closed) != offences(before), "the server counts it")
         assert offences(closed) - offences(before) == {reason: 1}
 
     yield check

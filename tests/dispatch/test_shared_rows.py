@@ -4,7 +4,6 @@ import fcntl
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
@@ -33,6 +32,7 @@ from tests.dispatch.fakes import (
 )
 from tests.dispatch.raw_client import RawClient
 from tests.dispatch.servers import LIMITS, SECRET, ServerThread, dispatcher, hello, serve
+from tests.waiting import wait_until
 
 LARGE = 8 * WIDTH * 4  # eight rows
 SHARING = replace(LIMITS, shared_from_bytes=LARGE)
@@ -195,10 +195,7 @@ def test_other_memories_than_agreed_are_refused_and_closed(make: Callable[[], li
         assert client.closed_within(3.0)
         client.close()
         closed = servers["host-0"].server.stats().closed_links
-        deadline = time.monotonic() + 2.0
-        while not closed["SHARED_MEMORY_WRONG"] and time.monotonic() < deadline:
-            time.sleep(0.001)
-        assert closed["SHARED_MEMORY_WRONG"] == 1
+        wait_until(lambda: closed["SHARED_MEMORY_WRONG"] == 1, lambda: closed)
         assert len(os.listdir("/proc/self/fd")) == before
 
 

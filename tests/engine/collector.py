@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 
 from llama4_dist.engine.port import is_last
 from llama4_dist.request import TokenOutput
+from tests.waiting import PATIENCE_S
 
 
 class Collector:
-    """Give `collector` to `start`; every wait ends with an AssertionError after ten seconds."""
+    """Give `collector` to `start`; a wait that lasts too long ends with an AssertionError."""
 
     def __init__(self) -> None:
         self.outputs: dict[str, list[TokenOutput]] = {}
@@ -28,7 +29,7 @@ class Collector:
 
     def wait(self, condition: Callable[[], bool]) -> None:
         with self._changed:
-            assert self._changed.wait_for(condition, 10.0), f"waited in vain; have {self.outputs}"
+            assert self._changed.wait_for(condition, PATIENCE_S), f"waited in vain; have {self.outputs}"
 
     def wait_for(self, *request_ids: str) -> list[TokenOutput]:
         """Wait until all of these ended; return the outputs of the first."""

@@ -18,4 +18,4 @@ class Gate:
 
     def _pass(self, batch: object) -> None:
         self.entered.set()
-        assert self._open.wait(10.0)
+        assert self._open.wait(60)

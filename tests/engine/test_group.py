@@ -1,6 +1,5 @@
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +20,7 @@ from tests.engine.collector import Collector
 from tests.engine.fake_model import fake_core, greedy, next_token, tokens
 from tests.engine.gate import Gate
 from tests.engine.sequences import request
+from tests.waiting import wait_until
 
 PROMPT = (5, 9)
 
@@ -112,7 +112,7 @@ def test_an_engine_that_is_down_is_passed_over(pair: Pair) -> None:
 def test_a_group_is_full_when_all_its_engines_are(pair: Pair) -> None:
     for i in range(2):
         pair.group.submit(request(f"running{i}", PROMPT, max_tokens=1))
-        assert pair.gates[i].entered.wait(10.0)
+        assert pair.gates[i].entered.wait(60)
     for i in range(4):
         pair.group.submit(request(f"waiting{i}", PROMPT, max_tokens=1))
     with pytest.raises(OverloadedError):
@@ -165,9 +165,9 @@ class Stepped:
     def lose(self, index: int) -> None:
         closing = threading.Thread(target=self.engines[index].close)
         closing.start()
-        poll(lambda: self.engines[index]._refusal is not None)
+        wait_until(lambda: self.engines[index]._refusal is not None)
         self.steps[index].open()
-        closing.join(10.0)
+        closing.join(60)
         assert not closing.is_alive()
 
     def threads_since(self, name: str) -> set[threading.Thread]:
@@ -199,7 +199,7 @@ class Steps:
 
     def _pass(self, batch: object) -> None:
         if not self._open.is_set():
-            assert self._granted.acquire(timeout=10.0)
+            assert self._granted.acquire(timeout=60)
 
 
 @pytest.fixture
@@ -382,19 +382,11 @@ def script() -> Iterator[Script]:
     script.group.close()
 
 
-def poll(condition: Callable[[], bool]) -> None:
-    """Wait for something that no output announces."""
-    deadline_s = time.monotonic() + 10.0
-    while not condition():
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.002)
-
-
 def test_an_engine_that_was_lost_says_nothing_more_of_what_it_had(script: Script) -> None:
     script.group.submit(request("r", PROMPT, max_tokens=9))
     script.say(0, token_ids=(1,), queue_s=0.5)
     script.lose(0)
-    poll(lambda: script.holders() == [1, 1, 0] and script.engines[0].aborted == ["r"])
+    wait_until(lambda: script.holders() == [1, 1, 0] and script.engines[0].aborted == ["r"])
     assert script.engines[1].submitted[0].output_token_ids == (1,)
     script.say(0, token_ids=(2,))
     script.say(1, token_ids=(3,), queue_s=0.7)
@@ -410,7 +402,7 @@ def test_an_engine_that_lost_a_request_is_asked_last_for_a_while(
     """It may take requests and have nothing to compute them with; its load would be the least."""
     script.group.submit(request("r", PROMPT, max_tokens=9))
     script.say(0, error=LOST)
-    poll(lambda: script.holders() == [1, 1, 0])
+    wait_until(lambda: script.holders() == [1, 1, 0])
     script.group.submit(request("s", (9, 8, 7), max_tokens=9))
     assert script.holders() == [1, 1, 1]
     monkeypatch.setattr("llama4_dist.engine.replayer.AVOIDED_S", 0.0)
@@ -422,7 +414,7 @@ def test_a_request_without_a_seed_is_given_one_that_the_next_engine_draws_by_too
     script.group.submit(request("r", PROMPT, max_tokens=9, seed=None))
     script.say(0, token_ids=(1,))
     script.lose(0)
-    poll(lambda: script.holders() == [1, 1, 0])
+    wait_until(lambda: script.holders() == [1, 1, 0])
     first, second = (script.engines[index].submitted[0] for index in range(2))
     assert first.sampling.seed is not None
     assert first.sampling == second.sampling
@@ -433,7 +425,7 @@ def test_the_time_left_is_what_the_next_engine_is_given(script: Script) -> None:
     script.group.submit(replace(request("r", PROMPT, max_tokens=9), timeout_s=60.0))
     script.group._requests._live["r"].submitted_s -= 20.0
     script.lose(0)
-    poll(lambda: script.holders() == [1, 1, 0])
+    wait_until(lambda: script.holders() == [1, 1, 0])
     assert 39.0 < (script.engines[1].submitted[0].timeout_s or 0) <= 40.0
 
 
@@ -441,7 +433,7 @@ def test_a_full_queue_is_passed_on_only_when_every_engine_is_full(script: Script
     script.group.submit(request("r", PROMPT, max_tokens=9))
     for index in range(3):
         script.say(index, error=OverloadedError(f"full {index}", retry_after_s=index))
-        poll(lambda index=index: sum(script.holders()) == min(index + 2, 3))  # type: ignore[misc]
+        wait_until(lambda index=index: sum(script.holders()) == min(index + 2, 3))  # type: ignore[misc]
     error = script.collector.wait_for("r")[-1].error
     assert isinstance(error, OverloadedError)
     assert script.holders() == [1, 1, 1]
@@ -451,9 +443,9 @@ def test_a_request_that_was_taken_once_is_not_refused_by_a_full_queue(script: Sc
     script.group.submit(request("r", PROMPT, max_tokens=9))
     script.say(0, token_ids=(1,))
     script.lose(0)
-    poll(lambda: script.holders() == [1, 1, 0])
+    wait_until(lambda: script.holders() == [1, 1, 0])
     script.say(1, error=OverloadedError("full"))
-    poll(lambda: sum(script.holders()) == 3)
+    wait_until(lambda: sum(script.holders()) == 3)
     assert script.collector.outputs["r"][-1].error is None
 
 
@@ -463,7 +455,7 @@ def test_a_request_that_seems_to_kill_engines_is_given_up(script: Script) -> Non
         holder = next(live.member for live in script.group._requests._live.values())
         assert holder is not None
         holder.engine.say([TokenOutput(request_id="r", error=LOST)])  # type: ignore[attr-defined]
-        poll(lambda num_lost=num_lost: sum(script.holders()) == num_lost + 1)  # type: ignore[misc]
+        wait_until(lambda num_lost=num_lost: sum(script.holders()) == num_lost + 1)  # type: ignore[misc]
     holder = next(live.member for live in script.group._requests._live.values())
     assert holder is not None
     holder.engine.say([TokenOutput(request_id="r", error=LOST)])  # type: ignore[attr-defined]
@@ -476,9 +468,9 @@ def test_the_first_engine_that_has_a_request_keeps_it_and_a_second_lets_go(scrip
     script.say(0, error=NotFoundError("none"))
     script.say(1, token_ids=(4, 5), attached_tokens=2)
     script.say(2, token_ids=(4,), attached_tokens=1)
-    poll(lambda: script.engines[2].aborted == ["r"])
+    wait_until(lambda: script.engines[2].aborted == ["r"])
     script.lose(1)
-    poll(lambda: sum(script.holders()) == 1)
+    wait_until(lambda: sum(script.holders()) == 1)
     assert [one.output_token_ids for engine in script.engines for one in engine.submitted] == [(4, 5)]
     assert tokens(script.collector.outputs["r"]) == [4, 5]
 

@@ -61,4 +61,4 @@ def chatter(one: socket.socket) -> Iterator[None]:
     finally:
         stop.set()
         one.shutdown(socket.SHUT_RDWR)
-        thread.join(5)
+        thread.join(60)

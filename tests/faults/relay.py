@@ -76,7 +76,7 @@ class RelayNetwork:
     def close(self) -> None:
         """Stop relaying, remove the nodes; raise what went wrong in the thread, if anything did."""
         self._is_closing = True
-        self._thread.join(10)
+        self._thread.join(60)
         self._release()
         if self._failure is not None:
             raise self._failure

@@ -74,7 +74,7 @@ def test_blocking_streams_of_many_threads_are_recorded_whole(served: Served, his
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
     verdict = verdict_of(history, reference_of(*prompts, sampling={"temperature": 0.0, "max_tokens": 8}))
     assert verdict.violations == []
     assert (verdict.outcomes, verdict.num_tokens, verdict.num_compared) == ({"finished": 8}, 64, 8)
@@ -160,7 +160,7 @@ def test_an_engine_is_recorded_without_a_gateway(history: History, engine: Scrip
         for index in range(4):
             request = EngineRequest(request_id=f"r{index}", prompt_token_ids=(index,), sampling=GREEDY)
             recorder.submit(engine, request)
-        recorder.wait(10)
+        recorder.wait(60)
     finally:
         engine.close()
     sampling = {"temperature": 0.0, "max_tokens": 8}
@@ -200,7 +200,7 @@ def test_lines_are_whole_and_in_order_of_time_whoever_writes(history: History) -
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     events = read_file(history.path)
     assert len(events) == 800
     assert [event.position for event in events if event.request_id == "r0"] == list(range(200))

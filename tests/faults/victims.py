@@ -22,7 +22,7 @@ def victim(code: str = IDLE) -> Iterator[subprocess.Popen[bytes]]:
         yield process
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(60)
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
             pipe.close()

@@ -15,7 +15,8 @@ from llama4_dist.request import Sampling
 from llama4_dist.rpc import status
 from tests.gateway.corpus import HEALTH, REFLECTION, STREAMING, Case, all_cases
 from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
-from tests.gateway.serving import Served, byte_tokenizer, eventually, serving
+from tests.gateway.serving import Served, byte_tokenizer, serving
+from tests.waiting import wait_until
 
 PRIVATE = re.compile(
     r"/(work|tmp|home|usr|root|etc)/|0x[0-9a-f]{6,}|Traceback|File \"|\.py\b|\d+\.\d+\.\d+\.\d+|object at"
@@ -38,7 +39,7 @@ class Canary:
     def stop(self) -> None:
         """End, and add a problem if it never ran."""
         self._stop.set()
-        self._thread.join(timeout=20)
+        self._thread.join(timeout=60)
         if self.num_runs < 3:
             self.problems.append(f"the canary ran only {self.num_runs} times")
 
@@ -90,8 +91,10 @@ def replay(served: Served, golden: tuple[int, ...], num_held: Callable[[], int],
             if seconds > 10:
                 problems.append(f"{case.name}: took {seconds:.1f} s")
     canary.stop()
-    if not eventually(lambda: num_held() == 0 and served.gateway.admission.in_flight == 0):
-        problems.append(f"left behind: {num_held()} sequences, {served.gateway.admission.in_flight} calls")
+    wait_until(
+        lambda: num_held() == 0 and served.gateway.admission.in_flight == 0,
+        lambda: f"left behind: {num_held()} sequences, {served.gateway.admission.in_flight} calls",
+    )
     return problems + canary.problems
 
 

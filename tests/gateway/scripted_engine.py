@@ -111,7 +111,7 @@ class ScriptedEngine:
             self._stop = True
             self._changed.notify()
         if self._thread.ident is not None:  # a gateway that did not come up has not started it
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=60)
 
     def _run(self) -> None:
         while True:

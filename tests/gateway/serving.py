@@ -1,8 +1,7 @@
 """Runs a gateway in a thread with its own event loop, so that blocking and asyncio tests use it alike."""
 
 import asyncio
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -54,13 +53,3 @@ def serving(
             yield Served(address=f"127.0.0.1:{running.port}", gateway=running, loop=loop)
     finally:
         engine.close()
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
-    """Poll until the condition holds or the time is over; return whether it holds."""
-    deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s:
-        if condition():
-            return True
-        time.sleep(0.005)
-    return condition()

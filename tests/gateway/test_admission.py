@@ -16,7 +16,8 @@ from llama4_dist.request import Sampling
 from llama4_dist.rpc.status import PUSHBACK_KEY
 from llama4_dist.v1 import inference_pb2, inference_pb2_grpc
 from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
-from tests.gateway.serving import eventually, serving
+from tests.gateway.serving import serving
+from tests.waiting import wait_until
 
 NO_RETRY = ConnectOptions(max_attempts=1)
 
@@ -100,8 +101,8 @@ def test_a_queue_that_is_too_slow_refuses_over_the_wire() -> None:
         ThreadPoolExecutor(1) as pool,
     ):
         first = pool.submit(client.generate, [1], Sampling(max_tokens=2))
-        assert eventually(lambda: engine.num_held == 1)
-        assert eventually(lambda: refused_for_its_wait(client))
+        wait_until(lambda: engine.num_held == 1)
+        wait_until(lambda: refused_for_its_wait(client))
         engine.paused.clear()
         assert first.result().token_ids == expected_tokens([1], 2)
         assert client.generate([2], Sampling(max_tokens=2)).token_ids == expected_tokens([2], 2)
@@ -136,7 +137,7 @@ def test_a_burst_fills_the_bound_and_the_rest_is_refused_at_once() -> None:
                     return time.monotonic() - began_s
 
             futures = [pool.submit(one, index) for index in range(60)]
-            assert eventually(lambda: sum(future.done() for future in futures) == 40)
+            wait_until(lambda: sum(future.done() for future in futures) == 40)
             assert engine.num_held == 20
             engine.paused.clear()
             answers = [future.result() for future in futures]
@@ -181,12 +182,12 @@ def test_a_full_gateway_does_not_read_what_it_refuses(method: str) -> None:
         call = kind(f"/llama4_dist.v1.InferenceService/{method}", response_deserializer=bytes)
         assert code_of(call) is grpc.StatusCode.INVALID_ARGUMENT
         running = pool.submit(client.generate, [1], Sampling(max_tokens=2))
-        assert eventually(lambda: engine.num_held == 1)
+        wait_until(lambda: engine.num_held == 1)
         code = code_of(call)
         engine.paused.clear()  # before a failure could leave the request waiting for ever
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert running.result().token_ids == expected_tokens([1], 2)
-        assert eventually(lambda: served.gateway.admission.in_flight == 0)
+        wait_until(lambda: served.gateway.admission.in_flight == 0)
         assert code_of(call) is grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -203,10 +204,10 @@ def test_our_client_obeys_push_back() -> None:
         stream = client.stream_generate([1], Sampling(max_tokens=2))
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(lambda: [delta.token_ids for delta in stream])
-            assert eventually(lambda: engine.num_held == 1)
+            wait_until(lambda: engine.num_held == 1)
             began_s = time.monotonic()
             second = pool.submit(client.generate, [2], Sampling(max_tokens=2))
-            assert eventually(lambda: "RESOURCE_EXHAUSTED" in str(rpc_codes(served.gateway.metrics)))
+            wait_until(lambda: "RESOURCE_EXHAUSTED" in str(rpc_codes(served.gateway.metrics)))
             engine.paused.clear()
             assert first.result()
             assert second.result().token_ids == expected_tokens([2], 2)
@@ -231,7 +232,7 @@ def test_a_drain_finishes_what_runs_and_refuses_what_comes() -> None:
         first = next(deltas)
         with ThreadPoolExecutor(1) as pool:
             drain = pool.submit(served.run, served.gateway.drain(10.0))
-            assert eventually(lambda: served.gateway.admission.draining)
+            wait_until(lambda: served.gateway.admission.draining)
             assert not client.health("readiness")
             assert client.health("liveness")
             with pytest.raises(UnavailableError) as refused:
@@ -255,7 +256,7 @@ def test_a_drain_that_takes_too_long_ends_requests_as_retriable() -> None:
                 list(deltas)
             assert cut.value.reason == "DRAINING"
             drain.result()
-        assert eventually(lambda: engine.num_held == 0)
+        wait_until(lambda: engine.num_held == 0)
 
 
 def test_a_call_without_a_deadline_ends_at_the_servers_cap() -> None:
@@ -266,7 +267,7 @@ def test_a_call_without_a_deadline_ends_at_the_servers_cap() -> None:
             client.generate([1], Sampling(max_tokens=2))
         with pytest.raises(DeadlineExceededError):
             list(client.stream_generate([1], Sampling(max_tokens=2)))
-        assert eventually(lambda: engine.num_held == 0)
+        wait_until(lambda: engine.num_held == 0)
 
 
 def test_an_answer_above_the_limit_is_refused_and_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
@@ -278,5 +279,5 @@ def test_an_answer_above_the_limit_is_refused_and_hurts_nobody(caplog: pytest.Lo
         with pytest.raises(OverloadedError, match="larger than max"):
             list(client.stream_generate([1] * 400, large))
         assert client.generate([1], Sampling(max_tokens=2)).token_ids == expected_tokens([1], 2)
-        assert eventually(lambda: served.gateway.admission.in_flight == 0)
+        wait_until(lambda: served.gateway.admission.in_flight == 0)
     assert "request_failed" not in caplog.text

@@ -17,7 +17,8 @@ from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.request import Sampling
 from tests.gateway.corpus import HEALTH, INFERENCE, REFLECTION, STREAMING, UNARY
 from tests.gateway.scripted_engine import ScriptedEngine
-from tests.gateway.serving import Served, eventually, serving
+from tests.gateway.serving import Served, serving
+from tests.waiting import wait_until
 
 NORMAL = "normal-token-0123456789"
 OTHER = "other-token-0123456789"
@@ -111,7 +112,7 @@ def test_another_tenants_request_id_is_free(served: Served) -> None:
         next(iter(stream))
         assert two.generate([2], Sampling(max_tokens=2), request_id="mine").token_ids
         stream.close()
-    assert eventually(lambda: served.gateway.generations.num_running == 0)
+    wait_until(lambda: served.gateway.generations.num_running == 0)
 
 
 def test_engines_learn_who_is_the_same_tenant_and_no_credential(tmp_path: Path) -> None:

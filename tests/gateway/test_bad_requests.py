@@ -13,8 +13,9 @@ from llama4_dist.request import Sampling
 from tests.gateway.corpus import INFERENCE, Case, all_cases, generate
 from tests.gateway.replay import CHANNEL, PRIVATE, replay, send
 from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
-from tests.gateway.serving import Served, byte_tokenizer, eventually, serving
+from tests.gateway.serving import Served, byte_tokenizer, serving
 from tests.gateway.serving_process import serving_process
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_two_thousand_refusals_leave_nothing_behind(served: Served, engine: Scri
     assert len(engine.submitted) == num_submitted
     assert served.gateway.admission.in_flight == 0
     assert served.gateway.generations.num_running == 0
-    assert eventually(lambda: served.num_tasks() <= num_tasks + 2, 2.0)
+    wait_until(lambda: served.num_tasks() <= num_tasks + 2)
 
 
 def test_a_second_message_on_a_streaming_call_is_ignored(served: Served) -> None:

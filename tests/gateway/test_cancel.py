@@ -13,7 +13,8 @@ from llama4_dist.errors import DeadlineExceededError, RequestCancelledError
 from llama4_dist.request import Sampling
 from llama4_dist.v1 import inference_pb2, inference_pb2_grpc
 from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
-from tests.gateway.serving import Served, eventually, serving
+from tests.gateway.serving import Served, serving
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_leaving_a_stream_early_frees_its_sequence(served: Served, engine: Scrip
         next(iter(stream))
         assert engine.num_held == 2
         stream.close()
-        assert eventually(lambda: is_idle(served, engine), 1.0)
+        wait_until(lambda: is_idle(served, engine), timeout_s=1.0)
 
 
 def test_cancelling_a_unary_call_frees_its_sequence(served: Served, engine: ScriptedEngine) -> None:
@@ -47,11 +48,11 @@ def test_cancelling_a_unary_call_frees_its_sequence(served: Served, engine: Scri
         request = inference_pb2.GenerateRequest(stopping={"max_tokens": 500})
         request.token_ids.ids.append(1)
         call = stub.Generate.future(request)
-        assert eventually(lambda: engine.num_held == 1)
+        wait_until(lambda: engine.num_held == 1)
         call.cancel()
         call.cancel()
         assert call.code() is grpc.StatusCode.CANCELLED
-        assert eventually(lambda: is_idle(served, engine), 1.0)
+        wait_until(lambda: is_idle(served, engine), timeout_s=1.0)
 
 
 def test_a_vanished_connection_frees_its_sequences(served: Served, engine: ScriptedEngine) -> None:
@@ -60,7 +61,7 @@ def test_a_vanished_connection_frees_its_sequences(served: Served, engine: Scrip
     for stream in streams:
         next(iter(stream))
     client.close()
-    assert eventually(lambda: is_idle(served, engine), 1.0)
+    wait_until(lambda: is_idle(served, engine), timeout_s=1.0)
     with pytest.raises(RequestCancelledError):
         list(streams[0])
 
@@ -69,7 +70,7 @@ def test_a_deadline_ends_the_call_and_frees_its_sequence(served: Served, engine:
     with Client(served.address) as client:
         with pytest.raises(DeadlineExceededError):
             client.generate([1], Sampling(max_tokens=500), timeout_s=0.1)
-        assert eventually(lambda: is_idle(served, engine), 1.0)
+        wait_until(lambda: is_idle(served, engine), timeout_s=1.0)
         assert 0 < (engine.submitted[-1].timeout_s or 0) <= 0.101  # a deadline travels in whole milliseconds
 
 
@@ -95,8 +96,8 @@ async def test_a_cancel_storm_leaves_nothing_behind(
 
     async with AsyncClient(served.address) as client:
         await asyncio.gather(*(one(client, index, cancel_at) for index, cancel_at in plans))
-        assert await asyncio.to_thread(eventually, lambda: is_idle(served, engine), 2.0)
-        assert await asyncio.to_thread(eventually, lambda: served.num_tasks() <= base_tasks + 2, 2.0)
+        await asyncio.to_thread(wait_until, lambda: is_idle(served, engine), timeout_s=2.0)
+        await asyncio.to_thread(wait_until, lambda: served.num_tasks() <= base_tasks + 2)
     # A cluster that an earlier test closed may still say that it could not start a worker.
     ours = [record for record in caplog.records if not record.name.startswith("cluster.")]
     assert not [record for record in ours if record.levelno >= logging.WARNING], caplog.text

@@ -6,6 +6,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from llama4_dist.gateway.observe import exporter as exporting
 from llama4_dist.gateway.observe.exporter import exporter
 from llama4_dist.gateway.observe.sampled import Sampled
 from llama4_dist.gateway.settings import GatewaySettings
+from tests.waiting import wait_until
 
 TOKEN = "a-token-of-prometheus"
 
@@ -66,14 +68,13 @@ def test_connections_that_say_nothing_are_bounded(port: int, monkeypatch: pytest
     assert threading.active_count() - before <= exporting.MAX_CONNECTIONS
     for connection in silent:
         connection.close()
-    deadline_s = time.monotonic() + 5
-    while True:  # room is free again
-        try:
-            assert scrape(port, f"Bearer {TOKEN}")
-            return
-        except (OSError, urllib.error.URLError):
-            assert time.monotonic() < deadline_s
-            time.sleep(0.02)
+
+    def has_room() -> bool:
+        with suppress(OSError, urllib.error.URLError):
+            return bool(scrape(port, f"Bearer {TOKEN}"))
+        return False
+
+    wait_until(has_room)
 
 
 def test_a_source_that_hangs_costs_one_thread_and_a_bounded_wait() -> None:

@@ -10,7 +10,8 @@ from llama4_dist.errors import InvalidRequestError, UnsupportedError
 from llama4_dist.request import FinishReason, Message, Sampling
 from llama4_dist.v1 import inference_pb2, inference_pb2_grpc
 from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
-from tests.gateway.serving import Served, byte_tokenizer, eventually, serving
+from tests.gateway.serving import Served, byte_tokenizer, serving
+from tests.waiting import wait_until
 
 HELLO = (256, *b"hello")
 
@@ -75,7 +76,7 @@ def test_a_stop_string_ends_the_text_and_frees_the_engine(client: Client, engine
     assert completion.finish_reason is FinishReason.STOP
     assert completion.outputs[0].stop_reason == letters[10:13]
     assert len(completion.token_ids) == 13
-    assert eventually(lambda: engine.num_held == 0)
+    wait_until(lambda: engine.num_held == 0)
     assert engine.num_steps - num_steps < 300, "the engine went on to max_tokens"
 
 

@@ -15,7 +15,8 @@ from llama4_dist.errors import ConfigError, NotFoundError, UnavailableError
 from llama4_dist.gateway.settings import GatewaySettings
 from llama4_dist.request import Sampling
 from tests.gateway.scripted_engine import ScriptedEngine
-from tests.gateway.serving import Served, eventually, serving
+from tests.gateway.serving import Served, serving
+from tests.waiting import wait_until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -49,10 +50,10 @@ def test_an_unknown_condition_is_not_found(served: Served) -> None:
 def test_readiness_follows_the_age_of_the_queue(served: Served, engine: ScriptedEngine) -> None:
     with Client(served.address) as client:
         engine.queue_age_s = 1000.0
-        assert eventually(lambda: not client.health("readiness"), 2.0)
+        wait_until(lambda: not client.health("readiness"))
         assert client.health("liveness")
         engine.queue_age_s = 0.0
-        assert eventually(lambda: client.health("readiness"), 2.0)
+        wait_until(lambda: client.health("readiness"))
 
 
 @pytest.mark.parametrize("failure", [UnavailableError("no attention worker"), RuntimeError("a defect")])
@@ -61,23 +62,23 @@ def test_readiness_is_off_while_the_engine_cannot_answer(
 ) -> None:
     with Client(served.address) as client:
         engine.stats_error = failure
-        assert eventually(lambda: not client.health("readiness"), 2.0)
+        wait_until(lambda: not client.health("readiness"))
         with pytest.raises(UnavailableError, match="not ready"):
             client.wait_ready(0.2)
         engine.stats_error = None
-        assert eventually(lambda: client.health("readiness"), 2.0)
+        wait_until(lambda: client.health("readiness"))
 
 
 def test_readiness_is_off_after_requests_ended_as_unavailable(served: Served, engine: ScriptedEngine) -> None:
     """An engine that lost every replica of an expert counts well and serves nothing."""
     with Client(served.address, ConnectOptions(max_attempts=1)) as client:
-        assert eventually(lambda: client.health("readiness"), 2.0)
+        wait_until(lambda: client.health("readiness"))
         engine.fail_at = {0: UnavailableError("no live replica", reason="EXPERT_UNREACHABLE")}
         with pytest.raises(UnavailableError):
             client.generate([1], Sampling(max_tokens=2))
         engine.fail_at = {}
-        assert eventually(lambda: not client.health("readiness"), 1.5)
-        assert eventually(lambda: client.health("readiness"), 3.0)
+        wait_until(lambda: not client.health("readiness"), timeout_s=1.5)
+        wait_until(lambda: client.health("readiness"), timeout_s=3.0)
 
 
 def test_watchers_of_one_condition_do_not_disturb_each_other(served: Served, engine: ScriptedEngine) -> None:

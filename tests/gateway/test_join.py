@@ -14,7 +14,8 @@ from llama4_dist.rpc.wire import generate_to_proto
 from llama4_dist.text.tokenizer import Tokenizer
 from llama4_dist.v1 import inference_pb2, inference_pb2_grpc
 from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
-from tests.gateway.serving import Served, eventually, serving
+from tests.gateway.serving import Served, serving
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_the_request_lives_until_its_last_reader_leaves(client: Client, engine: 
     first.close()
     received += [token for delta in second for token in delta.token_ids]
     assert tuple(received) == expected_tokens([1], 80)
-    assert eventually(lambda: engine.num_held == 0)
+    wait_until(lambda: engine.num_held == 0)
 
 
 def test_the_same_id_with_another_body_is_refused_while_it_runs(client: Client) -> None:
@@ -65,7 +66,7 @@ def test_the_same_id_with_another_body_is_refused_while_it_runs(client: Client) 
     with pytest.raises(DuplicateRequestError):
         client.generate([1], Sampling(max_tokens=99), request_id="taken")
     stream.close()
-    assert eventually(lambda: client.generate([1], Sampling(max_tokens=1), request_id="taken").text == "")
+    wait_until(lambda: client.generate([1], Sampling(max_tokens=1), request_id="taken").text == "")
 
 
 def test_a_reader_that_stops_reading_holds_up_nobody_and_misses_nothing(
@@ -79,7 +80,7 @@ def test_a_reader_that_stops_reading_holds_up_nobody_and_misses_nothing(
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         call = stub.StreamGenerate(inference_pb2.StreamGenerateRequest(request=request))
         events = [next(call)]
-        assert eventually(lambda: len(engine.submitted) > 0 and engine.num_held == 0, 20.0)
+        wait_until(lambda: len(engine.submitted) > 0 and engine.num_held == 0)
         assert client.generate([1], Sampling(max_tokens=3), timeout_s=5).token_ids == expected_tokens([1], 3)
         assert served.gateway.admission.in_flight == 1, "the reader's window held everything: nothing was tested"
         events += list(call)
@@ -88,7 +89,7 @@ def test_a_reader_that_stops_reading_holds_up_nobody_and_misses_nothing(
         tokens.setdefault(event.delta.output_index, []).extend(event.delta.token_ids)
     assert tokens == {index: list(expected_tokens([5], 500, index)) for index in range(8)}
     assert len(events) < 8 * 500 / 2, "what waited should have come together"
-    assert eventually(lambda: served.gateway.admission.in_flight == 0)
+    wait_until(lambda: served.gateway.admission.in_flight == 0)
 
 
 def test_tokens_of_several_steps_become_one_message(served: Served, client: Client, engine: ScriptedEngine) -> None:
@@ -125,7 +126,7 @@ def test_a_failure_before_the_first_token_is_retried(client: Client, engine: Scr
     with ThreadPoolExecutor(1) as pool:
         num_submitted = len(engine.submitted)
         answer = pool.submit(client.generate, [9], Sampling(max_tokens=3))
-        assert eventually(lambda: len(engine.submitted) > num_submitted)
+        wait_until(lambda: len(engine.submitted) > num_submitted)
         engine.fail_at = {}
         assert answer.result().token_ids == expected_tokens([9], 3)
 

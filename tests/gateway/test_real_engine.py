@@ -18,8 +18,9 @@ from llama4_dist.text.tokenizer import load_tokenizer
 from tests.checkpoints import make_checkpoint
 from tests.gateway.corpus import all_cases
 from tests.gateway.replay import replay
-from tests.gateway.serving import Served, eventually, serving
+from tests.gateway.serving import Served, serving
 from tests.tokenizers_tiny import make_tokenizer
+from tests.waiting import wait_until
 
 GREEDY = Sampling(temperature=0, max_tokens=12, ignore_eos=True)
 Golden = Callable[[Sequence[int], Sampling], list[tuple[int, ...]]]
@@ -98,7 +99,7 @@ def golden(model_dir: Path) -> Iterator[Golden]:
                     request_id=str(index), prompt_token_ids=tuple(prompt), sampling=sampling, sequence_index=index
                 )
             )
-            assert done.acquire(timeout=30)
+            assert done.acquire(timeout=60)
         return [tuple(tokens[str(index)]) for index in range(sampling.n)]
 
     yield run
@@ -155,7 +156,7 @@ async def test_a_dropped_stream_frees_its_kv_within_one_step(served: Served, eng
 
     async with AsyncClient(served.address) as client:
         await asyncio.gather(*(one(client, rng.randrange(1, 30)) for _ in range(48)))
-        assert await asyncio.to_thread(eventually, lambda: len(engine.freed) == 48)
+        await asyncio.to_thread(wait_until, lambda: len(engine.freed) == 48)
     waits = [engine.freed[request_id][0] - asked for request_id, asked in engine.asked.items()]
     assert max(waits) <= 1
     stats = engine.stats()

@@ -15,7 +15,8 @@ from llama4_dist.rpc import status
 from llama4_dist.rpc.wire import generate_to_proto
 from llama4_dist.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 from tests.gateway.scripted_engine import ScriptedEngine, expected_tokens
-from tests.gateway.serving import Served, byte_tokenizer, eventually, serving
+from tests.gateway.serving import Served, byte_tokenizer, serving
+from tests.waiting import wait_until
 
 Events = list[inference_pb2.StreamGenerateResponse]
 
@@ -144,4 +145,4 @@ def test_an_id_is_free_again_once_its_request_has_left_the_engine(served: Served
             stopped = client.generate([1], Sampling(max_tokens=40, stop=(text[3:6],)), request_id="again")
             assert stopped.text == text[:3]
             assert client.generate([1], Sampling(max_tokens=9), request_id="again").token_ids == expected_tokens([1], 9)
-    assert eventually(lambda: engine.num_held == 0)
+    wait_until(lambda: engine.num_held == 0)

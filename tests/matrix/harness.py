@@ -20,9 +20,9 @@ from tests.faults.namespaces import Node
 from tests.faults.proxy import Proxy
 from tests.matrix.hosts import HERE, HostProcess, Nursery, Site
 from tests.matrix.load import Load
+from tests.waiting import PATIENCE_S
 
 SECRET = b"s" * 32
-REJOIN_TIMEOUT_S = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +163,7 @@ class Cluster:
     def num_adopted(self) -> int:
         return sum(host.stats["adopted"] for host in self.hosts.values() if not host.process.is_dead)
 
-    def wait_until_used(self, name: str, timeout_s: float = REJOIN_TIMEOUT_S) -> None:
+    def wait_until_used(self, name: str, timeout_s: float = PATIENCE_S) -> None:
         """Wait until the first worker sends rows to a host, and gets them back, from now on."""
         before = self.stats.rows_in[name]
         must(lambda: self.stats.rows_in[name] > before, lambda: f"{name} is used: {self.stats}", timeout_s=timeout_s)

@@ -20,8 +20,8 @@ from tests.matrix.host_process import MAX_MESSAGE
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 60.0
-CALL_TIMEOUT_S = 20.0
-STRIKE_TIMEOUT_S = 10.0
+CALL_TIMEOUT_S = 60.0
+STRIKE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +119,7 @@ class Nursery:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._orders.close()
-        self._process.wait(10)
+        self._process.wait(60)
 
 
 class KillAt(Fault):

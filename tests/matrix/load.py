@@ -15,9 +15,8 @@ from llama4_dist.chaos.history.verdict import Rules, Verdict, judge
 from llama4_dist.engine.port import Engine, is_last
 from llama4_dist.request import EngineRequest, TokenOutput
 from tests.faults.engine_history import EngineHistory
+from tests.waiting import PATIENCE_S
 
-PROGRESS_TIMEOUT_S = 15.0
-END_TIMEOUT_S = 20.0
 SEED = 11
 
 
@@ -46,13 +45,13 @@ class Load:
             self._ended.put(index)
         return self
 
-    def wait_for_tokens(self, count: int, timeout_s: float = PROGRESS_TIMEOUT_S) -> None:
+    def wait_for_tokens(self, count: int, timeout_s: float = PATIENCE_S) -> None:
         """Wait until every stream got so many tokens from now on."""
         with self._changed:
             wanted = {index: self._num_tokens[index] + count for index in range(len(self._cases))}
         self._wait(lambda: all(self._num_tokens[i] >= n for i, n in wanted.items()), f"{count} more tokens", timeout_s)
 
-    def wait_for_ends(self, count: int, timeout_s: float = PROGRESS_TIMEOUT_S) -> None:
+    def wait_for_ends(self, count: int, timeout_s: float = PATIENCE_S) -> None:
         """Wait until every stream has had so many requests end."""
         indices = range(len(self._cases))
         self._wait(lambda: all(self._num_done[index] >= count for index in indices), f"{count} ends", timeout_s)
@@ -88,7 +87,7 @@ class Load:
         self._ended.put(None)
         self._feeder.join()
         for _, recorded in self._ways:
-            recorded.wait(END_TIMEOUT_S)
+            recorded.wait(PATIENCE_S)
 
     def _wait(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
         with self._changed:

@@ -162,7 +162,7 @@ def test_a_host_killed_during_the_first_connection_is_left_out(make: Make, cases
     starting.start()
     must(lambda: proxy.counters(Direction.TO_SERVER).read >= GREETING_BYTES, "the handshake has begun")
     with Kill(cluster.hosts["expert-1"].pid):
-        starting.join(5)
+        starting.join(60)
         assert not starting.is_alive(), "the start hangs"
         load = cluster.load(cases.requests, cases.reference).start()
         load.wait_for_ends(1)

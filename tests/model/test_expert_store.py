@@ -132,11 +132,11 @@ def test_keeping_waits_for_what_is_being_added(model_dir: Path) -> None:
 
     def hold(num_done: int) -> None:
         reached.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
 
     adding = threading.Thread(target=experts.add, args=(PAIRS[:5], hold))
     adding.start()
-    assert reached.wait(10)
+    assert reached.wait(60)
     keeping = threading.Thread(target=experts.keep, args=(PAIRS[:1],))
     keeping.start()
     go_on.set()

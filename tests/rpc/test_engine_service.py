@@ -1,7 +1,6 @@
 """The internal engine service and its client, over real loopback connections."""
 
 import queue
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import grpc
@@ -17,6 +16,7 @@ from llama4_dist.rpc.cluster_token import token_metadata
 from llama4_dist.rpc.engine_service import EngineServer
 from llama4_dist.rpc.remote_engine import RemoteEngine
 from tests.rpc.counting_engine import VOCAB, CountingEngine
+from tests.waiting import wait_until
 
 SECRET = b"s" * 32
 OTHER_SECRET = b"t" * 32
@@ -61,13 +61,6 @@ def connect(server: EngineServer) -> Iterator[Callable[[], Gateway]]:
     yield open_gateway
     for gateway in gateways:
         gateway.engine.close()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline, "waited 5 s"
-        time.sleep(0.002)
 
 
 def test_a_step_is_one_message_with_all_its_sequences(engine: CountingEngine, connect: Callable[[], Gateway]) -> None:

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,6 +23,7 @@ from tests.engine.collector import Collector
 from tests.engine.fake_model import fake_core, greedy, tokens
 from tests.engine.sequences import request
 from tests.rpc.worker_process import SECRET, ServingProcess, Spares, spawn_worker, worker_process
+from tests.waiting import wait_until
 
 PROMPT = (5, 9)
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "seed": 3, "frequency_penalty": 0.5}
@@ -61,13 +62,6 @@ def spares() -> Iterator[Spares]:
 def resources() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
-
-
-def poll(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.005)
 
 
 def stats_of(worker: ServingProcess) -> EngineStats:
@@ -126,12 +120,12 @@ def test_a_stopped_workers_requests_go_on_and_its_later_words_are_not_heard(
     num_cancelled = stats_of(cluster.workers[holder]).requests_cancelled
     cluster.workers[holder].signal(signal.SIGSTOP)
     stopped_s = time.monotonic()
-    poll(lambda: "r" in cluster.engines[1 - holder]._running)
+    wait_until(lambda: "r" in cluster.engines[1 - holder]._running)
     assert 0.9 < time.monotonic() - stopped_s < 2.0
     cluster.workers[holder].signal(signal.SIGCONT)
-    poll(lambda: stats_of(cluster.workers[holder]).requests_cancelled == num_cancelled + 1, 5.0)
+    wait_until(lambda: stats_of(cluster.workers[holder]).requests_cancelled == num_cancelled + 1, timeout_s=5.0)
     assert cluster.end() == greedy(PROMPT, 400)
-    poll(lambda: not cluster.engines[holder]._down)
+    wait_until(lambda: not cluster.engines[holder]._down)
 
 
 def test_what_a_given_up_stream_still_says_is_not_heard(resources: ExitStack, spares: Spares) -> None:
@@ -140,7 +134,7 @@ def test_what_a_given_up_stream_still_says_is_not_heard(resources: ExitStack, sp
     given_up = engine._call
     assert given_up is not None
     given_up.cut()
-    poll(lambda: engine._call not in (None, given_up))
+    wait_until(lambda: engine._call not in (None, given_up))
     late = TokenOutput(request_id="r", token_ids=(1,), queue_s=0.0)
     engine._on_outputs = lambda outputs: heard.extend(outputs)
     heard: list[TokenOutput] = []
@@ -175,7 +169,7 @@ def test_the_only_worker_is_returned_to_and_computes_nothing_twice(resources: Ex
     cluster.group.submit(request("r", PROMPT, max_tokens=200))
     cluster.said("r", 10)
     cluster.workers[0].signal(signal.SIGSTOP)
-    poll(lambda: bool(cluster.engines[0]._down))
+    wait_until(lambda: bool(cluster.engines[0]._down))
     asked_s = time.monotonic()
     with pytest.raises(UnavailableError):
         cluster.engines[0].stats()
@@ -192,7 +186,7 @@ def test_a_worker_of_a_new_process_takes_what_waits(resources: ExitStack, spares
     cluster.group.submit(request("r", PROMPT, max_tokens=60))
     cluster.said("r", 10)
     cluster.workers[0].signal(signal.SIGKILL)
-    poll(lambda: bool(cluster.engines[0]._down))
+    wait_until(lambda: bool(cluster.engines[0]._down))
     successor = spares.take()
     resources.callback(spares.give_back, successor)
     cluster.group.remove("engine-0")
@@ -233,7 +227,7 @@ def test_a_kill_storm_loses_and_doubles_nothing(resources: ExitStack, spares: Sp
         assert tokens(outputs) == greedy((5, index), 80)
         assert [is_last(output) for output in outputs].count(True) == 1
     assert cluster.group.stats().requests_replayed >= 16
-    poll(lambda: all(is_idle(worker) for worker in workers.values()))
+    wait_until(lambda: all(is_idle(worker) for worker in workers.values()))
 
 
 def test_cancelling_frees_the_cache_at_once_and_closing_leaves_no_thread(resources: ExitStack, spares: Spares) -> None:
@@ -248,6 +242,6 @@ def test_cancelling_frees_the_cache_at_once_and_closing_leaves_no_thread(resourc
     cluster.said("q", 5)
     holder = cluster.holder("q")
     cluster.group.close()
-    poll(lambda: is_idle(cluster.workers[holder]), 2.0)  # a goodbye aborts; nothing waits to be resumed
+    wait_until(lambda: is_idle(cluster.workers[holder]), timeout_s=2.0)  # a goodbye aborts; nothing waits to be resumed
     ours = lambda: {one.name for one in set(threading.enumerate()) - threads if one.name.startswith("engine")}  # noqa: E731
-    poll(lambda: not ours())
+    wait_until(lambda: not ours())

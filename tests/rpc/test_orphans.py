@@ -20,6 +20,7 @@ from llama4_dist.rpc.run_call import RunCall
 from tests.engine.collector import Collector
 from tests.engine.fake_model import tokens
 from tests.rpc.counting_engine import CountingEngine
+from tests.waiting import wait_until
 
 SECRET = b"s" * 32
 DIGEST = b"d" * 32
@@ -86,17 +87,10 @@ def connect(engine: CountingEngine) -> Iterator[Callable[..., RawGateway]]:
         yield open_gateway
 
 
-def poll(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.002)
-
-
 def started(gateway: RawGateway, engine: CountingEngine, num_steps: int, **options: int) -> None:
     """Submit "r" and take steps that the gateway hears."""
     gateway.submit(**options)  # type: ignore[arg-type]
-    poll(lambda: "r" in engine.running)
+    wait_until(lambda: "r" in engine.running)
     for _ in range(num_steps):
         engine.step()
     if num_steps:
@@ -105,7 +99,7 @@ def started(gateway: RawGateway, engine: CountingEngine, num_steps: int, **optio
 
 def test_a_stream_is_never_silent(connect: Callable[..., RawGateway]) -> None:
     gateway = connect()
-    poll(lambda: gateway.num_messages >= 4)
+    wait_until(lambda: gateway.num_messages >= 4)
 
 
 def test_an_orphan_goes_on_and_is_attached_from_its_first_token(
@@ -114,7 +108,7 @@ def test_an_orphan_goes_on_and_is_attached_from_its_first_token(
     dead, other = connect(), connect()
     started(dead, engine, 3, logprobs=0)
     dead.break_off()
-    poll(lambda: other.call.num_heard > 0)
+    wait_until(lambda: other.call.num_heard > 0)
     engine.step()
     other.attach()
     other.hears(14)
@@ -178,7 +172,7 @@ def test_unknown_wrong_and_owned_are_answered_alike(connect: Callable[..., RawGa
     living, dead = connect(), connect()
     started(living, engine, 2)
     dead.submit("dead")
-    poll(lambda: "dead" in engine.running)
+    wait_until(lambda: "dead" in engine.running)
     dead.break_off()
     messages = set()
     for request_id, digest in (("unknown", DIGEST), ("dead", b"e" * 32), ("dead", b""), ("r", DIGEST)):
@@ -201,7 +195,7 @@ def test_an_attach_waits_for_the_owners_stream_to_be_noticed_broken(
     started(dead, engine, 2)
     other.attach()
     other.submit("marker")  # commands are taken in order: now the attach waits
-    poll(lambda: "marker" in engine.running)
+    wait_until(lambda: "marker" in engine.running)
     assert "r" not in other.outputs
     dead.break_off()
     other.hears(12)
@@ -213,7 +207,7 @@ def test_a_repeated_submit_joins_the_orphan_and_another_body_is_refused(
     dead, other, third = connect(), connect(), connect()
     started(dead, engine, 3)
     dead.break_off()
-    poll(lambda: third.call.num_heard > 0)
+    wait_until(lambda: third.call.num_heard > 0)
     third.submit(digest=b"e" * 32)
     assert isinstance(third.wait_for("r")[-1].error, DuplicateRequestError)
     other.submit()
@@ -232,11 +226,11 @@ def test_a_replay_that_returns_goes_on_where_it_wants_to(
     dead, other = connect(), connect()
     started(dead, engine, 4)
     dead.break_off()
-    poll(lambda: other.call.num_heard > 0)
+    wait_until(lambda: other.call.num_heard > 0)
     given = 4 - behind
     other.submit(given=given)
     other.submit("marker")
-    poll(lambda: "marker" in engine.running)
+    wait_until(lambda: "marker" in engine.running)
     for _ in range(4):
         engine.step()
     other.hears(18)
@@ -254,7 +248,7 @@ def test_an_orphan_that_lacks_log_probabilities_is_computed_anew(
     assert isinstance(other.wait_for("r")[-1].error, NotFoundError)
     other.forget("r")
     other.submit(logprobs=0)
-    poll(lambda: len(engine.submitted) == 2 and "r" in engine.running)
+    wait_until(lambda: len(engine.submitted) == 2 and "r" in engine.running)
     engine.step()
     other.hears(11)
     assert engine.aborted == ["r"]
@@ -279,10 +273,10 @@ def test_an_orphan_is_aborted_when_its_time_is_over(
     dead = connect(ttl_s=ttl_s)
     other = connect()
     dead.submit(digest=digest)
-    poll(lambda: "r" in engine.running)
+    wait_until(lambda: "r" in engine.running)
     dead.break_off()
     broken_s = time.monotonic()
-    poll(lambda: engine.aborted == ["r"])
+    wait_until(lambda: engine.aborted == ["r"])
     assert (time.monotonic() - broken_s >= 0.25) is (ttl_s == 0.3)
     other.attach()
     assert isinstance(other.wait_for("r")[-1].error, NotFoundError)
@@ -294,7 +288,7 @@ def test_a_gateway_that_says_goodbye_leaves_no_orphan(
     gateway = connect()
     started(gateway, engine, 1)
     gateway.call.finish(5.0)
-    poll(lambda: engine.aborted == ["r"])
+    wait_until(lambda: engine.aborted == ["r"])
 
 
 def test_an_orphan_may_be_aborted_by_whoever_knows_its_id(
@@ -303,8 +297,8 @@ def test_an_orphan_may_be_aborted_by_whoever_knows_its_id(
     dead, other = connect(), connect()
     started(dead, engine, 1)
     dead.break_off()
-    poll(lambda: other.call.num_heard > 0)
-    poll(lambda: other.call.send(pb.RunRequest(abort=pb.AbortCommand(request_id="r"))) or engine.aborted == ["r"])  # type: ignore[func-returns-value]
+    wait_until(lambda: other.call.num_heard > 0)
+    wait_until(lambda: other.call.send(pb.RunRequest(abort=pb.AbortCommand(request_id="r"))) or engine.aborted == ["r"])  # type: ignore[func-returns-value]
 
 
 def test_a_newer_stream_of_a_gateway_ends_the_older_one(
@@ -315,7 +309,7 @@ def test_a_newer_stream_of_a_gateway_ends_the_older_one(
     new = connect("one")
     new.submit(given=2)
     new.submit("marker")
-    poll(lambda: "marker" in engine.running)
+    wait_until(lambda: "marker" in engine.running)
     engine.step()
     new.hears(13)
     assert new.said() == [13]
@@ -329,9 +323,9 @@ def test_the_number_of_orphans_is_bounded_oldest_first(
     dead = connect()
     for index in range(4):
         dead.submit(f"r{index}")
-    poll(lambda: len(engine.running) == 4)
+    wait_until(lambda: len(engine.running) == 4)
     dead.break_off()
-    poll(lambda: engine.aborted == ["r0", "r1"])
+    wait_until(lambda: engine.aborted == ["r0", "r1"])
     other = connect()
     other.attach("r2")
     other.wait(lambda: "r2" in other.outputs)
@@ -345,13 +339,13 @@ def test_what_is_kept_is_bounded_in_tokens_and_log_probabilities(
     dead = connect()
     dead.submit("scored", logprobs=0)
     dead.submit("plain")
-    poll(lambda: len(engine.running) == 2)
+    wait_until(lambda: len(engine.running) == 2)
     for _ in range(4):
         engine.step()
     dead.hears(14, "plain")
     dead.break_off()  # 4 + 4 and 4: they just fit
     other = connect()
-    poll(lambda: other.num_messages >= 2)
+    wait_until(lambda: other.num_messages >= 2)
     assert engine.aborted == []
     engine.step()
-    poll(lambda: engine.aborted == ["scored"])
+    wait_until(lambda: engine.aborted == ["scored"])

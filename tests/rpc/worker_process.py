@@ -31,7 +31,7 @@ class ServingProcess:
     def signal(self, number: signal.Signals) -> None:
         os.kill(self._process.pid, number)
         if number is signal.SIGKILL:
-            self._process.wait(10)
+            self._process.wait(60)
 
     def close(self) -> None:
         self._process.kill()

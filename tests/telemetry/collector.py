@@ -5,13 +5,12 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
-from tests.gateway.serving import eventually
+from tests.waiting import wait_until
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +50,12 @@ class Collected(trace_service_pb2_grpc.TraceServiceServicer):
         with self.lock:
             return [span for span in self.spans if span.trace_id == trace and span.name == name]
 
-    def has(self, trace: str, name: str) -> bool:
-        return bool(self.of(trace, name))
-
-    def wait_for(self, trace: str, *names: str, timeout_s: float = 15.0) -> None:
+    def wait_for(self, trace: str, *names: str) -> None:
         """Wait until a trace has spans of all these names."""
-        missing = [name for name in names if not eventually(partial(self.has, trace, name), timeout_s)]
-        assert not missing, f"{missing} did not come; {sorted({span.name for span in self.spans})} did"
+        wait_until(
+            lambda: all(self.of(trace, name) for name in names),
+            lambda: f"{names} are to come, have {sorted({span.name for span in self.spans})}",
+        )
 
 
 def read(span: Any, instance: str) -> Span:

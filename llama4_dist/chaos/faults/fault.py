@@ -57,7 +57,7 @@ class Fault(ABC):
             self.verify_healed()
 
 
-def must(condition: Callable[[], bool], claim: str | Callable[[], str], *, timeout_s: float = 2.0) -> None:
+def must(condition: Callable[[], bool], claim: str | Callable[[], str], *, timeout_s: float = 10.0) -> None:
     """Poll until the condition holds; raise FaultNotVerified with the claim when it does not in time."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():

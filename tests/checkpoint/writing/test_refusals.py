@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from llama4_dist.checkpoint.reader import Checkpoint
 from llama4_dist.checkpoint.writing import directory, parts
 from llama4_dist.errors import CheckpointError, ConfigError, PreconditionError
 from tests.checkpoint.writing.models import narrow
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[3]
 BIG = ["--preset", "scout", "--scale", "1/16", "--set", "num_hidden_layers=4", "--dtype", "float32", "--out", "model"]
@@ -31,12 +31,10 @@ def run_synth(folder: Path, *arguments: str, before: str = "") -> subprocess.Pop
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
     with run_synth(tmp_path, *BIG, before=SLOW_DISK) as process:  # which all of it would fill in a minute and a half
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(".model.partial-*/model*.safetensors")) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(lambda: list(tmp_path.glob(".model.partial-*/model*.safetensors")), "a file is begun")
         process.send_signal(signal.SIGINT)
         try:
-            assert process.wait(30) == 130
+            assert process.wait(60) == 130
         finally:
             process.kill()
     assert list(tmp_path.iterdir()) == []

@@ -16,6 +16,7 @@ from llama4_dist.stages.links.output_codec import OutputRules, encode_output
 from llama4_dist.stages.links.ports import OutputInlet, OutputSender
 from llama4_dist.stages.links.store import BOUNDS, LinkStore
 from llama4_dist.stages.ports import StageOutput
+from tests.waiting import wait_until
 
 RULES = OutputRules(width=8, max_rows=1 << 16)
 
@@ -44,10 +45,8 @@ def ends() -> Iterator[Ends]:
 
 
 def wait_for_loss(link: StageLink) -> UnavailableError:
-    deadline = time.monotonic() + 10.0
-    while link.lost is None:
-        assert time.monotonic() < deadline, "the link is up"
-        time.sleep(0.01)
+    wait_until(lambda: link.lost is not None, "the link is lost")
+    assert link.lost is not None
     return link.lost
 
 
