@@ -1,4 +1,4 @@
-"""Does work that may wait at the lowest priority of the processor, so that what serves beside it goes first."""
+"""Does work that may wait at a low priority of the processor, so that what serves beside it goes first."""
 
 import os
 import threading
@@ -9,11 +9,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-LOWEST = 19
+LOW = 10  # a tenth of what others get: at 19, the lowest, a host beside busy processes took a minute to start
 
 
 def unhurried(action: Callable[[], T]) -> T:
-    """Run `action` in a thread of its own at the lowest priority, and return its result or raise what it raised.
+    """Run `action` in a thread of its own at a low priority, and return its result or raise what it raised.
 
     A thread, because only a superuser may raise a priority again that was lowered.
     """
@@ -21,7 +21,7 @@ def unhurried(action: Callable[[], T]) -> T:
 
     def run() -> None:
         with suppress(OSError):  # threads have priorities of their own on Linux only
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW)
         try:
             done.set_result(action())
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread

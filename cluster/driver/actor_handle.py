@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from cluster.worker import Role
 from llama4_dist.errors import EngineError, Llama4Error, UnavailableError
@@ -73,6 +73,12 @@ class ActorHandle:
             log.error("worker_failed worker=%s\n%s", self.worker, error)
             return EngineError(f"{self.worker} failed: {type(cause).__name__}; its log says why")
         if isinstance(error, RayError):
-            log.warning("worker_lost worker=%s cause=%s", self.worker, str(error).splitlines()[0])
+            log.warning("worker_lost worker=%s cause=%s", self.worker, cause_of(error))
             return UnavailableError(f"the process of {self.worker} died", reason="WORKER_LOST")
         return error
+
+
+def cause_of(error: RayError) -> str:
+    """Say in a line why an actor is gone: Ray's first line, or the last one, what its constructor raised."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if isinstance(error, ActorDiedError) and "creation task" in lines[0] else lines[0]

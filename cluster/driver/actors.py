@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from cluster.control_plane.controller import Controller
+from cluster.data_plane.short_slices import take_short_slices
 from cluster.data_plane.unhurried import unhurried
 from cluster.handle import Handle
 from cluster.plan import ClusterPlan
@@ -71,6 +72,7 @@ class ExpertHostActor(Actor):
         from llama4_dist.dispatch.fault_points import FaultPoints
 
         self.be_observed(config.telemetry, config.worker, config.role)
+        take_short_slices()
         self.plain = ExpertHost(config, this_node(), faults=FaultPoints() if config.armable else None)
 
 
@@ -83,6 +85,7 @@ class AttentionWorkerActor(Actor):
         from cluster.data_plane.group_leader import GroupLeader
 
         self.be_observed(config.telemetry, config.worker, config.role)
+        take_short_slices()
         self.plain = GroupLeader(config, this_node()) if config.leads else AttentionWorker(config, this_node())
 
 
@@ -94,6 +97,7 @@ class StageWorkerActor(Actor):
         from cluster.data_plane.stage_worker import StageWorker
 
         self.be_observed(config.telemetry, config.worker, config.role)
+        take_short_slices()
         self.plain = StageWorker(config, this_node())
 
 

@@ -1,7 +1,12 @@
 #include "team.h"
 
+#include <linux/futex.h>
 #include <sched.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+
+#include <chrono>
+#include <climits>
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -10,8 +15,12 @@
 namespace l4d {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr int LOOKS = 1000;  // some 60 us at most: a step that is shared out well ends for all at once
 constexpr int OFFERS = 500;  // of the processor to others; some 200 us on an idle one, as long as Python takes between passes
+constexpr auto LATE = std::chrono::microseconds(100);  // an offer that took so long was accepted
+constexpr int SLEEPS_ON_BUSY_PROCESSOR = 64;           // waits without offers: who offers comes last where others want it
 
 inline void pause_a_little() {
 #ifdef __x86_64__
@@ -19,23 +28,40 @@ inline void pause_a_little() {
 #endif
 }
 
-// Wait until `word` is no longer `seen`.
-void wait_while(std::atomic<uint32_t>& word, uint32_t seen) {
-    for (int i = 0; i < LOOKS; ++i) {
-        if (word.load(std::memory_order_acquire) != seen) return;
-        pause_a_little();
-    }
-    for (int i = 0; i < OFFERS; ++i) {
-        if (word.load(std::memory_order_acquire) != seen) return;
-        sched_yield();
-    }
-    while (word.load(std::memory_order_acquire) == seen) word.wait(seen, std::memory_order_acquire);
-}
+// A number that threads wait to see changed. `std::atomic::wait` offers the processor by itself before it sleeps.
+struct alignas(64) Signal {
+    std::atomic<uint32_t> value{0};
+    std::atomic<uint32_t> num_asleep{0};
 
-void advance(std::atomic<uint32_t>& word) {
-    word.fetch_add(1, std::memory_order_release);
-    word.notify_all();
-}
+    void advance() {
+        value.fetch_add(1);
+        wake();
+    }
+
+    void wake() {
+        if (num_asleep.load()) syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+    }
+
+    void wait_while(uint32_t seen) {
+        for (int i = 0; i < LOOKS; ++i) {
+            if (value.load(std::memory_order_acquire) != seen) return;
+            pause_a_little();
+        }
+        static thread_local int num_sleeps = 0;
+        if (num_sleeps) --num_sleeps;
+        auto offered = Clock::now();
+        for (int i = 0; i < OFFERS && !num_sleeps; ++i) {
+            if (value.load(std::memory_order_acquire) != seen) return;
+            sched_yield();
+            const auto now = Clock::now();
+            if (now - offered > LATE) num_sleeps = SLEEPS_ON_BUSY_PROCESSOR;
+            offered = now;
+        }
+        ++num_asleep;  // before the value is compared again: who changes it counts afterwards
+        while (value.load() == seen) syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+        --num_asleep;
+    }
+};
 
 }  // namespace
 
@@ -47,23 +73,23 @@ public:
 
     ~Team() {
         pass_ = nullptr;
-        advance(passes_);
+        passes_.advance();
         for (auto& thread : threads_) thread.join();
     }
 
     void run(const std::function<void(Member&)>& pass) {
         pass_ = &pass;
-        step_.store(0, std::memory_order_relaxed);
+        step_.value.store(0, std::memory_order_relaxed);
         taken_[0].store(0, std::memory_order_relaxed);
         num_waiting_.store(0, std::memory_order_relaxed);
-        num_left_.store(num_threads, std::memory_order_relaxed);
-        advance(passes_);
+        num_left_.value.store(num_threads, std::memory_order_relaxed);
+        passes_.advance();
         Member member(this);
         pass(member);
         leave();
-        for (uint32_t left = num_left_.load(std::memory_order_acquire); left;
-             left = num_left_.load(std::memory_order_acquire))
-            wait_while(num_left_, left);
+        for (uint32_t left = num_left_.value.load(std::memory_order_acquire); left;
+             left = num_left_.value.load(std::memory_order_acquire))
+            num_left_.wait_while(left);
     }
 
     int64_t take(uint32_t step) { return taken_[step % 2].fetch_add(1, std::memory_order_relaxed); }
@@ -71,12 +97,12 @@ public:
     // The last to come prepares the step after next and lets the others go on.
     void finish(uint32_t step) {
         if (num_waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 < uint32_t(num_threads)) {
-            wait_while(step_, step);
+            step_.wait_while(step);
             return;
         }
         num_waiting_.store(0, std::memory_order_relaxed);
         taken_[(step + 1) % 2].store(0, std::memory_order_relaxed);
-        advance(step_);
+        step_.advance();
     }
 
     const int num_threads;
@@ -85,8 +111,8 @@ public:
 private:
     void serve() {
         for (uint32_t seen = 0;;) {
-            wait_while(passes_, seen);
-            seen = passes_.load(std::memory_order_acquire);
+            passes_.wait_while(seen);
+            seen = passes_.value.load(std::memory_order_acquire);
             if (!pass_) return;
             Member member(this);
             (*pass_)(member);
@@ -95,16 +121,14 @@ private:
     }
 
     void leave() {
-        num_left_.fetch_sub(1, std::memory_order_acq_rel);
-        num_left_.notify_all();
+        num_left_.value.fetch_sub(1);
+        num_left_.wake();
     }
 
     std::vector<std::thread> threads_;
     const std::function<void(Member&)>* pass_ = nullptr;
-    alignas(64) std::atomic<uint32_t> passes_{0};
-    alignas(64) std::atomic<uint32_t> step_{0};
+    Signal passes_, step_, num_left_;
     alignas(64) std::atomic<uint32_t> num_waiting_{0};
-    alignas(64) std::atomic<uint32_t> num_left_{0};
     alignas(64) std::atomic<int64_t> taken_[2] = {};
 };
 

@@ -27,6 +27,7 @@ from llama4_dist.errors import CheckpointError, UnavailableError
 from llama4_dist.request import FinishReason
 from tests.checkpoints import make_checkpoint
 from tests.cluster.running import Collector, reference, some_requests
+from tests.scheduling import slice_ns
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -125,6 +126,9 @@ def test_the_status_names_every_worker(engine: RayEngine) -> None:
     assert all(worker.state is State.READY for worker in status.values())
     assert len({worker.pid for worker in status.values()} - {0, os.getpid()}) == 4
     assert all(psutil.Process(worker.pid).nice() <= psutil.Process().nice() for worker in status.values())
+    own = slice_ns(0)
+    shorter = {name for name, worker in status.items() if slice_ns(worker.pid) < own}
+    assert shorter == (status.keys() - {"controller"} if own else set())
     held = [set(status[f"expert-{index}"].experts) for index in range(2)]
     assert held[0] | held[1] == {(layer, expert) for layer in range(4) for expert in range(16)}
     assert not held[0] & held[1]

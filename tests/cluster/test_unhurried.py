@@ -1,20 +1,20 @@
-"""Work at the lowest priority."""
+"""Work at a low priority."""
 
 import os
 import threading
 
 import pytest
 
-from cluster.data_plane.unhurried import LOWEST, unhurried
+from cluster.data_plane.unhurried import LOW, unhurried
 
 
 def niceness() -> int:
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
-def test_work_runs_at_the_lowest_priority_and_its_caller_keeps_its_own() -> None:
+def test_work_runs_at_a_low_priority_and_its_caller_keeps_its_own() -> None:
     before = niceness()
-    assert unhurried(niceness) == LOWEST
+    assert unhurried(niceness) == LOW
     assert niceness() == before
 
 
