@@ -69,7 +69,7 @@ def test_two_thousand_refusals_leave_nothing_behind(served: Served, engine: Scri
     assert len(engine.submitted) == num_submitted
     assert served.gateway.admission.in_flight == 0
     assert served.gateway.generations.num_running == 0
-    wait_until(lambda: served.num_tasks() <= num_tasks + 2)
+    wait_until(lambda: served.num_tasks() <= num_tasks + 2, timeout_s=2.0)
 
 
 def test_a_second_message_on_a_streaming_call_is_ignored(served: Served) -> None:

@@ -97,7 +97,7 @@ async def test_a_cancel_storm_leaves_nothing_behind(
     async with AsyncClient(served.address) as client:
         await asyncio.gather(*(one(client, index, cancel_at) for index, cancel_at in plans))
         await asyncio.to_thread(wait_until, lambda: is_idle(served, engine), timeout_s=2.0)
-        await asyncio.to_thread(wait_until, lambda: served.num_tasks() <= base_tasks + 2)
+        await asyncio.to_thread(wait_until, lambda: served.num_tasks() <= base_tasks + 2, timeout_s=2.0)
     # A cluster that an earlier test closed may still say that it could not start a worker.
     ours = [record for record in caplog.records if not record.name.startswith("cluster.")]
     assert not [record for record in ours if record.levelno >= logging.WARNING], caplog.text

@@ -50,10 +50,10 @@ def test_an_unknown_condition_is_not_found(served: Served) -> None:
 def test_readiness_follows_the_age_of_the_queue(served: Served, engine: ScriptedEngine) -> None:
     with Client(served.address) as client:
         engine.queue_age_s = 1000.0
-        wait_until(lambda: not client.health("readiness"))
+        wait_until(lambda: not client.health("readiness"), timeout_s=2.0)
         assert client.health("liveness")
         engine.queue_age_s = 0.0
-        wait_until(lambda: client.health("readiness"))
+        wait_until(lambda: client.health("readiness"), timeout_s=2.0)
 
 
 @pytest.mark.parametrize("failure", [UnavailableError("no attention worker"), RuntimeError("a defect")])
@@ -62,17 +62,17 @@ def test_readiness_is_off_while_the_engine_cannot_answer(
 ) -> None:
     with Client(served.address) as client:
         engine.stats_error = failure
-        wait_until(lambda: not client.health("readiness"))
+        wait_until(lambda: not client.health("readiness"), timeout_s=2.0)
         with pytest.raises(UnavailableError, match="not ready"):
             client.wait_ready(0.2)
         engine.stats_error = None
-        wait_until(lambda: client.health("readiness"))
+        wait_until(lambda: client.health("readiness"), timeout_s=2.0)
 
 
 def test_readiness_is_off_after_requests_ended_as_unavailable(served: Served, engine: ScriptedEngine) -> None:
     """An engine that lost every replica of an expert counts well and serves nothing."""
     with Client(served.address, ConnectOptions(max_attempts=1)) as client:
-        wait_until(lambda: client.health("readiness"))
+        wait_until(lambda: client.health("readiness"), timeout_s=2.0)
         engine.fail_at = {0: UnavailableError("no live replica", reason="EXPERT_UNREACHABLE")}
         with pytest.raises(UnavailableError):
             client.generate([1], Sampling(max_tokens=2))

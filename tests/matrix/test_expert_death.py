@@ -118,7 +118,7 @@ def test_streams_that_wait_too_long_end_as_retriable_and_the_next_are_served(mak
         cluster.respawn("expert-0")
     load.wait_for_tokens(24)
     outcomes = load.end(allowed_errors={"EXPERT_UNREACHABLE"}, label="FX2 refusal").outcomes
-    assert set(outcomes) == {"finished", "refused"}
+    assert {"finished", "refused"} <= outcomes.keys() <= {"finished", "refused", "failed"}  # who had tokens has failed
     assert outcomes["finished"] >= 2 * len(cases.requests)
 
 
